@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Bi-WKV operator: `wkv` is eq. 9, `use` pins the path that computes it.
+
+The paths: "reference" is the definition (`reference.py`, O(N^2)), "portable" is plain torch at linear cost
+(`portable.py`), "native" the compiled kernels. Without `use`, torch's dispatcher takes the kernel of the tensors'
+device, and the portable form where there is none. A backward takes the path of its forward.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sola_vision.ops import reference, register  # noqa: F401 - importing `register` defines the operators
+
+__all__ = ["Path", "use", "wkv"]
+
+Path = Literal["reference", "portable", "native"]
+
+_pinned: Path | None = None
+
+
+@contextmanager
+def use(path: Path) -> Iterator[None]:
+    """Pin the path of every `wkv` call inside the block (for the whole process).
+
+    Raises ValueError for another name and, with "native", RuntimeError at the call if no kernel exists for its device.
+    """
+    global _pinned
+    if path not in get_args(Path):
+        raise ValueError(f"ops.use({path!r}): the path is one of {', '.join(map(repr, get_args(Path)))}")
+    before, _pinned = _pinned, path
+    try:
+        yield
+    finally:
+        _pinned = before
+
+
+def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Bidirectional WKV attention, eq. 9: per channel, token t reads every token i with the weights
+
+        softmax_i(k_i - (|t - i| - 1) w / N)   and   u + k_t for itself.
+
+    decay w [C] (divided by N here), bonus u [C], key and value [B, N, C] -> [B, N, C] in value's dtype, which is
+    float64, float32, bfloat16 or float16; decay and bonus may stay in float32 beside half-precision key and value.
+    The cost is linear in N.
+    Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
+    """
+    _check(decay, bonus, key, value)
+    if _pinned == "reference":
+        return reference.wkv(decay, bonus, key, value)
+    if _pinned == "portable":
+        return torch.ops.sola.wkv_portable(decay, bonus, key, value)
+    if _pinned == "native":
+        reason = missing_kernel(key.device.type)
+        if reason is not None:
+            raise RuntimeError(f'ops.use("native"): {reason}')
+    return torch.ops.sola.wkv(decay, bonus, key, value)
+
+
+def missing_kernel(device: str) -> str | None:
+    """Why no compiled kernel runs on a device type such as "cpu" or "cuda"; None if one does."""
+    return f"there is no compiled kernel for {device} in this installation; the portable path computes the same"
+
+
+def _check(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> None:
+    if key.ndim != 3 or key.shape != value.shape:
+        raise ValueError(f"wkv: key {_size(key)} and value {_size(value)} must have the same shape [B, N, C]")
+    channels = key.shape[2]
+    if decay.ndim != 1 or bonus.ndim != 1 or decay.shape[0] != channels or bonus.shape[0] != channels:
+        raise ValueError(
+            f"wkv: decay {_size(decay)} and bonus {_size(bonus)} must both be [C] = [{channels}], "
+            f"the channels of key {_size(key)}"
+        )
+    if not all(x.is_floating_point() for x in (decay, bonus, key, value)):
+        dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (decay, bonus, key, value))
+        raise TypeError(f"wkv: decay, bonus, key and value must be floating point, got {dtypes}")
+    if not decay.device == bonus.device == key.device == value.device:
+        devices = ", ".join(str(x.device) for x in (decay, bonus, key, value))
+        raise ValueError(f"wkv: decay, bonus, key and value must be on one device, got {devices}")
+
+
+def _size(x: Tensor) -> str:
+    return str(list(x.shape))

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of Bi-WKV, eq. 9 as the paper writes it: O(N^2), float64, obvious. The referee for every other path.
+
+    wkv_t = sum_i p_ti v_i,    p_t = softmax_i(a_t),    a_ti = k_i - (|t - i| - 1) w / N  for i != t,    a_tt = u + k_t
+
+B batch, N tokens, C channels; t is the reading token, i the token that is read.
+"""
+
+import torch
+from torch import Tensor
+
+
+def weights(decay: Tensor, bonus: Tensor, key: Tensor, rows: slice = slice(None)) -> Tensor:
+    """p_ti of eq. 9 in float64: how much token t reads from token i, a row sums to 1.
+
+    decay, bonus [C], key [B, N, C] -> [B, T, N, C] for the T tokens that `rows` selects.
+    """
+    decay, bonus, key = decay.double(), bonus.double(), key.double()
+    num_tokens = key.shape[1]
+    token = torch.arange(num_tokens, device=key.device)
+    between = (token[rows, None] - token).abs() - 1  # [T, N], -1 for the token itself
+    distance = between.clamp(min=0).double()[..., None]  # [T, N, 1]
+    own = (between < 0)[..., None]
+    logits = torch.where(own, bonus, -distance * (decay / num_tokens)) + key[:, None]  # [B, T, N, C]
+    return logits.softmax(dim=2)
+
+
+def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Eq. 9 row by row: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype. Differentiable."""
+    batch, num_tokens, channels = key.shape
+    # as many rows at once as fit in 2^24 weights, so that the memory stays bounded at any size
+    step = max(1, 2**24 // max(1, batch * num_tokens * channels))
+    rows = [
+        torch.einsum("btnc,bnc->btc", weights(decay, bonus, key, slice(start, start + step)), value.double())
+        for start in range(0, num_tokens, step)
+    ]
+    return torch.cat(rows, dim=1).to(value.dtype)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered operators: one schema, and the dispatcher chooses the kernel.
+
+`sola::wkv` and `sola::wkv_backward` have the portable form as their default kernel; a compiled kernel for CPU and a
+Triton kernel for CUDA take over where they exist. `sola::wkv_portable` and its backward are the same without those
+kernels: they are what `ops.use("portable")` pins. Fake tensors, autograd, autocast and the FLOPs formula are
+registered once for both.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sola_vision.ops import portable
+
+library = torch.library.Library("sola", "DEF")
+
+_FORWARD = "(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor"
+_BACKWARD = "(Tensor decay, Tensor bonus, Tensor key, Tensor value, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)"
+_AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+
+def _fake_forward(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gw, gu, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (decay, bonus, key, value))
+    return gw, gu, gk, gv
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _forward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """29 N C multiply-adds, Vision-RWKV's convention; FlopCounterMode counts two operations for each."""
+    batch, num_tokens, channels = key
+    return 2 * 29 * batch * num_tokens * channels
+
+
+def _backward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    # not in the paper: twice the forward, as for a matrix product
+    return 2 * _forward_cost(decay, bonus, key, value)
+
+
+def _define(name: str) -> None:
+    library.define(name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, portable.wkv, "CompositeExplicitAutograd")
+    library.impl(name + "_backward", portable.wkv_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sola::{name}", _fake_forward, lib=library)
+    torch.library.register_fake(f"sola::{name}_backward", _fake_backward, lib=library)
+
+    forward = getattr(torch.ops.sola, name)
+    backward = getattr(torch.ops.sola, name + "_backward")
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return backward(*ctx.saved_tensors, grad)
+
+    torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_inputs, lib=library)
+    register_flop_formula(forward)(_forward_cost)
+    register_flop_formula(backward)(_backward_cost)
+
+    for dispatch_key, device in _AUTOCAST.items():
+        library.impl(name, _autocast(forward, device), dispatch_key, with_keyset=True)
+
+
+def _autocast(forward: Any, device: str) -> Any:
+    """Under autocast key and value come in its dtype; decay and bonus stay as they are, since w may be large."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def call(_: Any, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if value.dtype != torch.float64:
+                key, value = key.to(dtype), value.to(dtype)
+            return forward(decay, bonus, key, value)
+
+    return call
+
+
+for _name in ("wkv", "wkv_portable"):
+    _define(_name)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator against its definition: values, gradients, laws, contract. Every path owes the same."""
+
+import pytest
+import torch
+
+from sola_vision import ops
+from sola_vision.ops import reference, wkv
+
+PATHS = ["reference", "portable", "default"]
+SIZES = [(1, 1, 3), (2, 49, 1), (1, 196, 5), (2, 197, 33), (1, 64, 8), (3, 65, 2)]
+
+
+def pinned(path):
+    return ops.use(path) if path != "default" else torch.autograd.set_grad_enabled(True)
+
+
+def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, key_range=50.0):
+    """The ranges that the accuracy measure names: w in [-20, 200], u in [-10, 10], k in [-50, 50]."""
+    g = torch.Generator().manual_seed(seed)
+    decay = torch.rand(channels, generator=g, dtype=torch.float64) * 220 - 20
+    bonus = torch.rand(channels, generator=g, dtype=torch.float64) * 20 - 10
+    key = (torch.rand(batch, num_tokens, channels, generator=g, dtype=torch.float64) * 2 - 1) * key_range
+    value = torch.randn(batch, num_tokens, channels, generator=g, dtype=torch.float64)
+    grad = torch.randn(batch, num_tokens, channels, generator=g, dtype=torch.float64)
+    half = dtype in (torch.float16, torch.bfloat16)
+    small = torch.float32 if half else dtype
+    return decay.to(small), bonus.to(small), key.to(dtype), value.to(dtype), grad.to(dtype)
+
+
+def run(path, decay, bonus, key, value, grad):
+    leaves = [x.clone().requires_grad_() for x in (decay, bonus, key, value)]
+    with pinned(path):
+        out = wkv(*leaves)
+    return out, torch.autograd.grad(out, leaves, grad)
+
+
+def truth(decay, bonus, key, value, grad):
+    leaves = [x.double().requires_grad_() for x in (decay, bonus, key, value)]
+    out = reference.wkv(*leaves)
+    return out, torch.autograd.grad(out, leaves, grad.double())
+
+
+def forward_error(out, expected, value):
+    return ((out.double() - expected).abs().max() / value.double().abs().max()).item()
+
+
+def gradient_error(got, expected, value, grad):
+    floor = 0.1 * grad.double().abs().max() * value.double().abs().max()
+    return ((got.double() - expected).abs().max() / torch.maximum(expected.abs().max(), floor)).item()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("size", SIZES)
+def test_wkv_equals_the_definition_in_float32(path, size):
+    inputs = random_inputs(*size)
+    out, grads = run(path, *inputs)
+    expected, expected_grads = truth(*inputs)
+    assert forward_error(out.detach(), expected.detach(), inputs[3]) <= 5e-6
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert got.dtype == torch.float32
+        assert gradient_error(got, want, inputs[3], inputs[4]) <= 1e-5
+
+
+@pytest.mark.parametrize("path", ["portable", "default"])
+def test_wkv_equals_the_definition_at_stage_1_of_224(path):
+    inputs = random_inputs(1, 3136, 2)
+    out, grads = run(path, *inputs)
+    expected, expected_grads = truth(*inputs)
+    assert forward_error(out.detach(), expected.detach(), inputs[3]) <= 5e-6
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert gradient_error(got, want, inputs[3], inputs[4]) <= 1e-5
+
+
+@pytest.mark.parametrize("path", ["portable", "default"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wkv_in_half_precision_adds_little_to_rounding(path, dtype):
+    decay, bonus, key, value, grad = random_inputs(2, 197, 9, torch.float64, key_range=5.0)
+    exact, _ = truth(decay, bonus, key, value, grad)
+    rounded = [x.to(dtype) for x in (key, value, grad)]
+    only_rounding, rounding_grads = truth(decay, bonus, *rounded)
+    budget = (only_rounding.to(dtype).double() - exact).abs().max()
+    out, grads = run(path, decay.float(), bonus.float(), *rounded)
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= 1.5 * budget
+    for got, want in zip(grads, rounding_grads, strict=True):
+        assert gradient_error(got, want, value, grad) <= 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("decay", "bonus", "key_scale"),
+    [
+        (1e6, 0.0, 1.0),
+        (-1e6, 0.0, 1.0),
+        (1e9, 1.0, 1.0),
+        (-1e9, 1.0, 1.0),
+        (5.0, 1e4, 1.0),
+        (5.0, -1e4, 1.0),
+        (5.0, 0.0, 1e4),
+        (-300.0, -300.0, 300.0),
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [1, 2, 50, 131])
+def test_wkv_is_right_at_extremes(path, decay, bonus, key_scale, num_tokens):
+    _, _, key, value, grad = random_inputs(2, num_tokens, 3, key_range=key_scale)
+    w, u = torch.full((3,), decay), torch.full((3,), bonus)
+    out, grads = run(path, w, u, key, value, grad)
+    expected, expected_grads = truth(w, u, key, value, grad)
+    assert forward_error(out.detach(), expected.detach(), value) <= 5e-6
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert torch.isfinite(got).all()
+        assert gradient_error(got, want, value, grad) <= 1e-5
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_wkv_laws(path):
+    decay, bonus, key, value, _ = random_inputs(2, 60, 7, torch.float64)
+    with pinned(path):
+        out = wkv(decay, bonus, key, value)
+        reversed_ = wkv(decay, bonus, key.flip(1), value.flip(1))
+        shifted = wkv(decay, bonus, key + 17.0, value)
+        constant = wkv(decay, bonus, key, torch.full_like(value, 3.25))
+        scaled = wkv(decay, bonus, key, 2 * value + 1)
+    torch.testing.assert_close(reversed_, out.flip(1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(shifted, out, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(constant, torch.full_like(value, 3.25))
+    torch.testing.assert_close(scaled, 2 * out + 1, rtol=1e-9, atol=1e-12)
+    assert (out <= value.amax(1, keepdim=True) + 1e-12).all()
+    assert (out >= value.amin(1, keepdim=True) - 1e-12).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_wkv_without_decay_and_bonus_ignores_the_order(path):
+    _, _, key, value, _ = random_inputs(1, 30, 4, torch.float64, key_range=3.0)
+    zero = torch.zeros(4, dtype=torch.float64)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    with pinned(path):
+        out = wkv(zero, zero, key, value)
+        permuted = wkv(zero, zero, key[:, order], value[:, order])
+    torch.testing.assert_close(permuted, out[:, order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out[:, 0], out[:, -1])
+
+
+def test_wkv_one_token_returns_its_value():
+    value = torch.randn(2, 1, 3)
+    out = wkv(torch.randn(3), torch.full((3,), -1e4), torch.randn(2, 1, 3), value)
+    torch.testing.assert_close(out, value)
+
+
+def test_wkv_weights_are_the_rows_of_the_operator():
+    decay, bonus, key, value, _ = random_inputs(1, 20, 3, torch.float64, key_range=3.0)
+    rows = reference.weights(decay, bonus, key, slice(4, 6))
+    torch.testing.assert_close(rows.sum(2), torch.ones(1, 2, 3, dtype=torch.float64))
+    torch.testing.assert_close(torch.einsum("btnc,bnc->btc", rows, value), wkv(decay, bonus, key, value)[:, 4:6])
+
+
+@pytest.mark.parametrize("path", ["portable", "default"])
+def test_wkv_gradcheck(path):
+    decay, bonus, key, value, _ = random_inputs(2, 7, 3, torch.float64, key_range=2.0)
+    leaves = [x.requires_grad_() for x in (decay / 20, bonus / 5, key, value)]
+    with pinned(path):
+        assert torch.autograd.gradcheck(wkv, leaves)
+
+
+@pytest.mark.parametrize("name", ["wkv", "wkv_portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wkv_opcheck(name, dtype):
+    decay, bonus, key, value, _ = random_inputs(2, 11, 5, dtype, key_range=2.0)
+    leaves = tuple(x.requires_grad_() for x in (decay / 20, bonus, key, value))
+    torch.library.opcheck(getattr(torch.ops.sola, name).default, leaves)
+
+
+def test_wkv_compiles_without_a_graph_break():
+    decay, bonus, key, value, grad = random_inputs(2, 33, 4)
+    compiled = torch.compile(wkv, fullgraph=True, backend="aot_eager", dynamic=True)
+    leaves = [x.requires_grad_() for x in (decay, bonus, key, value)]
+    out = compiled(*leaves)
+    torch.testing.assert_close(out, wkv(*leaves))
+    grads = torch.autograd.grad(out, leaves, grad)
+    torch.testing.assert_close(grads, torch.autograd.grad(wkv(*leaves), leaves, grad))
+
+
+def test_wkv_autocast_keeps_decay_in_float32():
+    decay, bonus, key, value, _ = random_inputs(1, 20, 3, key_range=3.0)
+    decay = decay + 0.37  # would change in bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = wkv(decay, bonus, key, value)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wkv(decay, bonus, key.bfloat16(), value.bfloat16()), rtol=0, atol=0)
+
+
+def test_wkv_does_not_depend_on_memory_layout():
+    decay, bonus, key, value, grad = random_inputs(2, 50, 6)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value, grad)]
+    out, grads = run("default", decay, bonus, *strided)
+    expected, expected_grads = run("default", decay, bonus, key, value, grad)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_wkv_of_an_empty_batch_is_empty(path):
+    with pinned(path):
+        assert wkv(torch.ones(3), torch.ones(3), torch.ones(0, 5, 3), torch.ones(0, 5, 3)).shape == (0, 5, 3)
+
+
+def test_wkv_counts_29_macs_a_token_and_channel():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        wkv(torch.ones(3), torch.ones(3), torch.ones(2, 5, 3), torch.ones(2, 5, 3))
+    assert counter.get_total_flops() == 2 * 29 * 2 * 5 * 3
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (((3,), (3,), (2, 5, 3), (2, 4, 3)), r"key \[2, 5, 3\] and value \[2, 4, 3\]"),
+        (((4,), (3,), (2, 5, 3), (2, 5, 3)), r"decay \[4\] and bonus \[3\].*\[3\]"),
+        (((3,), (1, 3), (2, 5, 3), (2, 5, 3)), r"bonus \[1, 3\]"),
+        (((3,), (3,), (5, 3), (5, 3)), r"\[B, N, C\]"),
+    ],
+)
+def test_wkv_states_the_shapes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        wkv(*(torch.ones(size) for size in sizes))
+
+
+def test_wkv_refuses_integers_and_mixed_devices():
+    key = torch.ones(1, 4, 3)
+    with pytest.raises(TypeError, match="int64"):
+        wkv(torch.ones(3, dtype=torch.int64), torch.ones(3), key, key)
+    with pytest.raises(ValueError, match="meta"):
+        wkv(torch.ones(3, device="meta"), torch.ones(3), key, key)
+
+
+def test_use_refuses_unknown_paths_and_restores_the_path():
+    with pytest.raises(ValueError, match="'fast'"), ops.use("fast"):
+        pass
+    with pytest.raises(KeyError), ops.use("reference"):
+        raise KeyError
+    assert ops._pinned is None

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classification data in the ImageFolder layout: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
+
+ROOT is a folder, one .tar file with train/ and val/ inside (possibly below one more folder), or a folder of shards
+(train-000.tar, train-001.tar, ..., with CLASS/name.jpg inside). Tar files are read in place. The order of the samples
+is the same for all three: by class, then by name.
+"""
+
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from . import tar
+from .images import SUFFIXES, read_image
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+_LAYOUT = "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
+
+
+class ImageFolder(Dataset[tuple[Any, int]]):
+    """Images and integer labels of one split; `classes` are sorted names, or the given ones in their order.
+
+    `samples` are paths below the split ("cat/001.jpg"), `targets` their labels. With `classes` (the training classes,
+    or a checkpoint's) the split may lack some of them but must not have others.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transform: Callable[[Image.Image], Any] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        listing = _find(Path(root).expanduser(), split)
+        listing.log_ignored()
+        self.transform = transform
+        self.classes = listing.check_classes(classes)
+        self._base = listing.where
+        self._archives = listing.archives
+        labels = {name: label for label, name in enumerate(self.classes)}
+        found = sorted(listing.files, key=lambda file: (file[0], file[1], file[2]))
+        self.samples = [name for _, name, *_ in found]
+        self.targets = [labels[class_name] for class_name, *_ in found]
+        # one array instead of a million tuples: forked workers share it without copying
+        self._places = np.array([file[2:] for file in found], dtype=np.int64)  # shard, offset, size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.image(index)
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as it is on disk, upright and RGB; raises CorruptImage where it cannot be read."""
+        if not self._archives:
+            return read_image(os.path.join(self._base, self.samples[index]), name=self.location(index))
+        shard, offset, size = (int(number) for number in self._places[index])
+        return read_image(BytesIO(tar.read(self._archives[shard], offset, size)), name=self.location(index))
+
+    def location(self, index: int) -> str:
+        """Where sample `index` lies, for people: a path, or ARCHIVE.tar:PATH."""
+        base = self._base
+        if len(self._archives) > 1:
+            base = self._archives[int(self._places[index][0])].path + ":"
+        return _printable(base + ("" if base.endswith(":") else "/") + self.samples[index])
+
+
+class _Listing:
+    """What was found below one split, before it is checked. A class may be there without a single image."""
+
+    def __init__(self, where: str, archives: list[tar.Archive]) -> None:
+        self.where = where  # a folder, ARCHIVE.tar:FOLDER, or the first of several ARCHIVE.tar:
+        self.archives = archives
+        self.found_classes: set[str] = set()
+        self._files: dict[tuple[int, str], tuple[str, int, int]] = {}
+        self.hidden = 0
+        self.foreign: list[str] = []
+        self.unsafe = 0
+
+    @property
+    def files(self) -> Iterable[tuple[str, str, int, int, int]]:
+        """(class, path below the split, shard, offset, size) of every image."""
+        for (shard, name), (class_name, offset, size) in self._files.items():
+            yield class_name, name, shard, offset, size
+
+    def add_folder(self, parts: Sequence[str]) -> None:
+        if parts and not parts[0].startswith("."):
+            self.found_classes.add(_printable(parts[0]))
+
+    def add_file(self, parts: Sequence[str], shard: int = 0, offset: int = 0, size: int = 0) -> None:
+        if any(part.startswith(".") for part in parts):
+            self.hidden += 1
+            return
+        if len(parts) > 1:
+            self.add_folder(parts)
+        if len(parts) < 2 or not parts[-1].lower().endswith(SUFFIXES):
+            self.foreign.append("/".join(parts))
+            return
+        # a dict, because the later of two tar members of one name replaces the earlier
+        self._files[shard, "/".join(parts)] = (_printable(parts[0]), offset, size)
+
+    def log_ignored(self) -> None:
+        if self.foreign or self.unsafe:
+            first = f" (the first: {_printable(self.foreign[0])})" if self.foreign else ""
+            logger.warning(
+                "%s: ignored %d files that are not images in a class folder%s, %d hidden files, "
+                "%d links or unsafe paths",
+                *(_printable(self.where), len(self.foreign), first, self.hidden, self.unsafe),
+            )
+        elif self.hidden:
+            logger.info("%s: ignored %d hidden files", _printable(self.where), self.hidden)
+
+    def check_classes(self, expected: Sequence[str] | None) -> list[str]:
+        where = _printable(self.where)
+        slash = "" if where.endswith(":") else "/"
+        if not self.found_classes:
+            raise ValueError(f"{where}: no class folders; put the images of each class into {where}{slash}CLASS/")
+        full = {class_name for class_name, *_ in self.files}
+        # against a given list a class may be missing, so its folder may as well be empty
+        empty = sorted(self.found_classes - full) if expected is None or not full else []
+        if empty:
+            more = f" (and {len(empty) - 1} other classes)" if len(empty) > 1 else ""
+            raise ValueError(
+                f"{where}{slash}{empty[0]}: a class without images{more}; "
+                "add images (.jpg, .png, ...) or remove the folder"
+            )
+        if expected is None:
+            return sorted(full)
+        # classes of a checkpoint may come from a file system that writes accents in another form
+        names = [_printable(name) for name in expected]
+        unknown = sorted(full - set(names))
+        if unknown:
+            more = f" (and {len(unknown) - 1} others)" if len(unknown) > 1 else ""
+            some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise ValueError(
+                f"{where}{slash}{unknown[0]}: class {unknown[0]!r}{more} is not among the {len(names)} known "
+                f"classes ({some}); rename or remove the folder, or train with it"
+            )
+        return names
+
+
+def _find(root: Path, split: str) -> _Listing:
+    choices = _SPLITS.get(split, (split,))
+    if root.is_file():
+        if root.suffix.lower() != ".tar":
+            raise ValueError(f"{root}: a file that is neither a folder nor an uncompressed .tar; {_LAYOUT}")
+        return _split_of_tar(root, split, choices)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder or .tar file; give the folder that holds train/ and val/")
+    for name in choices:
+        if (root / name).is_dir():
+            return _scan_folder(root / name)
+        if shards := _shards(root, name):
+            return _scan_shards(shards, name)
+    raise _no_split(root, choices, (entry.name for entry in root.iterdir()))
+
+
+def _no_split(root: Path, choices: Sequence[str], found: Iterable[str]) -> ValueError:
+    there = sorted(_printable(name) for name in found if not name.startswith("."))
+    some = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "") if there else "nothing"
+    wanted = " or ".join(f"{name}/" for name in choices)
+    return ValueError(f"{root}: no {wanted} (found: {some}); {_LAYOUT}, or shards {choices[0]}-000.tar, ...")
+
+
+def _scan_folder(base: Path) -> _Listing:
+    listing = _Listing(str(base), [])
+
+    def walk(folder: str, parts: tuple[str, ...], above: frozenset[tuple[int, int]]) -> None:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return  # a link that points back to a folder it lies in
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                below = (*parts, entry.name)
+                if not entry.is_dir():
+                    # a broken link is neither a file nor an image
+                    listing.add_file(below if entry.is_file() else (entry.name,))
+                elif entry.name.startswith("."):
+                    listing.hidden += 1
+                else:
+                    listing.add_folder(below)
+                    walk(entry.path, below, above | {identity})
+
+    walk(str(base), (), frozenset())
+    return listing
+
+
+def _split_of_tar(path: Path, split: str, choices: Sequence[str]) -> _Listing:
+    archive = tar.Archive.at(path)
+    members = list(tar.index(archive))
+    # what could be a split: folders, and what holds a class folder and a file
+    paths = [member.parts for member in members]
+    outer = {parts[0] for parts, member in zip(paths, members, strict=True) if len(parts) > 2 or _names(member, 1)}
+    inner = {parts[:2] for parts, member in zip(paths, members, strict=True) if len(parts) > 3 or _names(member, 2)}
+    known = {split, *(name for names in _SPLITS.values() for name in names)}
+    tops = {top for top, name in inner if name in known}
+    top = () if outer & known or len(tops) != 1 else (tops.pop(),)
+    splits = {name for first, name in inner if (first,) == top} if top else outer
+    chosen = next((name for name in choices if name in splits), None)
+    if chosen is None:
+        raise _no_split(path, choices, splits)
+    prefix = (*top, chosen)
+    listing = _Listing(f"{path}:{'/'.join(prefix)}", [archive])
+    inside = [m._replace(parts=m.parts[len(prefix) :]) for m in members if m.parts[: len(prefix)] == prefix]
+    _add_members(listing, 0, inside)
+    listing.unsafe = sum(not parts and not member.is_folder for parts, member in zip(paths, members, strict=True))
+    return listing
+
+
+def _names(member: tar.Member, depth: int) -> bool:
+    return member.is_folder and len(member.parts) == depth
+
+
+def _shards(root: Path, name: str) -> list[Path]:
+    pattern = re.compile(rf"{re.escape(name)}([-_.].*)?\.tar", re.IGNORECASE)
+    return sorted(path for path in root.iterdir() if pattern.fullmatch(path.name) and path.is_file())
+
+
+def _scan_shards(shards: Sequence[Path], name: str) -> _Listing:
+    archives = [tar.Archive.at(path) for path in shards]
+    listing = _Listing(f"{shards[0]}:", archives)
+    contents = [list(tar.index(archive)) for archive in archives]
+    # shards packed one level too high (train/CLASS/name.jpg) would make a single class called "train"
+    heads = {member.parts[0] for members in contents for member in members if member.parts}
+    strip = 1 if heads == {name} and any(len(m.parts) > 2 for members in contents for m in members) else 0
+    for shard, members in enumerate(contents):
+        _add_members(listing, shard, (m._replace(parts=m.parts[strip:]) if m.parts else m for m in members))
+        listing.unsafe += sum(not member.parts and not member.is_folder for member in members)
+    if strip:
+        listing.where += name
+    return listing
+
+
+def _add_members(listing: _Listing, shard: int, members: Iterable[tar.Member]) -> None:
+    for member in members:
+        if member.is_folder:
+            listing.add_folder(member.parts)
+        elif member.parts:
+            listing.add_file(member.parts, shard, member.offset, member.size)
+
+
+def _printable(name: str) -> str:
+    """One form of a name: composed accents (macOS writes them apart), undecodable bytes and controls as marks."""
+    text = unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image settings of classification, and the two transforms that follow from them.
+
+The defaults are Swin's, which the paper trains with: random resized crop, flip, RandAugment, random erasing, and
+Mixup, CutMix and label smoothing on the batch. timm builds them. Images of 32 pixels and below follow Swin's own
+rule for them: a padded random crop of the whole image in training, no crop in evaluation.
+"""
+
+from dataclasses import dataclass
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision import transforms
+
+_SMALL = 32  # Swin's data/build.py: resize_im = IMG_SIZE > 32
+_PADDING = 4
+_LONGEST = 8  # aspect ratio beyond which an image is cropped before it is resized
+
+
+@dataclass(kw_only=True)
+class ImageConfig:
+    """Size, crop and augmentation. mixup, cutmix, mixup_prob and smoothing act on the batch, outside this file."""
+
+    size: int = 224  # of training crops and of evaluation
+    crop_pct: float | None = None  # part of the shorter side that evaluation sees; None: 0.875, 1 up to 32 pixels
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    scale: tuple[float, float] | None = None  # area of a training crop; None: (0.08, 1), padded crop up to 32 pixels
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width by its height
+    hflip: float = 0.5
+    color_jitter: float = 0.4  # without effect beside auto_augment, as in timm and Swin
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_prob: float = 1.0
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size {self.size}: an image has at least one pixel; 224 is usual")
+        if self.interpolation not in ("bicubic", "bilinear", "lanczos", "random"):
+            raise ValueError(f"interpolation {self.interpolation!r}: use bicubic, bilinear, lanczos or random")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct {self.crop_pct}: a part of the image, above 0 and at most 1")
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale}: two parts of the image's area, 0 < smallest <= largest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio}: two ratios width / height, 0 < smallest <= largest")
+        for name in ("hflip", "erasing", "mixup_prob", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: a probability, from 0 to 1")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: a strength, 0 (off) or above")
+
+
+class TrainTransform:
+    """A PIL image to a randomly augmented, normalised tensor [3, size, size]."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        self.pipeline = create_transform(
+            config.size,
+            is_training=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            mean=config.mean,
+            std=config.std,
+            re_prob=config.erasing,
+            re_mode="pixel",
+            re_count=1,
+        )
+        if config.size <= _SMALL and config.scale is None:
+            # Swin crops here without resizing; the resize lets originals of any other size in, such as 8x8 digits
+            self.pipeline.transforms[0] = transforms.Compose(
+                [
+                    transforms.Resize((config.size, config.size), _mode(config.interpolation)),
+                    transforms.RandomCrop(config.size, padding=_PADDING),
+                ]
+            )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.pipeline(image.convert("RGB"))
+
+    def __repr__(self) -> str:
+        return f"TrainTransform({self.pipeline})"
+
+
+class EvalTransform:
+    """A PIL image to a normalised tensor [3, size, size]: shorter side to size / crop_pct, centre crop."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        whole = 1.0 if config.size <= _SMALL else 0.875
+        self.pipeline = create_transform(
+            config.size,
+            is_training=False,
+            crop_pct=config.crop_pct or whole,
+            interpolation="bilinear" if config.interpolation == "random" else config.interpolation,
+            mean=config.mean,
+            std=config.std,
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.pipeline(_without_far_ends(image.convert("RGB")))
+
+    def __repr__(self) -> str:
+        return f"EvalTransform({self.pipeline})"
+
+
+def _mode(interpolation: str) -> transforms.InterpolationMode:
+    if interpolation == "random":
+        return transforms.InterpolationMode.BICUBIC
+    return transforms.InterpolationMode(interpolation)
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """A 1x10,000 image would grow to gigabytes before its centre is cut out; cut its far ends off first."""
+    width, height = image.size
+    longest = _LONGEST * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, min(width, left + longest), min(height, top + longest)))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random access to the members of plain .tar files, without unpacking them.
+
+`index` walks the headers once (about a second for 50,000 members) and gives each regular file's offset and size;
+`read` fetches bytes by them. Handles belong to one process, so data loaders may fork or spawn as they like.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Member(NamedTuple):
+    """One entry of an archive; `parts` is its path, empty for one that must not be used (link, .., device)."""
+
+    parts: tuple[str, ...]
+    is_folder: bool
+    offset: int
+    size: int
+
+
+class Archive(NamedTuple):
+    """A .tar file as it was when it was indexed."""
+
+    path: str
+    changed: int
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> "Archive":
+        return cls(os.fspath(path), os.stat(path).st_mtime_ns)
+
+
+def index(archive: Archive) -> Iterator[Member]:
+    """Every member in the archive's order."""
+    try:
+        # "r:" refuses compressed archives, in which nothing can be read by offset
+        with tarfile.open(archive.path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            while (info := tar.next()) is not None:
+                # tarfile remembers each member (1 kB); a million of them would fill the memory
+                tar.members.clear()  # type: ignore[attr-defined]
+                yield _member(info)
+            _check_end(archive, tar.offset)
+    except tarfile.TarError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{archive.path}: not a whole, uncompressed tar archive ({reason}); copy or download it again, "
+            "or unpack it and pack it without compression"
+        ) from None
+
+
+def read(archive: Archive, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset`."""
+    if not hasattr(os, "pread"):  # Windows
+        with open(archive.path, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+    # pread moves no file position, so threads may share the handle
+    return os.pread(_handle(archive, os.getpid()).descriptor, size, offset)
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    parts = tuple(part for part in info.name.split("/") if part not in ("", "."))
+    plain = info.isdir() or (info.isreg() and not info.issparse())
+    if not plain or ".." in parts or info.name.startswith("/"):
+        parts = ()
+    return Member(parts, info.isdir(), info.offset_data, info.size)
+
+
+def _check_end(archive: Archive, offset: int) -> None:
+    """tarfile takes a damaged header for the end of the archive; the real end is a block of zeros."""
+    with open(archive.path, "rb") as stream:
+        stream.seek(offset)
+        if any(stream.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"damaged at byte {offset}")
+
+
+class _Handle:
+    def __init__(self, archive: Archive) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(archive.path, os.O_RDONLY)
+        if os.fstat(self.descriptor).st_mtime_ns != archive.changed:
+            raise OSError(f"{archive.path}: changed since it was indexed; start again")
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+# bounded: a thousand shards a worker would exhaust the usual limit of open files
+@lru_cache(maxsize=128)
+def _handle(archive: Archive, process: int) -> _Handle:
+    return _Handle(archive)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network: stem, position embedding, stages of linear and softmax layers, bridges between them, head (Fig. 4a).
+
+    image [B, 3, H, W] -> Stem -> [B, H/4, W/4, C1] -> Stage 1 -> ... -> Stage 4 -> [B, H/32, W/32, C4] -> norm -> head
+
+Activations are [B, H, W, C]; NCHW only at the image and at the feature maps, which is timm's contract.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sola_vision.config import SolaConfig
+from sola_vision.layers import (
+    HiddenStateBridge,
+    LinearLayer,
+    PatchMerging,
+    PositionEmbedding,
+    SoftmaxLayer,
+    Stem,
+)
+from sola_vision.schedule import Bridge, Layer
+
+# read-outs of the linear layers that bridges start at, by place
+States = dict[Layer, Tensor]
+
+
+class Stage(nn.Module):
+    """Patch merging (but for the first stage), then layers at one resolution, with the bridges that end among them."""
+
+    def __init__(
+        self,
+        index: int,
+        merge: nn.Module,
+        layers: Sequence[nn.Module],
+        bridges: Sequence[tuple[Bridge, HiddenStateBridge]],
+        carried: frozenset[Layer],
+    ) -> None:
+        super().__init__()
+        self.index = index
+        self.merge = merge
+        self.layers = nn.ModuleList(layers)
+        self.bridges = nn.ModuleList(module for _, module in bridges)
+        self.bridge_ends = tuple(bridge for bridge, _ in bridges)
+        self.carried = carried  # the linear layers anywhere in the network whose state a bridge takes along
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, states: States) -> tuple[Tensor, States]:
+        x = self.merge(x)
+        for number, layer in enumerate(self.layers):
+            here = Layer(self.index, number)
+            arriving = [
+                bridge(x, states[ends.source])
+                for ends, bridge in zip(self.bridge_ends, self.bridges, strict=True)
+                if ends.target == here
+            ]
+            x = sum(arriving, x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, state = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x, state = layer(x)
+            if here in self.carried:
+                states = {**states, here: state}
+        return x, states
+
+
+class SolaVision(nn.Module):
+    """A SoLA-Vision network as its config says; a classifier, and a backbone by timm's contract.
+
+    image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes], or [B, C4] with num_classes=0.
+    """
+
+    def __init__(
+        self,
+        config: SolaConfig,
+        *,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.config = config
+        self.num_classes = config.num_classes
+        self.in_chans = config.in_chans
+        self.num_features = self.head_hidden_size = config.dims[-1]
+
+        self.stem = Stem(config.in_chans, config.dims[0], patch_size=config.patch_size, **dd)
+        self.position = PositionEmbedding(-(-config.img_size // config.patch_size), config.dims[0], **dd)
+        bridges = config.parsed_bridges.bridges
+        carried = frozenset(bridge.source for bridge in bridges)
+        drop_path = iter(calculate_drop_path_rates(config.drop_path_rate, len(config.parsed_schedule.layers)))
+        self.stages = nn.ModuleList()
+        self.feature_info = []
+        for index, (kinds, dim) in enumerate(zip(config.parsed_schedule.stages, config.dims, strict=True)):
+            merge = PatchMerging(config.dims[index - 1], dim, **dd) if index else nn.Identity()
+            layers: list[nn.Module] = [
+                LinearLayer(dim, token_shift=config.token_shift, drop_path=next(drop_path), **dd)
+                if kind == "L"
+                else SoftmaxLayer(dim, head_dim=config.head_dim, drop_path=next(drop_path), **dd)
+                for kind in kinds
+            ]
+            arriving = [
+                (bridge, HiddenStateBridge(config.dims[bridge.source.stage], dim, **dd))
+                for bridge in bridges
+                if bridge.target.stage == index
+            ]
+            self.stages.append(Stage(index, merge, layers, arriving, carried))
+            self.feature_info.append({"num_chs": dim, "reduction": config.strides[index], "module": f"stages.{index}"})
+        self.norm: nn.Module = nn.LayerNorm(config.dims[-1], **dd)
+        self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
+        self.apply(_initialise)
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """image -> normalised last feature map [B, C4, H/32, W/32]."""
+        x = self.position(self.stem(image))
+        states: States = {}
+        for stage in self.stages:
+            x, states = stage(x, states)
+        return _nchw(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(image))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of the stages (timm's method): a list [B, C_i, H_i, W_i], and the final map before it unless
+        `intermediates_only`. indices: the last n stages, these stages, or all; norm: normalise the last stage's map.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
+        shaped = _nchw if output_fmt == "NCHW" else torch.Tensor.contiguous
+        take, last = feature_take_indices(len(self.stages), indices)
+        x = self.position(self.stem(x))
+        states: States = {}
+        maps = []
+        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x, states = stage(x, states)
+            if index in take:
+                maps.append(shaped(self.norm(x) if norm and index == len(self.config.dims) - 1 else x))
+        if intermediates_only:
+            return maps
+        return shaped(self.norm(x) if index == len(self.config.dims) - 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the feature maps `indices` do not need; returns the indices kept."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        cut = last < len(self.stages) - 1
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        self.stages = self.stages[: last + 1]
+        if cut:
+            self.num_features = self.head_hidden_size = self.config.dims[last]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by one for `num_classes` (0: none); the rest keeps its weights."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer in the backward instead of keeping its activations."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {"position.weight"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups for layer-wise learning-rate decay: the stem, then every layer with what feeds it."""
+        layers = [
+            (r"^stages\.(\d+)\.merge", (0,)),
+            (r"^stages\.(\d+)\.layers\.(\d+)", None),
+            (r"^stages\.(\d+)\.bridges", (0,)),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem|^position", "blocks": r"^stages\.(\d+)" if coarse else layers}
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2).contiguous()
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normals of 0.02 (ViT's and Swin's); layers set what is particular to them (decay, bonus, mixes)."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        # variance-preserving: patches and depth-wise windows have few inputs, where 0.02 would all but silence them
+        nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, PositionEmbedding):
+        trunc_normal_(module.weight, std=0.02)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a network is: `SolaConfig`, and the family as functions whose columns read like Table 7. No torch.
+
+Depths are not stored: the schedule has them. The seed sizes are the paper's; nano is ours.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sola_vision.schedule import Bridges, Schedule, parse_bridges, parse_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolaConfig:
+    """A SoLA-Vision network. Raises ValueError for whatever does not fit together.
+
+    schedule: the layers, such as "LL/LL/LLSLLS/LS"; as many stages as `dims`.
+    dims: channels of each stage.
+    bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6", or "paper" for Table 7's.
+    patch_size: pixels a side of a stem patch; stage s has stride patch_size * 2^s.
+    img_size: pixels a side that the position embedding is laid out for; other sizes interpolate it.
+    head_dim: channels of an attention head.
+    token_shift: whether linear layers mix each token with its shifted neighbours.
+    drop_path_rate: stochastic depth of the last layer; grows linearly with depth.
+    """
+
+    schedule: str
+    dims: tuple[int, ...]
+    bridges: str = ""
+    patch_size: int = 4
+    img_size: int = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    head_dim: int = 32
+    token_shift: bool = True
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        schedule = parse_schedule(self.schedule)
+        object.__setattr__(self, "dims", tuple(self.dims))
+        if len(self.dims) != len(schedule.stages):
+            raise ValueError(
+                f"schedule {self.schedule!r} has {len(schedule.stages)} stages but dims {self.dims} has "
+                f"{len(self.dims)} numbers: give one number of channels a stage"
+            )
+        for name in ("patch_size", "img_size", "in_chans", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.dims) < 1 or self.num_classes < 0:
+            raise ValueError(f"dims {self.dims} must be positive and num_classes {self.num_classes} not negative")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
+        for stage, (kinds, dim) in enumerate(zip(schedule.stages, self.dims, strict=True)):
+            if "S" in kinds and dim % self.head_dim:
+                raise ValueError(
+                    f"stage {stage + 1} has softmax layers, so its {dim} channels must be a multiple of "
+                    f"head_dim={self.head_dim}: change one of them"
+                )
+        if self.bridges == "paper":
+            object.__setattr__(self, "bridges", _paper_bridges(self.schedule))
+        parse_bridges(self.bridges, schedule)
+
+    @property
+    def parsed_schedule(self) -> Schedule:
+        return parse_schedule(self.schedule)
+
+    @property
+    def parsed_bridges(self) -> Bridges:
+        return parse_bridges(self.bridges)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between neighbouring tokens, a number a stage: 4, 8, 16, 32 for the family."""
+        return tuple(self.patch_size * 2**stage for stage in range(len(self.dims)))
+
+    def with_changes(self, **changes: Any) -> "SolaConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+# fmt: off
+_SOLA      = "LL/LL/LLSLLS/LS"
+_SOLA_BASE = "LL/LL/LLLSLLSLLSLLSLLS/LS"
+
+# Table 7. Its column for B counts the layers of stage 3 from zero (S at 4, 7, 10, 13, 16); T and S count from one.
+_BRIDGES = {
+    _SOLA:      "1.2>3.3 2.2>3.6 3.2>4.2",
+    _SOLA_BASE: "1.2>3.4 1.2>3.7 2.2>3.10 2.2>3.13 3.2>3.16 3.2>4.2",
+}
+# fmt: on
+
+
+def _paper_bridges(schedule: str) -> str:
+    if schedule not in _BRIDGES:
+        raise ValueError(
+            f"bridges='paper' belongs to Table 7's schedules {' and '.join(_BRIDGES)}, not to {schedule!r}: "
+            "name the bridges, such as bridges='1.2>3.3', or leave them out"
+        )
+    return _BRIDGES[schedule]
+
+
+# Stochastic depth: the paper follows Swin's strategy without naming its rates.
+# not in the paper: 0.1 / 0.2 / 0.5; Swin has 0.2 / 0.3 / 0.5 for 28 to 88 M, and tiny is far smaller than Swin-T.
+# fmt: off
+def nano(**changes: Any) -> SolaConfig:
+    """1.5 M parameters; not in the paper: for quick starts, tests and studies on two cores."""
+    return SolaConfig(schedule=_SOLA,      dims=(48, 64, 96, 128)).with_changes(**changes)
+
+
+def tiny(**changes: Any) -> SolaConfig:
+    """SoLA-T of Table 7: 6.2 M parameters, 1.9 GMACs at 224 x 224."""
+    return SolaConfig(schedule=_SOLA,      dims=(96, 128, 192, 256),   drop_path_rate=0.1).with_changes(**changes)
+
+
+def small(**changes: Any) -> SolaConfig:
+    """SoLA-S of Table 7: 31.1 M parameters, 4.9 GMACs at 224 x 224."""
+    return SolaConfig(schedule=_SOLA,      dims=(96, 192, 384, 768),   drop_path_rate=0.2).with_changes(**changes)
+
+
+def base(**changes: Any) -> SolaConfig:
+    """SoLA-B of Table 7: 88.4 M parameters, 15.4 GMACs at 224 x 224."""
+    return SolaConfig(schedule=_SOLA_BASE, dims=(128, 256, 512, 1024), drop_path_rate=0.5).with_changes(**changes)
+# fmt: on

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the network. Every layer takes and returns [B, H, W, C]."""
+
+from sola_vision.layers.bridge import HiddenStateBridge
+from sola_vision.layers.linear import ChannelMix, LinearLayer, LinearMixer
+from sola_vision.layers.patches import PatchMerging, PositionEmbedding, Stem
+from sola_vision.layers.softmax import ConvMlp, SoftmaxLayer, SoftmaxMixer
+from sola_vision.layers.token_shift import quad_shift, token_shift
+
+__all__ = [
+    "ChannelMix",
+    "ConvMlp",
+    "HiddenStateBridge",
+    "LinearLayer",
+    "LinearMixer",
+    "PatchMerging",
+    "PositionEmbedding",
+    "SoftmaxLayer",
+    "SoftmaxMixer",
+    "Stem",
+    "quad_shift",
+    "token_shift",
+]

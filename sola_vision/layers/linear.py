@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layer (L): spatial mix by Bi-WKV attention, then channel mix, two residuals (section 4.4, Fig. 4c).
+
+    spatial mix   r, k, v = linear(token shift(x));   out = linear(sigmoid(r) * wkv(w, u, k, v))       4 C^2
+    channel mix   r, k    = linear(token shift(x));   out = sigmoid(r) * linear(relu(k)^2)             9 C^2
+
+[B, H, W, C] throughout; tokens are the pixels in raster order, N = H W.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from sola_vision.layers.token_shift import token_shift
+from sola_vision.ops import wkv
+
+
+def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """How much of the token itself each channel keeps, from 0 to 1 over the channels: some look at the neighbour, some
+    at the token, most in between (RWKV's initialisation; Vision-RWKV keeps it).
+    """
+    ramp = torch.arange(dim, device=device, dtype=torch.float32) / max(1, dim - 1)
+    return nn.Parameter((ramp**power).to(dtype or torch.get_default_dtype()))
+
+
+class LinearMixer(nn.Module):
+    """Bi-WKV attention (eq. 9) with its receptance gate; also returns the read-out, which a bridge may carry on."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        token_shift: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.key = nn.Linear(dim, dim, bias=False, **dd)
+        self.value = nn.Linear(dim, dim, bias=False, **dd)
+        self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.decay = nn.Parameter(torch.empty(dim, **dd))
+        self.bonus = nn.Parameter(torch.empty(dim, **dd))
+        self.token_shift = token_shift
+        if token_shift:
+            self.mix_receptance = _interpolation(dim, 0.5, **dd)
+            self.mix_key = _interpolation(dim, 1.0, **dd)
+            self.mix_value = _interpolation(dim, 1.0, **dd)
+        self.reset_decay()
+
+    @torch.no_grad()
+    def reset_decay(self) -> None:
+        """Decay rates from the whole image to a few tokens, and a bonus around ln 0.3 (Vision-RWKV's)."""
+        # not in the paper: its analysis needs w > 0, while Vision-RWKV starts most channels at w < 0, where the weight
+        # grows with distance. Powers from 1 to 64 make the range of eq. 5 from all N tokens down to N / 64.
+        ramp = torch.linspace(0, 1, self.decay.shape[0], device=self.decay.device)
+        self.decay.copy_(64**ramp)
+        zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1
+        self.bonus.copy_(-1.2 + 0.5 * zigzag)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] -> the same, and the read-out wkv_t before the gate [B, H, W, C]."""
+        xr = xk = xv = x
+        if self.token_shift:
+            xr, xk, xv = token_shift(x, self.mix_receptance, self.mix_key, self.mix_value)
+        key, value = self.key(xk).flatten(1, 2), self.value(xv).flatten(1, 2)  # [B, N, C]
+        readout = wkv(self.decay, self.bonus, key, value).unflatten(1, x.shape[1:3])
+        return self.output(torch.sigmoid(self.receptance(xr)) * readout), readout
+
+
+class ChannelMix(nn.Module):
+    """The linear layer's feed-forward half: squared ReLU under a receptance gate."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        token_shift: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        # not in the paper: ratio 4, which the parameter counts of Tables 3 and 7 imply
+        self.key = nn.Linear(dim, 4 * dim, bias=False, **dd)
+        self.value = nn.Linear(4 * dim, dim, bias=False, **dd)
+        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.token_shift = token_shift
+        if token_shift:
+            self.mix_key = _interpolation(dim, 1.0, **dd)
+            self.mix_receptance = _interpolation(dim, 1.0, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> the same."""
+        xk = xr = x
+        if self.token_shift:
+            xk, xr = token_shift(x, self.mix_key, self.mix_receptance)
+        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+
+
+class LinearLayer(nn.Module):
+    """One letter L of a schedule."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        token_shift: bool = True,
+        drop_path: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = LinearMixer(dim, token_shift=token_shift, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.channel_mix = ChannelMix(dim, token_shift=token_shift, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] -> the same, and the hidden state's read-out [B, H, W, C] for bridges."""
+        mixed, readout = self.mixer(self.norm1(x))
+        x = x + self.drop_path(mixed)
+        return x + self.drop_path(self.channel_mix(self.norm2(x))), readout

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The softmax layer (S): ViT's global multi-head self-attention, then an MLP with a 3x3 depth-wise convolution
+(section 4.4). Two residuals, [B, H, W, C] throughout; no windows: every token sees every token.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+
+class SoftmaxMixer(nn.Module):
+    """Multi-head self-attention over all tokens (eq. 1)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int = 32,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(f"SoftmaxMixer: dim={dim} must be a multiple of head_dim={head_dim}")
+        # not in the paper: 32 channels a head, as in Swin
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.output = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> the same."""
+        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, heads, head_dim]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, N, head_dim]
+        return self.output(mixed.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+
+
+class ConvMlp(nn.Module):
+    """Linear, 3x3 depth-wise convolution, GELU, linear, at four times the width."""
+
+    def __init__(self, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, 4 * dim, **dd)
+        self.depthwise = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim, **dd)
+        self.fc2 = nn.Linear(4 * dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, H, W, C] -> the same."""
+        x = self.fc1(x).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
+        # not in the paper: before the activation, as in PVT v2, which introduced this MLP
+        x = self.depthwise(x).permute(0, 2, 3, 1)
+        return self.fc2(nn.functional.gelu(x))
+
+
+class SoftmaxLayer(nn.Module):
+    """One letter S of a schedule."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        head_dim: int = 32,
+        drop_path: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = SoftmaxMixer(dim, head_dim=head_dim, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = ConvMlp(dim, **dd)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """x [B, H, W, C] -> the same, and None: attention has no hidden state that a bridge could carry."""
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x))), None

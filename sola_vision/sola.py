@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family in timm's registry: `timm.create_model("sola_tiny", ...)`; it files them under this module's name."""
+
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from sola_vision import config
+from sola_vision.backbone import SolaVision
+
+
+def _cfg(**changes: Any) -> dict[str, Any]:
+    return {
+        "url": "",  # no weights are published: pretrained=True says so
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "fixed_input_size": False,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "stem.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2601.11164",
+        **changes,
+    }
+
+
+default_cfgs = generate_default_cfgs({f"sola_{size}.untrained": _cfg() for size in ("nano", "tiny", "small", "base")})
+
+
+def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
+    def build(
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **changes: Any,
+    ) -> SolaVision:
+        # what is left must be a field of SolaConfig: an unknown name is a TypeError
+        built = size.with_changes(**changes)
+        return SolaVision(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+
+    if kwargs.get("feature_cls", "getter") != "getter":
+        raise ValueError(
+            f"feature_cls={kwargs['feature_cls']!r}: bridges cross the stages, so feature maps come from "
+            "forward_intermediates; leave feature_cls out or give 'getter'"
+        )
+    stages = len(kwargs.get("dims") or size.dims)
+    feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
+    return build_model_with_cfg(build, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def sola_nano(pretrained: bool = False, **kwargs: Any) -> SolaVision:
+    """1.5 M parameters, for quick starts and studies; every field of SolaConfig is an argument."""
+    return _create("sola_nano", config.nano(), pretrained, **kwargs)
+
+
+@register_model
+def sola_tiny(pretrained: bool = False, **kwargs: Any) -> SolaVision:
+    """SoLA-T of Table 7; every field of SolaConfig is an argument."""
+    return _create("sola_tiny", config.tiny(), pretrained, **kwargs)
+
+
+@register_model
+def sola_small(pretrained: bool = False, **kwargs: Any) -> SolaVision:
+    """SoLA-S of Table 7; every field of SolaConfig is an argument."""
+    return _create("sola_small", config.small(), pretrained, **kwargs)
+
+
+@register_model
+def sola_base(pretrained: bool = False, **kwargs: Any) -> SolaVision:
+    """SoLA-B of Table 7; every field of SolaConfig is an argument."""
+    return _create("sola_base", config.base(), pretrained, **kwargs)

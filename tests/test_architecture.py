@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports point one way: ops make layers, layers make a backbone, tasks train it. And files stay readable."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "sola_vision"
+
+# a room may import itself and the rooms named here
+MAY_IMPORT = {
+    "version": set(),
+    "schedule": set(),
+    "config": {"schedule"},
+    "ops": set(),
+    "layers": {"ops"},
+    "backbone": {"config", "schedule", "layers", "ops"},
+    "sola": {"config", "backbone", "layers", "ops"},
+    "data": set(),
+    "engine": set(),
+    "tasks": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "version"},
+    "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola"},
+    "search": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
+}
+WITHOUT_TORCH = ("schedule", "config", "version")
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        allowed = MAY_IMPORT.get(room(path))
+        if allowed is None:
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "sola_vision" and len(parts) > 1 and parts[1] not in allowed | {room(path)}:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert wrong == []
+
+
+def test_the_mini_languages_do_not_need_torch():
+    for name in WITHOUT_TORCH:
+        assert not any(i.split(".")[0] in ("torch", "timm") for i in imports(PACKAGE / f"{name}.py"))
+
+
+def test_files_can_be_read_in_one_sitting():
+    long = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in PACKAGE.rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > (700 if room(path) == "ops" else 400)
+    }
+    assert long == {}
+
+
+def test_weights_are_never_unpickled_freely():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path

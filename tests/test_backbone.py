@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network: the paper's parameter totals, any image size, gradients everywhere, bridges, timm's contract."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sola_vision import SolaConfig, SolaVision, base, nano, ops, small, tiny
+from sola_vision.layers import LinearLayer, SoftmaxLayer
+
+SMALL = {"dims": (8, 16, 32, 64), "num_classes": 5}
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return SolaVision(nano(**{**SMALL, **changes})).eval()
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("size", "total"), [(tiny, 6_237_536), (small, 31_057_248), (base, 88_437_888)])
+def test_parameters_equal_the_reconstruction(size, total):
+    assert count(SolaVision(size(num_classes=0), device="meta")) == total
+
+
+@pytest.mark.parametrize("size", [tiny, small, base])
+def test_a_bridge_adds_source_times_target_plus_target_squared(size):
+    config = size(num_classes=0, bridges="paper")
+    added = count(SolaVision(config, device="meta")) - count(SolaVision(size(num_classes=0), device="meta"))
+    dims = config.dims
+    ends = [(dims[b.source.stage], dims[b.target.stage]) for b in config.parsed_bridges.bridges]
+    assert added == sum(s * t + t * t for s, t in ends)
+
+
+@pytest.mark.parametrize("dim", [32, 96])
+def test_layers_have_the_parameters_the_paper_implies(dim):
+    assert count(LinearLayer(dim)) == 13 * dim**2 + 11 * dim
+    assert count(LinearLayer(dim, token_shift=False)) == 13 * dim**2 + 6 * dim
+    assert count(SoftmaxLayer(dim)) == 12 * dim**2 + 36 * dim + 17 * dim
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 33), (64, 48), (97, 131), (224, 32)])
+@pytest.mark.parametrize("bridges", ["", "paper"])
+def test_any_image_size_gives_maps_at_strides_4_to_32(size, bridges):
+    model = build(bridges=bridges)
+    image = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        maps = model.forward_intermediates(image, intermediates_only=True)
+        logits = model(image)
+    assert logits.shape == (2, 5)
+    assert torch.isfinite(logits).all()
+    for stride, channels, feature in zip((4, 8, 16, 32), SMALL["dims"], maps, strict=True):
+        assert feature.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
+
+
+def test_an_image_does_not_see_its_neighbours_in_the_batch():
+    model = build(bridges="paper")
+    images = torch.randn(3, 3, 40, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bridges": "paper"},
+        {"token_shift": False},
+        {"schedule": "LL/LL/LLLLLL/LL"},
+        {"schedule": "SS/SS/SSSSSS/SS", "head_dim": 8},
+        {"schedule": "L/S/L/S", "bridges": "1.1>2.1 1.1>4.1 3.1>4.1", "head_dim": 16},
+        {"schedule": "LLSL", "dims": (64,), "patch_size": 16},
+    ],
+)
+def test_every_parameter_gets_a_gradient(changes):
+    model = build(**changes).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_a_bridge_carries_the_source_state_into_the_target_only():
+    model = build(bridges="2.2>3.3")
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model.forward_intermediates(image, intermediates_only=True)
+        model.stages[2].bridges[0].proj.weight.zero_()
+        without = model.forward_intermediates(image, intermediates_only=True)
+    plain = build()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".bridges." not in k})
+    with torch.no_grad():
+        expected = plain.forward_intermediates(image, intermediates_only=True)
+    torch.testing.assert_close(without, expected)
+    torch.testing.assert_close(before[:2], without[:2])
+    assert not torch.allclose(before[2], without[2])
+
+
+def test_several_bridges_into_one_layer_add_up():
+    model = build(bridges="1.2>3.3 2.2>3.3")
+    stage = model.stages[2]
+    x = torch.randn(1, 4, 4, 32)
+    states = {b.source: torch.randn(1, 8, 8, SMALL["dims"][b.source.stage]) for b in stage.bridge_ends}
+    seen = []
+    stage.layers[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        stage.merge = nn.Identity()
+        y = x
+        for layer in stage.layers[:2]:
+            y, _ = layer(y)
+        expected = y + sum(b(y, states[e.source]) for b, e in zip(stage.bridges, stage.bridge_ends, strict=True))
+        stage(x, states)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("bridges", ["", "paper"])
+def test_activation_checkpointing_changes_nothing(bridges):
+    model = build(bridges=bridges).train()
+    image = torch.randn(2, 3, 32, 48)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(image).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+def test_stochastic_depth_grows_linearly_and_acts_in_training_only():
+    model = build(drop_path_rate=0.3)
+    rates = [layer.drop_path.drop_prob for stage in model.stages for layer in stage.layers]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.3, 12))
+    image = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), model(image), rtol=0, atol=0)
+        assert not torch.equal(model.train()(image), model(image))
+
+
+def test_position_embedding_is_exact_on_its_own_grid_and_interpolated_elsewhere():
+    model = build(img_size=64)
+    weight = model.position.weight
+    own = model.position(torch.zeros(1, 16, 16, 8))
+    torch.testing.assert_close(own, weight.permute(0, 2, 3, 1))
+    other = model.position(torch.zeros(1, 9, 31, 8))
+    assert other.shape == (1, 9, 31, 8)
+    weight.data.fill_(0.25)
+    torch.testing.assert_close(model.position(torch.zeros(1, 9, 31, 8)), torch.full((1, 9, 31, 8), 0.25))
+
+
+def test_the_path_of_the_operator_is_invisible_in_results_and_keys():
+    model = build(bridges="paper")
+    image = torch.randn(1, 3, 40, 24)
+    with torch.no_grad():
+        expected = model(image)
+        for path in ("reference", "portable"):
+            with ops.use(path):
+                torch.testing.assert_close(model(image), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_network_runs_in_other_dtypes(dtype):
+    model = build(bridges="paper").to(dtype)
+    out = model(torch.randn(1, 3, 33, 33, dtype=dtype))
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+
+
+def test_autocast_stays_near_float32():
+    model = build()
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(image)
+    assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", ["sola_nano", "sola_tiny", "sola_small", "sola_base"])
+def test_timm_creates_the_family_by_name(name):
+    assert timm.is_model(name)
+    assert name in timm.list_models(module="sola")
+    model = timm.create_model(name, num_classes=7, device="meta", bridges="paper", drop_path_rate=0.4)
+    assert model.num_classes == 7
+    assert model.config.drop_path_rate == 0.4
+    features = timm.create_model(name, features_only=True, out_indices=(1, 3), device="meta")
+    assert features.feature_info.reduction() == [8, 32]
+    assert features.feature_info.channels() == [model.config.dims[1], model.config.dims[3]]
+
+
+def test_timm_refuses_what_it_cannot_do():
+    with pytest.raises(TypeError, match="shedule"):
+        timm.create_model("sola_nano", shedule="LL/LL/LLSLLS/LS")
+    with pytest.raises(ValueError, match="forward_intermediates"):
+        timm.create_model("sola_nano", features_only=True, feature_cls="list")
+    with pytest.raises(RuntimeError, match="sola_nano"):
+        timm.create_model("sola_nano", pretrained=True)
+
+
+def test_timm_schedule_and_dims_are_arguments():
+    model = timm.create_model(
+        "sola_tiny", schedule="LLLSLL", dims=(192,), patch_size=16, num_classes=0, features_only=True
+    )
+    maps = model(torch.randn(1, 3, 64, 96))
+    assert [m.shape for m in maps] == [(1, 192, 4, 6)]
+    assert model.feature_info.reduction() == [16]
+
+
+def test_reset_classifier_keeps_the_backbone():
+    model = build()
+    image = torch.randn(1, 3, 32, 32)
+    features = model.forward_features(image)
+    model.reset_classifier(3)
+    assert model(image).shape == (1, 3)
+    model.reset_classifier(0)
+    assert model(image).shape == (1, 64)
+    torch.testing.assert_close(model.forward_features(image), features)
+
+
+def test_group_matcher_orders_every_parameter_by_depth():
+    from timm.models import group_parameters
+
+    model = build(bridges="paper")
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    assert groups["stem.proj.weight"] == groups["position.weight"] == 0
+    order = [groups[f"stages.{s}.layers.{n}.norm1.weight"] for s, d in enumerate((2, 2, 6, 2)) for n in range(d)]
+    assert order == sorted(set(order))
+    assert groups["head.fc.weight"] >= order[-1]
+
+
+def test_config_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match="multiple of head_dim"):
+        SolaVision(SolaConfig(schedule="S", dims=(33,)))

@@ -48,6 +48,7 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         self.classes = listing.check_classes(classes)
         self._base = listing.where
         self._archives = listing.archives
+        self._inside = listing.inside
         labels = {name: label for label, name in enumerate(self.classes)}
         found = sorted(listing.files, key=lambda file: (file[0], file[1], file[2]))
         self.samples = [name for _, name, *_ in found]
@@ -71,18 +72,19 @@ class ImageFolder(Dataset[tuple[Any, int]]):
 
     def location(self, index: int) -> str:
         """Where sample `index` lies, for people: a path, or ARCHIVE.tar:PATH."""
-        base = self._base
-        if len(self._archives) > 1:
-            base = self._archives[int(self._places[index][0])].path + ":"
-        return _printable(base + ("" if base.endswith(":") else "/") + self.samples[index])
+        if not self._archives:
+            return _printable(os.path.join(self._base, self.samples[index]))
+        archive = self._archives[int(self._places[index][0])]
+        return _printable(f"{archive.path}:{self._inside}{self.samples[index]}")
 
 
 class _Listing:
     """What was found below one split, before it is checked. A class may be there without a single image."""
 
     def __init__(self, where: str, archives: list[tar.Archive]) -> None:
-        self.where = where  # a folder, ARCHIVE.tar:FOLDER, or the first of several ARCHIVE.tar:
+        self.where = where  # for people: a folder, or ARCHIVE.tar:FOLDER (of several shards the first)
         self.archives = archives
+        self.inside = ""  # path of the split in its archives, with a slash behind it
         self.found_classes: set[str] = set()
         self._files: dict[tuple[int, str], tuple[str, int, int]] = {}
         self.hidden = 0
@@ -214,6 +216,7 @@ def _split_of_tar(path: Path, split: str, choices: Sequence[str]) -> _Listing:
         raise _no_split(path, choices, splits)
     prefix = (*top, chosen)
     listing = _Listing(f"{path}:{'/'.join(prefix)}", [archive])
+    listing.inside = "/".join(prefix) + "/"
     inside = [m._replace(parts=m.parts[len(prefix) :]) for m in members if m.parts[: len(prefix)] == prefix]
     _add_members(listing, 0, inside)
     listing.unsafe = sum(not parts and not member.is_folder for parts, member in zip(paths, members, strict=True))
@@ -241,6 +244,7 @@ def _scan_shards(shards: Sequence[Path], name: str) -> _Listing:
         listing.unsafe += sum(not member.parts and not member.is_folder for member in members)
     if strip:
         listing.where += name
+        listing.inside = f"{name}/"
     return listing
 
 

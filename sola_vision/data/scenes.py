@@ -22,7 +22,7 @@ CLASSES = ("disc", "square", "triangle", "cross")
 # areas as parts of the shorter side's square
 _LARGEST = (0.07, 0.16)
 _SMALLEST = 0.008
-_SMALLEST_PIXELS = 16
+_SMALLEST_PIXELS = 8
 _SECOND = 0.5  # of the largest shape's area, at most: the scene's class is never in doubt
 _TURN = math.pi / 9  # shapes turn by up to 20 degrees either way
 

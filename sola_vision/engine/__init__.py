@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training loop for every task: `fit(task, model, train_set, val_set, config, folder)`.
+
+It knows a protocol, not a task, and nothing of the rest of the package. `loop` is the file to read first.
+"""
+
+from .checkpoint import LoadReport, load_weights, read_metadata, save_weights
+from .config import Task, TrainConfig
+from .distributed import World, all_reduce_sum, distributed, gather_objects
+from .loading import EvaluationBatches, to_device
+from .loop import TrainingStopped, check_folder, evaluate, fit
+from .optim import lr_at
+
+__all__ = [
+    "EvaluationBatches",
+    "LoadReport",
+    "Task",
+    "TrainConfig",
+    "TrainingStopped",
+    "World",
+    "all_reduce_sum",
+    "check_folder",
+    "distributed",
+    "evaluate",
+    "fit",
+    "gather_objects",
+    "load_weights",
+    "lr_at",
+    "read_metadata",
+    "save_weights",
+    "to_device",
+]

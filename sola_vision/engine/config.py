@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is: the numbers of training (`TrainConfig`) and the problem that is trained (`Task`).
+
+Both are all that the loop knows. The configuration is flat, so that every field is one option of the command
+line; a task is a loss, an evaluation and the name of the metric that chooses the best checkpoint.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How to train: optimiser, schedule, precision, processes and bookkeeping. The defaults are Swin's on ImageNet.
+
+    Args:
+        epochs: passes over the training set.
+        steps: optimiser steps of the whole run; overrides epochs.
+        batch_size: images a step, over all processes and accumulated micro-batches.
+        accumulate: micro-batches whose gradients add up to one step.
+        optimizer: a timm optimiser name, such as adamw, sgd or lamb.
+        lr: highest learning rate.
+        min_lr: learning rate at the end (schedules cosine and poly).
+        weight_decay: not applied to biases, norms and what the model's no_weight_decay() names.
+        clip: largest norm of the gradient; null = no clipping.
+        layer_decay: factor on the learning rate from each layer to the one below; null = off.
+        schedule: cosine, poly (linear to min_lr) or multistep (a tenth at each milestone).
+        milestones: epochs at which multistep divides the learning rate by ten.
+        warmup_epochs: epochs in which the learning rate rises linearly from warmup_lr.
+        warmup_steps: the same in steps; overrides warmup_epochs.
+        warmup_lr: learning rate of the first step of the warm-up.
+        amp: autocast to bf16 or fp16 (the latter with loss scaling); none = float32.
+        ema: decay of the moving average of the weights that is evaluated and kept; 0 = off.
+        strategy: ddp (every process holds the model) or fsdp (FSDP2: parameters are shared out).
+        compile: run the model through torch.compile.
+        device: auto (CUDA where there is one, else the CPU), or a torch device such as cpu or cuda.
+        seed: of data order, augmentation, stochastic depth and mixing.
+        workers: processes that load images, for each training process.
+        evaluate_every: epochs between evaluations; the end of the run is always evaluated.
+        save_seconds: seconds between checkpoints within an epoch (every evaluation saves one as well).
+        save_steps: also save a checkpoint every so many steps.
+        log_every: steps between training records; each is the mean of the steps since the one before.
+        max_corrupt: share of a set's images that may be unreadable before the run stops (one always may,
+            unless this is 0).
+    """
+
+    epochs: int = 300
+    steps: int | None = None
+    batch_size: int = 1024
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    clip: float | None = 5.0
+    layer_decay: float | None = None
+    schedule: Literal["cosine", "poly", "multistep"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    warmup_epochs: float = 20
+    warmup_steps: int | None = None
+    warmup_lr: float = 1e-6
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    ema: float = 0.0
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    evaluate_every: int = 1
+    save_seconds: float = 600.0
+    save_steps: int | None = None
+    log_every: int = 50
+    max_corrupt: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "steps", "batch_size", "accumulate", "evaluate_every", "save_steps", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name in ("lr", "clip", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        for name in ("min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "workers", "save_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value} must not be negative")
+        for name, choices in (
+            ("schedule", ("cosine", "poly", "multistep")),
+            ("amp", ("none", "bf16", "fp16")),
+            ("strategy", ("ddp", "fsdp")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema} must lie in [0, 1)")
+        if not 0 <= self.max_corrupt <= 1:
+            raise ValueError(f"max_corrupt={self.max_corrupt} must lie in [0, 1]")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
+        if self.schedule == "multistep" and not self.milestones:
+            raise ValueError("schedule='multistep' needs milestones, the epochs at which the learning rate drops")
+
+
+class Task(Protocol):
+    """A problem to train on. `metric` is the key of evaluate()'s result that chooses the best weights; more is better."""
+
+    metric: str
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar that is minimised and the parts of it to log (the same keys in every step).
+
+        `model` has to be called as a whole, `model(images)`: that call is where DDP and FSDP hook in.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+        """Metrics over this process's batches (on the device already); the same numbers on every process."""
+        ...

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a dataset to batches on the device: the same ones for every number of workers, and after every resumption.
+
+The order of images is a function of (seed, epoch), an image's augmentation one of (seed, epoch, index); resuming
+therefore means to begin at another step, and no random state is ever saved. An image that cannot be read
+(OSError or ValueError) is replaced by the next one in training and left out in evaluation.
+"""
+
+import hashlib
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from .config import TrainConfig
+from .distributed import World, gather_objects
+
+Failures = list[tuple[int, str]]  # (index, what the dataset said)
+Collate = Callable[[list[Any]], Any]
+
+_MISSING = object()
+
+
+def seed_from(*key: int | str) -> int:
+    """63 bits that are the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_all(*key: int | str) -> None:
+    """Seed every global generator, those of the accelerators too."""
+    seed = seed_from(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _seeded(*key: int | str) -> Iterator[None]:
+    """Seeded generators of the CPU (timm's transforms use all three), which get their state back afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = seed_from(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class Skipped:
+    """The images of a set that could not be read, and how many of them a run puts up with."""
+
+    def __init__(self, what: str, size: int, max_corrupt: float, known: dict[int, str] | None = None) -> None:
+        self.what = what
+        self.size = size
+        self.max_corrupt = max_corrupt
+        # one bad file must not stop a set of fifty images, unless no bad file is wanted at all
+        self.limit = max(int(max_corrupt * size), 1 if max_corrupt > 0 else 0)
+        self.known = dict(known or {})  # the same on every process
+        self.fresh: dict[int, str] = {}  # seen by this process and not yet shared
+
+    def note(self, failures: Failures) -> None:
+        self.fresh.update((index, text) for index, text in failures if index not in self.known)
+
+    def share(self, say: Callable[[str], None]) -> None:
+        """Together with all processes: name what is new, once, and stop the run if it is too much."""
+        for index, text in sorted(gather_objects(list(self.fresh.items()))):
+            if index not in self.known:
+                self.known[index] = text
+                say(f"skipped {self.what} image {index}: {text}")
+        self.fresh.clear()
+        self.check()
+
+    def check(self) -> None:
+        bad = self.known | self.fresh
+        if len(bad) > self.limit:
+            raise ValueError(
+                f"{len(bad)} of the {self.size} {self.what} images cannot be read, more than the {self.limit} that "
+                f"max_corrupt={self.max_corrupt} allows: repair or remove them; the first: {next(iter(bad.values()))}"
+            )
+
+
+class _Readable(Dataset[tuple[Any, Failures]]):
+    """(epoch, index) -> a sample and the failures on the way to it."""
+
+    def __init__(self, base: Dataset[Any], seed: int, tries: int) -> None:
+        self.base = base
+        self.seed = seed
+        self.tries = tries
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Failures]:
+        epoch, index = key
+        failures: Failures = []
+        size = len(self.base)  # type: ignore[arg-type]
+        for at in ((index + offset) % size for offset in range(min(self.tries, size))):
+            try:
+                with _seeded(self.seed, epoch, at):
+                    return self.base[at], failures
+            except (OSError, ValueError) as error:
+                failures.append((at, " ".join(str(error).split()) or type(error).__name__))
+        return _MISSING, failures
+
+
+class _Collate:
+    """Samples -> a batch (None if nothing is left) and all their failures."""
+
+    def __init__(self, collate: Collate | None, whole: bool) -> None:
+        self.collate = collate or default_collate
+        self.whole = whole
+
+    def __call__(self, items: list[tuple[Any, Failures]]) -> tuple[Any, Failures]:
+        samples = [sample for sample, _ in items if sample is not _MISSING]
+        complete = len(samples) == len(items) if self.whole else bool(samples)
+        return self.collate(samples) if complete else None, [failure for _, some in items for failure in some]
+
+
+class MicroBatches(Sampler[list[tuple[int, int]]]):
+    """One process's micro-batches of steps [start, stop), as lists of (epoch, index); an epoch's rest is dropped."""
+
+    def __init__(self, size: int, config: TrainConfig, world: World, start: int, stop: int) -> None:
+        self.size, self.config, self.world, self.start, self.stop = size, config, world, start, stop
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        config, world = self.config, self.world
+        count = micro_batch_size(config, world)
+        epoch_steps = self.size // config.batch_size
+        order: list[int] = []
+        ordered = -1
+        for step in range(self.start, self.stop):
+            epoch, within = divmod(step, epoch_steps)
+            if epoch != ordered:
+                generator = torch.Generator().manual_seed(seed_from(config.seed, "order", epoch))
+                order, ordered = torch.randperm(self.size, generator=generator).tolist(), epoch
+            for micro in range(config.accumulate):
+                first = within * config.batch_size + (micro * world.size + world.rank) * count
+                yield [(epoch, index) for index in order[first : first + count]]
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.config.accumulate
+
+
+def micro_batch_size(config: TrainConfig, world: World) -> int:
+    """Images that one process passes through the model at once."""
+    parts = config.accumulate * world.size
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {parts}: accumulate={config.accumulate} "
+            f"times {world.size} processes"
+        )
+    return config.batch_size // parts
+
+
+def count_epoch_steps(size: int, config: TrainConfig) -> int:
+    if size < config.batch_size:
+        raise ValueError(f"batch_size={config.batch_size} is more than the {size} training images: lower batch_size")
+    return size // config.batch_size
+
+
+def training_batches(
+    dataset: Dataset[Any],
+    config: TrainConfig,
+    world: World,
+    start: int,
+    stop: int,
+    skipped: Skipped,
+    collate: Collate | None,
+) -> Iterator[Any]:
+    """The micro-batches of steps [start, stop), on the device; workers and their look-ahead outlive the epochs."""
+    sampler = MicroBatches(skipped.size, config, world, start, stop)
+    readable = _Readable(dataset, config.seed, tries=skipped.limit + 1)
+    loader = _loader(readable, sampler, _Collate(collate, whole=True), config.workers, world.device)
+    for batch, failures in loader:
+        skipped.note(failures)
+        if batch is None:  # more neighbours than the limit were unreadable: no other process has to confirm that
+            skipped.check()
+        yield to_device(batch, world.device)
+
+
+class EvaluationBatches:
+    """Every image of a set exactly once over all processes, in order, on the device; may be iterated repeatedly."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        world: World,
+        *,
+        batch_size: int,
+        workers: int = 0,
+        seed: int = 0,
+        max_corrupt: float = 0.01,
+        collate: Collate | None = None,
+        known: dict[int, str] | None = None,
+    ) -> None:
+        size = len(dataset)  # type: ignore[arg-type]
+        self.skipped = Skipped("evaluation", size, max_corrupt, known)
+        self.world = world
+        mine = [(-1, index) for index in range(world.rank, size, world.size)]
+        batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        readable = _Readable(dataset, seed, tries=1)
+        self._loader = _loader(readable, batches, _Collate(collate, whole=False), workers, world.device)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, failures in self._loader:
+            self.skipped.note(failures)
+            if self.world.size == 1:  # several processes agree on it after the evaluation, or some would wait for ever
+                self.skipped.check()
+            if batch is not None:
+                yield to_device(batch, self.world.device)
+
+
+def _loader(
+    dataset: Dataset[Any], batches: Any, collate: _Collate, workers: int, device: torch.device
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # without it, every new iterator would draw from the global generator
+    )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group, but the step has to be finished with these workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors in nested tuples, lists and dicts moved, the rest left as it is."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: metrics.jsonl and TensorBoard for machines, standard error for people, a summary for both.
+
+Only the first process writes. Standard output stays free for results.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+METRICS = Path("metrics.jsonl")
+SUMMARY = Path("summary.json")
+
+
+class Log:
+    """`keep` is the length of metrics.jsonl that the resumed state knows of; what a killed run wrote after it goes."""
+
+    def __init__(self, folder: Path, *, main: bool, total: int, step: int = 0, keep: int = 0) -> None:
+        self.main = main
+        self.total = total
+        self.started_at = step
+        if not main:
+            return
+        # slow to import, and only training needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / METRICS).open("ab")
+        self._file.truncate(min(keep, self._file.tell()))
+        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=total, completed=step, numbers="")
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if self.main:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def record(self, kind: str, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the same in TensorBoard. JSON has no nan: such a number becomes null."""
+        if not self.main:
+            return
+        plain = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **plain}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, epoch: float, numbers: Mapping[str, float] | None = None, left: float = 0) -> None:
+        """Moves the bar; without a terminal, one line whenever there are `numbers`."""
+        if not self.main:
+            return
+        text = "" if numbers is None else "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self._bar is not None:
+            fields: dict[str, Any] = {} if numbers is None else {"numbers": text}
+            self._bar.update(self._task, completed=step, description=f"epoch {epoch:.1f}", **fields)
+        elif numbers is not None:
+            self.say(f"epoch {epoch:.2f}  step {step}/{self.total}  {text}  {_duration(left)} left")
+
+    def position(self) -> int:
+        """Length of metrics.jsonl, all of it on the disk."""
+        if not self.main:
+            return 0
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        if self.main:
+            if self._bar is not None:
+                self._bar.stop()
+            self._board.close()
+            self._file.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def surroundings(device: torch.device, processes: int) -> dict[str, Any]:
+    """Where a run took place: hardware, versions, commit, command."""
+    return {
+        "peak_memory_mib": round(_peak_memory(device) / 2**20, 1),
+        "hardware": _hardware(device),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "torchvision", "timm")},
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU where there is one, else of this process without its workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _commit() -> str | None:
+    """Commit of this package's checkout, with a plus if it was changed; None when it is installed without one."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an environment may lie in somebody else's checkout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,470 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: `fit` takes a task, a model and two datasets, and fills a run's folder.
+
+A step is a function of its number: learning rate, images, augmentation and every random draw follow from (seed,
+step), so that a run resumed from `last/` ends with the same bits as one that was never interrupted. Losses,
+failures and requests of all processes travel in one small tensor a step, which an accelerator's host reads one
+step late in order not to wait; before anything is evaluated or saved all of them have been read.
+"""
+
+import copy
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from . import checkpoint, loading, optim
+from .config import Task, TrainConfig
+from .distributed import (
+    Interrupts,
+    World,
+    copy_from_main,
+    distributed,
+    local_gradients,
+    on_main,
+    parallel,
+    share_buffers,
+    whole,
+)
+from .loading import Collate, EvaluationBatches
+from .log import METRICS, SUMMARY, Log, surroundings, write_summary
+
+_FLAGS = ("failures", "stop", "save")
+# these may change from one part of a run to the next without changing its result
+_FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
+
+
+class TrainingStopped(RuntimeError):  # noqa: N818 - an end of the run, as StopIteration is one
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass
+class Progress:
+    """What is saved beside weights and optimiser: where the run is and what it has seen. Plain JSON."""
+
+    step: int = 0
+    evaluated: int = 0  # step of the last evaluation
+    latest: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last training record
+    summed: int = 0
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+    skipped: dict[str, dict[str, str]] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    task: Task,
+    model: nn.Module,
+    train_set: Dataset[Any],
+    val_set: Dataset[Any],
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    metadata: dict[str, str] | None = None,
+    collate: Collate | None = None,
+    eval_collate: Collate | None = None,
+) -> dict[str, Any]:
+    """Train `model` in place and return the summary that is also in the folder.
+
+    `metadata` goes into best.safetensors. With `resume` the run in `folder` goes on where its last checkpoint is.
+    Under torchrun every process calls this alike.
+    """
+    folder = Path(folder)
+    with distributed(config.device) as world, Interrupts() as interrupts:
+        on_main(lambda: check_folder(folder, resume))
+        run = _prepare(task, model, train_set, val_set, config, folder, world, resume, metadata, collate, eval_collate)
+        try:
+            _train(run, interrupts)
+            return _summarise(run)
+        finally:
+            run.log.close()
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuses to overwrite a run, and to resume where there is none. A command line asks before it writes there."""
+    exists = any((folder / name).exists() for name in (METRICS, SUMMARY, checkpoint.STATE, checkpoint.BEST))
+    if exists and not resume:
+        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+    if resume and not exists:
+        raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
+
+
+@torch.no_grad()
+def evaluate(task: Task, model: nn.Module, batches: EvaluationBatches, *, amp: str = "none") -> dict[str, float]:
+    """The task's metrics; `batches.skipped` then knows the images that could not be read."""
+    training = model.training
+    model.eval()
+    try:
+        with whole(model), _autocast(batches.world.device, amp):
+            return {name: float(value) for name, value in task.evaluate(model, batches).items()}
+    finally:
+        model.train(training)
+
+
+@dataclass
+class _Run:
+    """All that the functions below share."""
+
+    task: Task
+    config: TrainConfig
+    folder: Path
+    metadata: Mapping[str, str]
+    world: World
+    epoch_steps: int
+    total: int
+    model: nn.Module
+    trained: nn.Module  # the model, or DDP around it
+    ema: optim.Ema | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    batches: Iterator[Any]
+    held_out: EvaluationBatches
+    skipped: loading.Skipped
+    progress: Progress
+    log: Log
+    reports: "_Reports"
+    began: float = field(default_factory=time.monotonic)
+    saved: float = field(default_factory=time.monotonic)
+    saved_step: int | None = None
+    logged: tuple[int, float] = (0, 0.0)  # step and time of the last training record
+    grad_norm: float = 0.0
+    stop: bool = False
+    save: bool = False
+
+    @property
+    def epoch(self) -> float:
+        return self.progress.step / self.epoch_steps
+
+    @property
+    def best_model(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
+
+
+def _prepare(
+    task: Task,
+    model: nn.Module,
+    train_set: Dataset[Any],
+    val_set: Dataset[Any],
+    config: TrainConfig,
+    folder: Path,
+    world: World,
+    resume: bool,
+    metadata: dict[str, str] | None,
+    collate: Collate | None,
+    eval_collate: Collate | None,
+) -> _Run:
+    size = len(train_set)  # type: ignore[arg-type]
+    epoch_steps = loading.count_epoch_steps(size, config)
+    total = optim.count_steps(config, epoch_steps)
+    micro_batch = loading.micro_batch_size(config, world)
+    _set_precision(world.device)
+
+    model = model.to(world.device)
+    if world.size > 1 and world.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch has none for the CPU
+    copy_from_main(model.state_dict().values())
+    average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
+    if config.compile:
+        for module in (model, average):
+            if module is not None:
+                module.compile()  # in place: the keys of checkpoints stay
+    trained = parallel(model, config.strategy, world)
+    if average is not None and config.strategy == "fsdp":
+        parallel(average, config.strategy, world)
+    optimizer = optim.make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
+
+    saved = on_main(lambda: checkpoint.load_progress(folder)) if resume else None
+    progress = Progress(config=asdict(config)) if saved is None else Progress(**saved)
+    log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
+    known = {name: {int(index): text for index, text in some.items()} for name, some in progress.skipped.items()}
+    skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
+    held_out = EvaluationBatches(
+        val_set,
+        world,
+        batch_size=micro_batch,
+        workers=config.workers,
+        seed=config.seed,
+        max_corrupt=config.max_corrupt,
+        collate=eval_collate or collate,
+        known=known.get("evaluation"),
+    )
+    run = _Run(
+        task=task,
+        config=config,
+        folder=folder,
+        metadata=metadata or {},
+        world=world,
+        epoch_steps=epoch_steps,
+        total=total,
+        model=model,
+        trained=trained,
+        ema=None if average is None else optim.Ema(average, config.ema),
+        optimizer=optimizer,
+        scaler=scaler,
+        batches=loading.training_batches(train_set, config, world, progress.step, total, skipped, collate),
+        held_out=held_out,
+        skipped=skipped,
+        progress=progress,
+        log=log,
+        reports=_Reports(world.device),
+    )
+    if saved is not None:
+        checkpoint.load_state(folder, run.modules, optimizer)
+        scaler.load_state_dict(progress.scaler)
+        run.saved_step = progress.step
+        _compare_configs(run)
+        log.say(f"resuming {folder} at step {progress.step} of {total}")
+    elif resume:
+        log.say(f"{folder} has no checkpoint yet: starting from the beginning")
+    return run
+
+
+def _compare_configs(run: _Run) -> None:
+    before, now = run.progress.config, json.loads(json.dumps(asdict(run.config)))
+    changed = [f"{key}={now[key]} (was {before.get(key)})" for key in now if now[key] != before.get(key)]
+    changed = [text for text in changed if text.partition("=")[0] not in _FREE]
+    if changed:
+        run.log.say(f"the run goes on with another configuration: {', '.join(changed)}")
+    run.progress.config = now
+
+
+def _train(run: _Run, interrupts: Interrupts) -> None:
+    config, progress = run.config, run.progress
+    run.model.train()
+    run.logged = (progress.step, time.monotonic())
+    while True:
+        if run.stop:
+            _save(run)
+            text = f"stopped at step {progress.step} of {run.total}; resume {run.folder} to go on"
+            run.log.say(text)
+            raise KeyboardInterrupt(text)
+        if _evaluation_due(run):
+            _evaluate(run)
+            _save(run)
+        elif _save_due(run):
+            _save(run)
+        if progress.step == run.total:
+            return
+
+        lr = optim.lr_at(progress.step, config, run.epoch_steps, run.total)
+        values = _step(run, lr)
+        progress.step += 1
+        late = run.world.is_main and time.monotonic() - run.saved > config.save_seconds
+        flags = {"failures": bool(run.skipped.fresh), "stop": interrupts.requested, "save": late}
+        run.reports.send(progress.step, lr, values, flags)
+        logging = progress.step % config.log_every == 0 or progress.step == run.total
+        _receive(run, everything=logging)
+        if logging:
+            _log(run, lr)
+        else:
+            run.log.progress(progress.step, run.epoch)
+
+
+def _step(run: _Run, lr: float) -> dict[str, Tensor]:
+    """One optimiser step over its micro-batches; the means of the losses over them, on the device."""
+    config, step = run.config, run.progress.step
+    optim.set_lr(run.optimizer, lr)
+    run.optimizer.zero_grad(set_to_none=True)
+    values: dict[str, Tensor] = {}
+    for micro in range(config.accumulate):
+        batch = next(run.batches)
+        # stochastic depth and mixing draw from these; so they need no saved state
+        loading.seed_all(config.seed, "step", step, micro, run.world.rank)
+        with local_gradients(run.trained, last=micro == config.accumulate - 1):
+            with _autocast(run.world.device, config.amp):
+                loss, parts = run.task.loss(run.trained, batch)
+            run.scaler.scale(loss / config.accumulate).backward()
+        for name, value in {**parts, "loss": loss}.items():
+            values[name] = values.get(name, 0) + value.detach().float() / config.accumulate
+
+    run.scaler.unscale_(run.optimizer)
+    parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if config.clip is None else config.clip)
+    values["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    share_buffers(run.model)
+    if run.ema is not None:
+        run.ema.update(run.model, step)
+    return values
+
+
+@dataclass
+class _Report:
+    """A step as all processes saw it: means of the values, sums of the flags."""
+
+    step: int
+    lr: float
+    values: dict[str, float]
+    flags: dict[str, bool]
+
+
+class _Reports:
+    """Sends a step's numbers to all processes and reads them without holding up an accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(self, step: int, lr: float, values: dict[str, Tensor], flags: dict[str, bool]) -> None:
+        losses = torch.stack([value.to(self.device, torch.float32) for value in values.values()])
+        numbers = torch.cat([losses, torch.zeros(len(_FLAGS), device=self.device)])
+        for index, name in enumerate(_FLAGS, start=len(values)):
+            if flags[name]:
+                numbers[index].fill_(1.0)  # a kernel, where assigning would be a copy that waits
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
+            numbers[: len(values)] /= dist.get_world_size()
+        ready = None
+        if self.device.type == "cuda":
+            host = torch.empty(numbers.shape, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            numbers, ready = host, torch.cuda.Event()
+            ready.record()
+        self._pending.append((step, lr, list(values), numbers, ready))
+
+    def receive(self, everything: bool) -> Iterator[_Report]:
+        """The reports that are due: on the CPU all, on an accelerator all but the last, which is still computed."""
+        leave = 1 if self.device.type == "cuda" and not everything else 0
+        while len(self._pending) > leave:
+            step, lr, names, numbers, ready = self._pending.popleft()
+            if ready is not None:
+                ready.synchronize()
+            count = len(names)
+            plain = numbers.tolist()
+            flags = {name: value > 0 for name, value in zip(_FLAGS, plain[count:], strict=True)}
+            yield _Report(step, lr, dict(zip(names, plain[:count], strict=True)), flags)
+
+
+def _receive(run: _Run, everything: bool) -> None:
+    progress = run.progress
+    for report in run.reports.receive(everything):
+        run.grad_norm = report.values.pop("grad_norm")
+        # fp16's scaler skips a step whose gradient overflowed; anywhere else that gradient is in the weights now
+        for name, value in (("loss", report.values["loss"]), ("gradient's norm", run.grad_norm)):
+            if not math.isfinite(value) and (name == "loss" or not run.scaler.is_enabled()):
+                raise TrainingStopped(_why_stopped(run, report, name, value))
+        for name, value in report.values.items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + value
+        progress.summed += 1
+        if report.flags["failures"]:
+            run.skipped.share(run.log.say)
+        run.stop |= report.flags["stop"]
+        run.save |= report.flags["save"]
+
+
+def _why_stopped(run: _Run, report: _Report, name: str, value: float) -> str:
+    epoch = (report.step - 1) // run.epoch_steps + 1
+    if run.saved_step is None:
+        good = "no checkpoint had been saved"
+    else:
+        good = f"{run.folder / checkpoint.STATE} holds the last good state, of step {run.saved_step}"
+    return (
+        f"the {name} became {value} in epoch {epoch}, step {report.step}, at a learning rate of {report.lr:.3g}; "
+        f"{good}: try a lower lr, a longer warm-up, or amp=none"
+    )
+
+
+def _log(run: _Run, lr: float) -> None:
+    progress, now = run.progress, time.monotonic()
+    step, before = run.logged
+    speed = (progress.step - step) / max(now - before, 1e-9)
+    record = {name: value / progress.summed for name, value in progress.sums.items()}
+    record |= {"lr": lr, "grad_norm": run.grad_norm, "images_per_second": speed * run.config.batch_size}
+    run.log.record("train", progress.step, run.epoch, record)
+    shown = {"loss": record["loss"], "lr": lr, "images/s": record["images_per_second"]}
+    run.log.progress(progress.step, run.epoch, shown, left=(run.total - progress.step) / speed)
+    progress.sums, progress.summed = {}, 0
+    run.logged = (progress.step, now)
+
+
+def _evaluation_due(run: _Run) -> bool:
+    step = run.progress.step
+    at_mark = step % (run.epoch_steps * run.config.evaluate_every) == 0 or step == run.total
+    return at_mark and step > 0 and step != run.progress.evaluated
+
+
+def _save_due(run: _Run) -> bool:
+    step, every = run.progress.step, run.config.save_steps
+    return step > 0 and step != run.saved_step and (run.save or (every is not None and step % every == 0))
+
+
+def _evaluate(run: _Run) -> None:
+    _receive(run, everything=True)
+    progress, began = run.progress, time.monotonic()
+    loading.seed_all(run.config.seed, "evaluation", progress.step)
+    metrics = evaluate(run.task, run.best_model, run.held_out, amp=run.config.amp)
+    run.held_out.skipped.share(run.log.say)
+    seconds = time.monotonic() - began
+    progress.evaluated, progress.latest = progress.step, metrics
+    run.log.record("eval", progress.step, run.epoch, {**metrics, "seconds": seconds})
+    run.log.say(f"epoch {run.epoch:.2f}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if run.task.metric not in metrics:
+        raise ValueError(f"metric={run.task.metric!r} is not among what evaluate() returned: {', '.join(metrics)}")
+    value = metrics[run.task.metric]
+    if math.isfinite(value) and (not progress.best or value > progress.best[run.task.metric]):
+        progress.best = {**metrics, "step": progress.step}
+        checkpoint.save_weights(run.folder / checkpoint.BEST, run.best_model, run.metadata)
+    run.logged = (run.logged[0], run.logged[1] + seconds)  # not a part of the training speed
+
+
+def _save(run: _Run) -> None:
+    _receive(run, everything=True)  # a state after a loss that was no number must not replace a good one
+    progress = run.progress
+    progress.metrics_bytes = run.log.position()
+    progress.scaler = run.scaler.state_dict()
+    progress.skipped = {
+        "training": {str(index): text for index, text in run.skipped.known.items()},
+        "evaluation": {str(index): text for index, text in run.held_out.skipped.known.items()},
+    }
+    state = {**asdict(progress), "seconds": progress.seconds + time.monotonic() - run.began}
+    checkpoint.save_state(run.folder, run.modules, run.optimizer, state)
+    run.saved, run.saved_step, run.save = time.monotonic(), progress.step, False
+
+
+def _summarise(run: _Run) -> dict[str, Any]:
+    progress = run.progress
+    summary = {
+        **progress.latest,
+        "metric": run.task.metric,
+        "best": progress.best,
+        "epochs": round(run.epoch, 4),
+        "steps": progress.step,
+        "seconds": round(progress.seconds + time.monotonic() - run.began, 1),
+        "images_skipped": {"training": len(run.skipped.known), "evaluation": len(run.held_out.skipped.known)},
+        **surroundings(run.world.device, run.world.size),
+    }
+    on_main(lambda: write_summary(run.folder / SUMMARY, summary))
+    return summary
+
+
+def _autocast(device: torch.device, amp: str) -> torch.autocast:
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "none")
+
+
+def _set_precision(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        # trying out algorithms may choose others after resuming, and some of them add in no fixed order
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the CPU kernel when a C++ compiler is there; without one the package is pure Python and works too.
+
+The kernel is a plain shared library beside `sola_vision/ops/cpu.py`, not a Python extension module, and it knows torch
+only through its stable C ABI, looked up by name at load: neither Python's nor torch's headers are needed, and one
+binary serves every Python and every torch that the package allows. `SOLA_REQUIRE_KERNEL=1` makes a failed build an
+error; CXX and CXXFLAGS are honoured.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+LIBRARY = "sola_vision.ops._kernel"
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+# the kernels rely on fused multiply-adds; errno and traps would only keep loops from vectorising
+MATHS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+
+
+def kernel_sources() -> dict[str, list[str]]:
+    """Object file -> arguments: the kernel once for each instruction set, the registration once."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = {"generic": []} | ({"avx2": AVX2, "avx512": AVX512} if x86 else {})
+    objects = {name: ["csrc/wkv.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags] for name, flags in sets.items()}
+    objects["register"] = ["csrc/register.cpp", *(["-DSOLA_X86"] if x86 else [])]
+    return objects
+
+
+class BuildKernel(build_ext):
+    """Compiles with $CXX (default c++), and goes on without a kernel when that fails."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", os.sep) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+        objects = Path(self.build_temp) / "kernel"
+        objects.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(item: tuple[str, list[str]]) -> str:
+            out = str(objects / f"{item[0]}.o")
+            _run([*compiler, *COMMON, *item[1], *flags, "-c", "-o", out])
+            return out
+
+        try:
+            with ThreadPoolExecutor() as pool:
+                compiled = list(pool.map(compile_one, kernel_sources().items()))
+            kind = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-ldl"]
+            _run([*compiler, *compiled, *kind, *flags, "-o", str(target)])
+        except (OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("SOLA_REQUIRE_KERNEL", "0") != "0":
+                raise
+            print(f"sola-vision: installing without the CPU kernel, the portable path takes its place ({error})")
+            target.unlink(missing_ok=True)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        if all(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
+            super().copy_extensions_to_source()
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tagged for the platform but not for a Python: the library does not call Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag = super().get_tag()
+        built = any(Path(self.bdist_dir).rglob("_kernel.so"))
+        return ("py3", "none", tag[2]) if built else ("py3", "none", "any")
+
+
+def _run(command: list[str]) -> None:
+    print(shlex.join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+setup(
+    ext_modules=[Extension(LIBRARY, sources=[], depends=[str(path) for path in sorted(Path("csrc").glob("*"))])],
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": AnyPythonWheel},
+)

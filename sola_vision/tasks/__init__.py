@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems to train on: model, loss and metric each. Classification here; the loop is `engine.fit`."""
+
+from sola_vision.tasks.classification import Classification, Tally
+from sola_vision.tasks.model import Checkpoint, ModelConfig, build_model, initialise, load_checkpoint, metadata
+
+__all__ = [
+    "Checkpoint",
+    "Classification",
+    "ModelConfig",
+    "Tally",
+    "build_model",
+    "initialise",
+    "load_checkpoint",
+    "metadata",
+]

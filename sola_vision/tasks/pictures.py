@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures that runs and evaluations leave: learning curve, confusion matrix, right and wrong predictions."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+# Okabe and Ito's colours: told apart by colour-blind readers and in print
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+
+
+def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
+    """Training loss and the metric of the held-out set over epochs, from a run's metrics.jsonl."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [(r["epoch"], r["loss"]) for r in records if r["kind"] == "train" and r.get("loss") is not None]
+    scores = [(r["epoch"], r[metric]) for r in records if r["kind"] == "eval" and r.get(metric) is not None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
+    left.plot(*zip(*losses, strict=True), color=BLUE) if losses else None
+    left.set_xlabel("epoch")
+    left.set_ylabel("training loss", color=BLUE)
+    left.set_ylim(bottom=0)
+    if scores:
+        right = left.twinx()
+        right.plot(*zip(*scores, strict=True), color=VERMILION, marker="o", markersize=3)
+        right.set_ylabel(f"{metric} on the held-out images, %", color=VERMILION)
+        best = max(score for _, score in scores)
+        right.set_title(f"best {metric} {best:.2f}", loc="right", fontsize=10)
+    figure.savefig(out, dpi=120)
+
+
+def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None:
+    """Rows are true classes, columns predicted ones, each row a share of 1; names and counts while they can be read."""
+    counts = confusion.double().numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    number = len(classes)
+    side = min(14.0, 3.5 + 0.32 * number)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if number <= 40:
+        axes.set_xticks(range(number), classes, rotation=90)
+        axes.set_yticks(range(number), classes)
+    if number <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    figure.savefig(out, dpi=120)
+
+
+def draw_predictions(examples: Sequence[tuple[Image.Image, str, str, float]], out: Path, title: str) -> None:
+    """A sheet of (picture, true class, predicted class, confidence); wrong ones are framed."""
+    columns = min(8, max(1, len(examples)))
+    rows = math.ceil(len(examples) / columns)
+    figure = Figure(figsize=(1.75 * columns, 2.1 * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (picture, true, predicted, confidence) in zip(figure.axes, examples, strict=False):
+        right = true == predicted
+        axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 64 else "antialiased")
+        says = f"{predicted} {100 * confidence:.0f} %"
+        text = says if right else f"{says}\nis {true}"
+        axes.set_title(text, fontsize=8, color="black" if right else VERMILION)
+        if not right:
+            width, height = picture.size
+            axes.add_patch(_frame(width, height))
+    figure.savefig(out, dpi=120)
+
+
+def _frame(width: int, height: int) -> Rectangle:
+    return Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=VERMILION, linewidth=3)

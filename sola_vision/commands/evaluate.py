@@ -3,9 +3,10 @@
 
 import csv
 import json
+import math
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sola_vision.data import EvalTransform, ImageConfig, open_classification
+from sola_vision.commands.arguments import Arguments, image_settings, plain
+from sola_vision.data import EvalTransform, open_classification
 from sola_vision.engine import EvaluationBatches, World, distributed
 from sola_vision.tasks import Checkpoint, Tally, load_checkpoint
 from sola_vision.tasks.pictures import draw_confusion, draw_predictions
@@ -26,19 +28,18 @@ _SHOWN = 12  # pictures of right and of wrong predictions, each
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     checkpoint = load_checkpoint(options.checkpoint)
-    image = ImageConfig(**checkpoint.image)
-    if options.size:
-        image.size = options.size
+    image = image_settings(checkpoint, options.size)
     dataset = open_classification(options.data, options.split, EvalTransform(image), checkpoint.classes)
+    out = Path(options.out) if options.out else _beside(options.checkpoint)
     with distributed(options.device) as world:
         model = checkpoint.model.to(world.device)
         batches = EvaluationBatches(dataset, world, batch_size=options.batch_size, workers=options.workers)
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)  # before the work, which could not be kept otherwise
         tally, best, seconds = _evaluate(model, batches, len(checkpoint.classes), world)
         if not world.is_main:
             return
     result = _result(options, checkpoint, tally, seconds, batches.skipped.known)
-    out = Path(options.out) if options.out else _beside(options.checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     _write_classes(result["classes"], out / "classes.csv")
     draw_confusion(tally.confusion, checkpoint.classes, out / "confusion.png")
@@ -51,12 +52,12 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="sola eval", description=__doc__)
+    parser = Arguments("sola eval", __doc__)
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--data", required=True, help="folder or .tar with val/CLASS/ images, or the word digits")
     parser.add_argument("--split", default="val", help="train or val (default)")
     parser.add_argument("--size", type=int, help="pixels a side of what the network sees (default: as in training)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="images the network sees at once")
     parser.add_argument("--workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", help="folder for tables and pictures (default: eval/ beside the checkpoint)")
@@ -81,9 +82,11 @@ def _evaluate(
         tally.add(logits, labels)
         probability, predicted = logits.float().softmax(1).max(1)
         best.append(torch.stack((predicted.double(), probability.double()), dim=1).cpu())
+    seconds = time.perf_counter() - start
+    batches.skipped.share(lambda text: print(f"sola: {text}", file=sys.stderr) if world.is_main else None)
     tally = tally.reduced(world.device)
     together = torch.cat(best) if best and world.size == 1 and not batches.skipped.known else None
-    return tally, together, time.perf_counter() - start
+    return tally, together, seconds
 
 
 def _result(
@@ -107,7 +110,8 @@ def _result(
         "split": options.split,
         "model": checkpoint.name,
         "images": tally.images,
-        **tally.metrics,
+        # JSON has no nan, which is the loss of a network that diverged
+        **{name: value if math.isfinite(value) else None for name, value in tally.metrics.items()},
         "images_skipped": len(skipped),
         "seconds": round(seconds, 2),
         "images_per_second": round(tally.images / seconds, 1),
@@ -143,19 +147,22 @@ def _draw_examples(dataset: Any, classes: list[str], best: Tensor, top1: float, 
 
 
 def _print(result: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{result['model']} on {result['data']} ({result['split']}, {result['images']} images)")
+    title = f"{result['model']} on {result['data']} ({result['split']}, {result['images']} images)"
+    table = Table(title=plain(title))
     for column in ("class", "images", "recall %", "precision %"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for row in result["classes"]:
         numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in ("recall", "precision"))
-        table.add_row(row["class"], str(row["images"]), *numbers)
+        table.add_row(plain(row["class"]), str(row["images"]), *numbers)
     console = Console()
     if len(result["classes"]) <= 100:
         console.print(table)
+    loss = "not a number" if result["loss"] is None else f"{result['loss']:.4f}"
     print(
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {loss}, "
         f"{result['images_per_second']:.0f} images/s reading included"
     )
     if result["images_skipped"]:
         print(f"{result['images_skipped']} images could not be read and are left out", file=sys.stderr)
-    print(f"eval.json, classes.csv, confusion.png and predictions.png are in {out}")
+    pictures = "confusion.png" if result["images_skipped"] else "confusion.png and predictions.png"
+    print(f"eval.json, classes.csv, {pictures} are in {out}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of a run: every field of a recipe as `--section.field`, from a YAML file, the command line or both.
 
-Later wins: the recipe, then `--config FILE`, then the command line. Unknown fields and wrong types are errors of one
-line.
+Later wins: the recipe, with --resume the run's own config.yaml, `--config FILE`, the command line. Unknown fields and
+wrong types are errors of one line.
 """
 
 import argparse
@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sola_vision.data import ImageConfig
 from sola_vision.engine import TrainConfig
@@ -20,6 +21,8 @@ from sola_vision.recipes import RECIPES, Recipe, get_recipe
 from sola_vision.tasks import ModelConfig
 
 SECTIONS = {"model": ModelConfig, "image": ImageConfig, "train": TrainConfig}
+_OPTIONS = ("recipe", "data", "init", "out", "resume", "json")
+_FIRST = next(iter(RECIPES))  # whose defaults hold where no recipe is named
 
 
 @dataclass(kw_only=True)
@@ -37,10 +40,26 @@ class Run:
 
 def parse_run(arguments: Sequence[str]) -> Run:
     """The command line of `sola train`; prints and exits for --help and --print_config."""
-    recipe = _recipe_name(arguments)
+    words = list(arguments)
+    named = words.pop(0) if words and not words[0].startswith("-") else None
+    files, words = _take(words, "--config")
+    if "--resume" in words:
+        folder = (_take(words, "--out")[0] or [f"runs/{named}"])[-1]
+        # a run goes on as it began, whatever the recipe says by now
+        if (kept := Path(folder) / "config.yaml").is_file():
+            files.insert(0, str(kept))
+    stored = [_read_config(Path(file)) for file in files]
+    recipe = named or _stored_recipe(stored)
+    if recipe is None:
+        if not any(word in ("-h", "--help") or word.startswith("--print_config") for word in words):
+            raise ValueError(
+                f"sola train needs a recipe as its first word: {', '.join(RECIPES)}; or --config FILE of an earlier run"
+            )
+        recipe = _FIRST
     parser = _parser(recipe, get_recipe(recipe))
     try:
-        values = parser.parse_args(list(arguments))
+        # files first, so that the command line wins wherever --config stands in it
+        values = parser.parse_args([recipe, *(f"--config={file}" for file in files), *words])
     except argparse.ArgumentError as error:
         raise ValueError(_one_line(str(error))) from None
     if values.data is None:
@@ -69,21 +88,22 @@ def parse_run(arguments: Sequence[str]) -> Run:
     )
 
 
-def _recipe_name(arguments: Sequence[str]) -> str:
-    """The recipe decides the defaults, so it has to be known before the rest can be read."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0]
-    for index, word in enumerate(arguments):
-        if word == "--config" and index + 1 < len(arguments):
-            return _stored_recipe(Path(arguments[index + 1]))
-        if word.startswith("--config="):
-            return _stored_recipe(Path(word.removeprefix("--config=")))
-    if any(word in ("-h", "--help", "--print_config") for word in arguments):
-        return "imagenet_tiny"
-    raise ValueError(f"sola train needs a recipe: {', '.join(RECIPES)}; or --config FILE of an earlier run")
+def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
+    """The values that `option` has among the words, and the words without it."""
+    values, rest = [], []
+    left = iter(words)
+    for word in left:
+        if word == option and (value := next(left, None)) is not None:
+            values.append(value)
+        elif word.startswith(f"{option}="):
+            values.append(word.removeprefix(f"{option}="))
+        else:
+            rest.append(word)
+    return values, rest
 
 
-def _stored_recipe(path: Path) -> str:
+def _read_config(path: Path) -> dict[str, Any]:
+    """A --config file, its names checked, because jsonargparse would not say which file they are in."""
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file; a run leaves config.yaml in its folder")
     try:
@@ -91,24 +111,45 @@ def _stored_recipe(path: Path) -> str:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(stored, dict):
-        raise ValueError(f"--config {path} must hold sections (model, image, train), it holds {type(stored).__name__}")
-    return str(stored.get("recipe") or "imagenet_tiny")
+        raise ValueError(f"--config {path} must hold sections (model, image, train), it holds {stored!r:.40}")
+    for name, value in stored.items():
+        if name not in (*SECTIONS, *_OPTIONS):
+            raise ValueError(f"--config {path}: {name!r} is no field; there are {', '.join((*SECTIONS, *_OPTIONS))}")
+        if name not in SECTIONS:
+            continue
+        known = [field.name for field in fields(SECTIONS[name])]
+        if not isinstance(value, dict):
+            raise ValueError(f"--config {path}: {name} must hold fields such as {known[0]}, it holds {value!r:.40}")
+        for unknown in (key for key in value if key not in known):
+            raise ValueError(f"--config {path}: '{name}.{unknown}' is no field; {name} has {', '.join(known)}")
+    return stored
+
+
+def _stored_recipe(stored: list[dict[str, Any]]) -> str | None:
+    if not stored:
+        return None
+    return next((str(values["recipe"]) for values in reversed(stored) if values.get("recipe")), _FIRST)
 
 
 def _parser(name: str, recipe: Recipe) -> ArgumentParser:
     lines = "\n".join(f"  {n:<16}{(make.__doc__ or '').splitlines()[0]}" for n, make in RECIPES.items())
     parser = ArgumentParser(
         prog="sola train",
+        usage="sola train RECIPE --data FOLDER [--out FOLDER] [--config FILE] [--resume] [--SECTION.FIELD VALUE ...]",
         exit_on_error=False,
         description=f"Train a network by a recipe. The recipes:\n{lines}\n\nDefaults below are those of {name}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument("recipe", nargs="?", help="one of the recipes above")
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the fields below, such as a run's config.yaml"
+    )
     parser.add_argument("--data", type=str, default="digits" if name == "digits" else None,
                         help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits")  # fmt: skip
     parser.add_argument("--out", type=str, help="the run's folder (default: runs/RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in that folder, as its config.yaml says"
+    )
     parser.add_argument(
         "--init", type=str, default=recipe.init, help="checkpoint whose weights the network starts from"
     )
@@ -120,6 +161,10 @@ def _parser(name: str, recipe: Recipe) -> ArgumentParser:
     return parser
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """The list of recipes as it is written, and every field's type and default."""
+
+
 def _one_line(message: str) -> str:
     """jsonargparse explains type errors in several lines; what a user needs is the option, the value and the type."""
     key = re.search(r'Parser key "([^"]+)"', message)
@@ -128,4 +173,6 @@ def _one_line(message: str) -> str:
         return " ".join(message.split())
     kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.*?)\. Got", message)
     wanted = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]).replace("NoneType", "null") if kinds else "another type"
+    wanted = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " or "), wanted)
+    wanted = re.sub(r"tuple\[(\w+), \.\.\.\]", r"a list [\1, \1, ...]", wanted)
     return f"--{key[1]} {value[1]!r} does not fit: it takes {wanted.replace(', null', ' or null')}"

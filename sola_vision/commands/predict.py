@@ -2,8 +2,9 @@
 """`sola predict IMAGE-OR-FOLDER --checkpoint FILE`: the most likely classes of each image."""
 
 import json
+import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sola_vision.data import SUFFIXES, CorruptImage, EvalTransform, ImageConfig, read_image
+from sola_vision.commands.arguments import Arguments, image_settings, plain
+from sola_vision.data import SUFFIXES, CorruptImage, EvalTransform, read_image
 from sola_vision.engine import distributed
 from sola_vision.tasks import Checkpoint, load_checkpoint
 
@@ -25,34 +27,34 @@ class Prediction:
     classes: list[dict[str, str | float]]
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
-    files = _files(Path(options.source))
+    source = Path(options.source)
+    files = _files(source)
     checkpoint = load_checkpoint(options.checkpoint)
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    if options.json:
-        print(
-            json.dumps(
-                {"model": checkpoint.name, "images": [asdict(row) for row in rows], "unreadable": unreadable}, indent=2
-            )
-        )
-    else:
-        _print(rows)
+    if not rows:
+        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
+        raise ValueError(unreadable[0] + more)
     for reason in unreadable:
         print(f"sola: left out: {reason}", file=sys.stderr)
-    return 0 if rows else 2
+    if options.json:
+        images = [asdict(row) for row in rows]
+        print(json.dumps({"model": checkpoint.name, "images": images, "unreadable": unreadable}, indent=2))
+    else:
+        _print(rows, source)
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="sola predict", description=__doc__)
+    parser = Arguments("sola predict", __doc__)
     parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--top", type=int, default=3, help="classes to name an image")
     parser.add_argument("--size", type=int, help="pixels a side of what the network sees (default: as in training)")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="images the network sees at once")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
@@ -66,7 +68,8 @@ def _files(source: Path) -> list[Path]:
         raise FileNotFoundError(f"{source}: no such image or folder")
     if source.is_file():
         return [source]
-    files = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in found if p.is_file())
     if not files:
         raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
     return files
@@ -76,10 +79,7 @@ def _files(source: Path) -> list[Path]:
 def _predict(
     files: list[Path], checkpoint: Checkpoint, options: Namespace, device: torch.device, unreadable: list[str]
 ) -> Iterator[Prediction]:
-    image = ImageConfig(**checkpoint.image)
-    if options.size:
-        image.size = options.size
-    transform = EvalTransform(image)
+    transform = EvalTransform(image_settings(checkpoint, options.size))
     top = min(options.top, len(checkpoint.classes))
     for start in range(0, len(files), options.batch_size):
         names, tensors = [], []
@@ -97,13 +97,15 @@ def _predict(
             yield Prediction(name, guesses)
 
 
-def _print(rows: list[Prediction]) -> None:
+def _print(rows: list[Prediction], source: Path) -> None:
     table = Table()
     table.add_column("image", overflow="fold")
     most = max((len(row.classes) for row in rows), default=0)
     for rank in range(most):
         table.add_column("class" if rank == 0 else f"{rank + 1}.")
     for row in rows:
-        guesses = [f"{g['class']} {100 * float(g['probability']):.1f} %" for g in row.classes]
-        table.add_row(row.image, *guesses)
+        guesses = [plain(f"{g['class']} {100 * float(g['probability']):.1f} %") for g in row.classes]
+        # below the folder that was asked about, or long names would be broken over several lines
+        name = os.path.relpath(row.image, source) if source.is_dir() else row.image
+        table.add_row(plain(name), *guesses)
     Console().print(table)

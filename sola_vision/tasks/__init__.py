@@ -2,7 +2,15 @@
 """Problems to train on: model, loss and metric each. Classification here; the loop is `engine.fit`."""
 
 from sola_vision.tasks.classification import Classification, Tally
-from sola_vision.tasks.model import Checkpoint, ModelConfig, build_model, initialise, load_checkpoint, metadata
+from sola_vision.tasks.model import (
+    Checkpoint,
+    ModelConfig,
+    build_model,
+    initialise,
+    load_checkpoint,
+    metadata,
+    takes_one_size,
+)
 
 __all__ = [
     "Checkpoint",
@@ -13,4 +21,5 @@ __all__ = [
     "initialise",
     "load_checkpoint",
     "metadata",
+    "takes_one_size",
 ]

@@ -42,7 +42,9 @@ class Tally:
 
     def reduced(self, device: torch.device) -> "Tally":
         """The sum over all processes."""
-        counts = torch.cat((self.confusion.flatten().double(), torch.tensor([self.top5, self.loss]).double()))
+        counts = torch.cat(
+            (self.confusion.flatten().double(), torch.tensor([self.top5, self.loss], dtype=torch.float64))
+        )
         # float64 holds counts exactly; not every backend has it, and then float32 counts to 2^24 a cell
         counts = all_reduce_sum(counts.to(device, torch.float32 if device.type == "mps" else torch.float64)).cpu()
         return Tally(counts[:-2].reshape(self.confusion.shape).long(), counts[-2].item(), counts[-1].item())
@@ -83,14 +85,18 @@ class Classification:
             )
             self.criterion = SoftTargetCrossEntropy()
 
+    def check_batch(self, size: int) -> None:
+        """Refuses a size that cannot be mixed in pairs; a command line asks before it writes anything."""
+        if self.mixup is not None and size % 2:
+            raise ValueError(
+                f"a batch of {size} images cannot be mixed in pairs: choose an even batch size a process, "
+                "or image.mixup 0 and image.cutmix 0"
+            )
+
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = batch
         if self.mixup is not None:
-            if len(images) % 2:
-                raise ValueError(
-                    f"a batch of {len(images)} images cannot be mixed in pairs: choose an even batch size a process, "
-                    "or --image.mixup 0 --image.cutmix 0"
-                )
+            self.check_batch(len(images))
             images, labels = self.mixup(images, labels)
         loss = self.criterion(model(images).float(), labels)
         return loss, {}

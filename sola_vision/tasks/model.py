@@ -6,6 +6,7 @@ A checkpoint is a safetensors file whose metadata holds the network, the classes
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import timm
 from torch import nn
 
 from sola_vision.config import SolaConfig
+from sola_vision.data import ImageConfig
 from sola_vision.engine import LoadReport, load_weights, read_metadata
 from sola_vision.engine.checkpoint import _read_weights as read_weights
 
@@ -60,7 +62,23 @@ def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Mo
         changes["img_size"] = image_size
     elif unknown := sorted(set(changes) - {"drop_path_rate"}):
         raise ValueError(f"{config.name} has no {', '.join(unknown)}: these belong to the sola_* networks")
-    return timm.create_model(config.name, num_classes=num_classes, **changes)
+    return _create(config.name, num_classes, image_size, changes)
+
+
+def _create(name: str, num_classes: int, image_size: int, changes: dict[str, Any]) -> nn.Module:
+    if not name.startswith("sola_") and takes_one_size(name):
+        changes = {**changes, "img_size": image_size}
+    try:
+        return timm.create_model(name, num_classes=num_classes, **changes)
+    # timm's networks refuse with a TypeError what they have no argument for, and sizes with an assertion
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot be built with {changes}: {error}") from None
+
+
+def takes_one_size(name: str) -> bool:
+    """Whether a network of timm's is built for one size of images, as its vision transformers are."""
+    cfg = timm.get_pretrained_cfg(name)
+    return bool(cfg and cfg.fixed_input_size)
 
 
 def metadata(task: str, model: ModelConfig, image: Any, classes: list[str], source: nn.Module) -> dict[str, str]:
@@ -79,7 +97,7 @@ class Checkpoint:
     task: str
     name: str
     classes: list[str]
-    image: dict[str, Any]
+    image: ImageConfig
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -101,33 +119,46 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} has no {' and no '.join(missing)} in its metadata: it is not a checkpoint of sola train; "
             "load bare weights with sola_vision.engine.load_weights"
         )
-    values = {name: json.loads(stored[name]) for name in ("task", "model", "image", "classes")}
-    network = values["model"]
-    name = network.pop("name")
-    # a network of timm's keeps its own settings; a sola network is stored whole
-    network["num_classes"] = len(values["classes"])
+    try:
+        values = {name: json.loads(stored[name]) for name in ("task", "model", "image", "classes")}
+        network, image, classes = dict(values["model"]), ImageConfig(**values["image"]), list(values["classes"])
+        name = network.pop("name")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its metadata is not what sola train writes ({error}): train again") from None
+    # only names of the registry and fields of the network: a file from elsewhere must not make timm fetch or open more
+    foreign = sorted(set(network) - {field.name for field in fields(SolaConfig)})
+    if foreign or not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"{path} is of {name!r} with {foreign or 'no extras'}, which this version does not know")
+    network.pop("num_classes", None)
     network.pop("drop_path_rate", None)
-    model = timm.create_model(name, **network)
+    model = _create(name, len(classes), image.size, network)
     load_weights(model, path)
-    return Checkpoint(model.eval(), values["task"], name, values["classes"], values["image"])
+    return Checkpoint(model.eval(), str(values["task"]), name, [str(label) for label in classes], image)
 
 
-def initialise(model: nn.Module, path: str | Path) -> str:
+def initialise(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> str:
     """Start from a checkpoint's weights; returns what happened, in one line.
 
-    The head stays fresh where the number of classes differs, a position embedding of another size is interpolated;
-    anything else that does not fit is a ValueError.
+    The head stays fresh where the number of classes differs, or their names if `classes` tells them; a position
+    embedding of another size is interpolated; anything else that does not fit is a ValueError.
     """
     path = Path(path)
-    stored = read_weights(path / "best.safetensors" if path.is_dir() else path)
+    path = path / "best.safetensors" if path.is_dir() else path
+    stored = read_weights(path)
     own = model.state_dict()
+    head = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}."
+    theirs = _classes(path)
+    other_classes = classes is not None and theirs is not None and list(classes) != theirs
     changed = []
-    for name in [n for n in stored if n in own and stored[n].shape != own[n].shape]:
-        if name == "position.weight":
+    for name in [n for n in stored if n in own]:
+        same = stored[name].shape == own[name].shape
+        if name == "position.weight" and not same:
             size = (own[name].shape[-2], own[name].shape[-1])
+            if stored[name].shape[:-2] != own[name].shape[:-2]:
+                continue
             stored[name] = nn.functional.interpolate(stored[name].float(), size, mode="bicubic").to(own[name].dtype)
             changed.append("position embedding interpolated")
-        elif name.startswith("head.fc."):
+        elif name.startswith(head) and (other_classes or not same):
             stored[name] = own[name]
             changed.append(f"{name} {list(own[name].shape)} fresh")
     result = LoadReport(
@@ -141,3 +172,11 @@ def initialise(model: nn.Module, path: str | Path) -> str:
         )
     model.load_state_dict(stored)
     return f"weights from {path}" + (f" ({', '.join(changed)})" if changed else "")
+
+
+def _classes(path: Path) -> list[str] | None:
+    """The classes that a checkpoint of ours names; bare weights name none."""
+    if path.suffix != ".safetensors":
+        return None
+    classes = json.loads(read_metadata(path).get("classes", "null"))
+    return classes if isinstance(classes, list) else None

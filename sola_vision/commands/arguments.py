@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `sola eval` and `sola predict` share: their parser, the images of a checkpoint, names that can be printed."""
+
+from argparse import ArgumentParser
+from dataclasses import replace
+from typing import NoReturn
+
+from rich.text import Text
+
+from sola_vision.data import ImageConfig
+from sola_vision.tasks import Checkpoint, takes_one_size
+
+
+class Arguments(ArgumentParser):
+    """argparse without its page of usage before every error, and without options that are cut short."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `{self.prog} --help` lists what there is")
+
+
+def image_settings(checkpoint: Checkpoint, size: int | None) -> ImageConfig:
+    """The settings that the checkpoint was trained with, at another size if one is asked for."""
+    if size is None or size == checkpoint.image.size:
+        return checkpoint.image
+    if takes_one_size(checkpoint.name):
+        raise ValueError(f"--size {size}: {checkpoint.name} takes only images of {checkpoint.image.size} pixels")
+    return replace(checkpoint.image, size=size)
+
+
+def plain(name: str) -> Text:
+    """A name as it is: rich would take brackets for markup, and a file's bytes need not be text."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name))

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola cost sola_tiny --size 224 512 1333x800`: parameters, multiply-adds and activation memory, before training.
+
+Counted on meta tensors: nothing is computed, so any size takes about a second. Sizes are HEIGHTxWIDTH, or one number.
+"""
+
+import csv
+import json
+import re
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from rich.console import Console
+from rich.table import Table
+
+from sola_vision.analysis.cost import Cost, Group, build, count
+from sola_vision.analysis.paper import Compared, compare_with_paper
+
+_MULTIPLE = 32  # of the sides that timm's fixed-size networks take here
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    if options.figure_1b:
+        _figure_1b(options)
+    elif options.paper:
+        _paper(options)
+    else:
+        _networks(options)
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog="sola cost", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="sola_tiny, sola_base, ... (default: sola_tiny)")
+    parser.add_argument("--size", nargs="+", default=["224"], metavar="HxW", help="image sizes, such as 224 1333x800")
+    parser.add_argument("--schedule", help="layers of every stage, such as LL/LL/LLLLLL/LL")
+    parser.add_argument("--bridges", help='Hidden State Bridges, such as "1.2>3.3", or the word paper')
+    parser.add_argument("--classes", type=int, default=1000, help="outputs of the head (0: the backbone alone)")
+    parser.add_argument("--batch", type=int, default=1, help="images at once, for the activation memory")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="timm names to count beside")
+    parser.add_argument("--by", choices=("network", "stage", "layer", "operator"), default="network", help="rows")
+    parser.add_argument("--paper", action="store_true", help="the cost columns of the paper's tables beside ours")
+    parser.add_argument("--figure-1b", action="store_true", help="Figure 1(b): MACs from 16 to 1280 pixels a side")
+    parser.add_argument("--measure", action="store_true", help="with --figure-1b: time and memory too (minutes)")
+    parser.add_argument("--threads", type=int, default=2, help="with --measure: threads of a forward")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    parser.add_argument("--csv", metavar="FILE", help="write the finest rows (or the table, or the figure's points)")
+    parser.add_argument("--plot", metavar="FILE", help="draw MACs and memory over the sizes, or Figure 1(b), as PNG")
+    options = parser.parse_args(list(arguments))
+    if options.classes < 0 or options.batch < 1 or options.threads < 1:
+        raise ValueError("--classes must be at least 0, --batch and --threads at least 1")
+    if options.measure and not options.figure_1b:
+        raise ValueError("--measure belongs to --figure-1b: add it")
+    return options
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "224" or "1333x800" -> (height, width)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
+    return int(parts[0]), int(parts[-1])
+
+
+def _networks(options: Namespace) -> None:
+    changes = {name: getattr(options, name) for name in ("schedule", "bridges") if getattr(options, name) is not None}
+    models = [_full_name(name) for name in options.models or ["sola_tiny"]]
+    for name in models:
+        if changes and not name.startswith("sola_"):
+            raise ValueError(f"{name} has no {' and no '.join(changes)}: name it under --compare, or leave these out")
+    sizes = [parse_size(text) for text in options.size]
+    costs = [_count(name, size, options, changes) for name in models for size in sizes]
+    costs += [
+        cost for name in map(_full_name, options.compare) for size in sizes if (cost := _compared(name, size, options))
+    ]
+    if options.csv:
+        _write_csv(options.csv, (_row(cost, row) for cost in costs for row in cost.rows))
+    if options.plot:
+        from sola_vision.analysis.figures import draw_costs
+
+        draw_costs(costs, Path(options.plot))
+    if options.json:
+        print(json.dumps([_document(cost, changes) for cost in costs], indent=2))
+    else:
+        _print(costs, options.by)
+
+
+def _full_name(name: str) -> str:
+    """swin_tiny is swin_tiny_patch4_window7_224 to timm: the shortest name that begins so."""
+    if timm.is_model(name):
+        return name
+    longer = timm.list_models(f"{name}_*")
+    if not longer or not re.fullmatch(r"[\w.]+", name):
+        raise ValueError(f"network {name!r} is unknown: sola_nano, sola_tiny, sola_small, sola_base or a timm name")
+    return min(longer, key=len)
+
+
+def _count(name: str, size: tuple[int, int], options: Namespace, changes: dict[str, Any]) -> Cost:
+    return count(build(name, size, options.classes, **changes), size, options.batch, name=name)
+
+
+def _compared(name: str, size: tuple[int, int], options: Namespace) -> Cost | None:
+    """A network of timm's, at the next size that it takes; None, with a line on standard error, if it takes none."""
+    try:
+        return _count(name, size, options, {})
+    except ValueError as error:
+        rounded = tuple(-(-side // _MULTIPLE) * _MULTIPLE for side in size)
+        try:
+            cost = _count(name, (rounded[0], rounded[1]), options, {})
+        except ValueError:
+            print(f"sola: left out: {error}", file=sys.stderr)
+            return None
+        print(f"sola: {name} is counted at {rounded[0]}x{rounded[1]}: {error}", file=sys.stderr)
+        return cost
+
+
+def _row(cost: Cost, row: Any) -> dict[str, Any]:
+    return {"model": cost.model, "height": cost.height, "width": cost.width, "batch": cost.batch} | asdict(row)
+
+
+def _document(cost: Cost, changes: dict[str, Any]) -> dict[str, Any]:
+    document = asdict(replace(cost, rows=())) | (changes if cost.model.startswith("sola_") else {})
+    document.pop("rows")
+    for name in ("stages", "layers", "operators"):
+        document[name] = [asdict(group) for group in getattr(cost, name)]
+    return document
+
+
+def _write_csv(path: str, rows: Iterable[dict[str, Any]]) -> None:
+    listed = list(rows)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(listed[0]))
+        writer.writeheader()
+        writer.writerows(listed)
+
+
+def _print(costs: list[Cost], by: str) -> None:
+    if by == "network":
+        table = _table(None, "network", "size", "parameters", "GMACs", "inference MiB", "training MiB")
+        for c in costs:
+            numbers = (f"{c.parameters:,}", f"{c.gmacs:.3f}", _mebibytes(c.peak_bytes), _mebibytes(c.saved_bytes))
+            table.add_row(c.model, f"{c.height}x{c.width}", *numbers)
+        _show(table)
+    else:
+        for c in costs:
+            table = _table(f"{c.model} at {c.height}x{c.width}", by, "parameters", "GMACs", "%", "training MiB")
+            groups: list[Group] = getattr(c, f"{by}s")
+            for g in [*groups, Group("total", c.parameters, c.macs, c.saved_bytes)]:
+                share = 100 * g.macs / max(1, c.macs)
+                numbers = (f"{g.parameters:,}", f"{g.macs / 1e9:.4f}", f"{share:.1f}", _mebibytes(g.saved_bytes))
+                table.add_row(g.name, *numbers, end_section=g is groups[-1])
+            _show(table)
+    print("MACs are multiply-adds, which papers call FLOPs; MiB of activations, the weights and the image left out.")
+
+
+def _paper(options: Namespace) -> None:
+    rows = list(compare_with_paper())
+    listed = [_paper_row(row) for row in rows]
+    if options.csv:
+        _write_csv(options.csv, listed)
+    if options.json:
+        print(json.dumps(listed, indent=2))
+        return
+    titles = {"1": "512x512", "3": "224x224", "4": "1333x800", "5": "512x512", "7": "224x224", "8": "512x512"}
+    for number, size in titles.items():
+        columns = ("GMACs, paper", "here", "%", "M parameters, paper", "here", "%")
+        table = _table(f"Table {number} ({size})", "network", *columns)
+        for row in rows:
+            if row.paper.table == number:
+                macs = _number(row.paper.gmacs, 2), _number(row.gmacs, 2), _signed(row.gmacs_difference)
+                parameters = _number(row.paper.params, 2), _number(row.params, 2), _signed(row.params_difference)
+                table.add_row(row.paper.method, *macs, *parameters)
+        _show(table)
+    print("The paper's FLOPs are MACs of the backbone; a dash: not published, or not a network that timm has.")
+
+
+def _paper_row(row: Compared) -> dict[str, Any]:
+    return {
+        "table": row.paper.table,
+        "method": row.paper.method,
+        "height": row.paper.size[0],
+        "width": row.paper.size[1],
+        "model": row.paper.model,
+        "paper_gmacs": row.paper.gmacs,
+        "gmacs": row.gmacs,
+        "gmacs_difference_percent": row.gmacs_difference,
+        "paper_mparams": row.paper.params,
+        "mparams": row.params,
+        "mparams_difference_percent": row.params_difference,
+    }
+
+
+def _figure_1b(options: Namespace) -> None:
+    from sola_vision.analysis.figures import draw_scaling
+    from sola_vision.analysis.scaling import Point, counted, measured
+
+    points = list(counted())
+    if options.measure:
+
+        def report(point: Point) -> None:
+            if point.seconds is not None:
+                print(
+                    f"{point.network} {point.size}: {point.seconds:.3f} s, {point.mebibytes:.0f} MiB", file=sys.stderr
+                )
+
+        points = measured(points, options.threads, report)
+    listed = [asdict(point) for point in points]
+    if options.csv:
+        _write_csv(options.csv, listed)
+    if options.plot:
+        draw_scaling(points, Path(options.plot))
+    if options.json:
+        print(json.dumps(listed, indent=2))
+    else:
+        networks = list(dict.fromkeys(point.network for point in points))
+        table = _table("Figure 1(b): GMACs without heads", "side", *networks)
+        for size in dict.fromkeys(point.size for point in points):
+            by_network = {p.network: p for p in points if p.size == size}
+            table.add_row(str(size), *(f"{by_network[n].gmacs:,.2f}" for n in networks))
+        _show(table)
+
+
+def _table(title: str | None, first: str, *others: str) -> Table:
+    table = Table(title=title)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _show(table: Table) -> None:
+    console = Console()
+    # a pipe or a file has no width; 80 columns would cut the names of networks short
+    console.width = max(console.width, 110)
+    console.print(table)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}"

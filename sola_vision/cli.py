@@ -15,6 +15,7 @@ VERBS = {
     "train": "train a network by a recipe",
     "eval": "evaluate a checkpoint on labelled images",
     "predict": "say what is in an image or in a folder of images",
+    "cost": "count parameters, multiply-adds and activation memory before training",
 }
 _MODULES = {"eval": "evaluate"}
 

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Line pictures: cost over image size, range over depth; each is drawn from numbers that a file can hold."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sola_vision.analysis.cost import Cost
+from sola_vision.analysis.scaling import Point
+
+# Okabe and Ito's colours, and a mark each: told apart by colour-blind readers and in print
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def draw_scaling(points: Sequence[Point], out: Path) -> None:
+    """Figure 1(b): MACs over the side of the image; beside it seconds and memory where they were measured."""
+    with_time = any(point.seconds is not None for point in points)
+    figure = Figure(figsize=(15 if with_time else 6.4, 4.6), layout="constrained")
+    panels = figure.subplots(1, 3 if with_time else 1, squeeze=False)[0]
+    quantities = [("gmacs", "GMACs"), ("seconds", "seconds an image"), ("mebibytes", "MiB above the idle process")]
+    for axes, (field, label) in zip(panels, quantities, strict=False):
+        for number, network in enumerate(dict.fromkeys(point.network for point in points)):
+            pairs = [
+                (p.size, value)
+                for p in points
+                if p.network == network and (value := getattr(p, field)) is not None and value > 0
+            ]
+            if pairs:
+                axes.plot(*zip(*pairs, strict=True), label=network, **style(number), markersize=4.5)
+        axes.set_xlabel("side of the square image, pixels (patch size 4)")
+        axes.set_ylabel(label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        sizes = [s for s in (16, 32, 64, 128, 256, 512, 1280) if s <= max(p.size for p in points)]
+        axes.set_xticks(sizes, [str(s) for s in sizes], minor=False)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(out, dpi=110)
+
+
+def draw_costs(costs: Sequence[Cost], out: Path) -> None:
+    """MACs and activation memory of each network over the number of pixels, or as bars at one size."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    names = list(dict.fromkeys(cost.model for cost in costs))
+    quantities = (
+        ("GMACs", lambda c: c.gmacs),
+        ("inference, MiB of activations", lambda c: c.peak_bytes / 2**20),
+        ("training, MiB of activations", lambda c: c.saved_bytes / 2**20),
+    )
+    for axes, (label, value) in zip(figure.subplots(1, 3), quantities, strict=True):
+        if len({(c.height, c.width) for c in costs}) == 1:
+            axes.barh(range(len(costs)), [value(c) for c in costs], color=COLOURS[0])
+            axes.set_yticks(
+                range(len(costs)), [c.model for c in costs] if axes is figure.axes[0] else [""] * len(costs)
+            )
+            axes.invert_yaxis()
+            axes.set_xlabel(f"{label} at {costs[0].height}x{costs[0].width}")
+        else:
+            for number, name in enumerate(names):
+                mine = sorted((c.height * c.width, value(c)) for c in costs if c.model == name)
+                axes.plot(*zip(*mine, strict=True), label=name, **style(number))
+            axes.set_xlabel("pixels of the image")
+            axes.set_ylabel(label)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=110)
+
+
+def style(number: int) -> dict[str, str]:
+    """Colour and mark of the n-th line."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figure 1(b): how cost grows with the side of a square image, for SoLA, its full-softmax variant, Swin and DeiT.
+
+MACs are counted on meta tensors; time and memory are measured, each point in a process of its own, so that its peak
+is its own. `python -m sola_vision.analysis.scaling NETWORK SIZE` measures one point and prints it as JSON.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from sola_vision import sola  # noqa: F401 - registers sola_* where this module is run on its own
+from sola_vision.analysis.cost import build, count
+from sola_vision.config import tiny
+
+# not in the paper: which sizes of each family; the tiny ones here, all with patches of 4 pixels as its caption says
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SoLA": ("sola_tiny", {}),
+    "SoLA full softmax": ("sola_tiny", {"schedule": tiny().schedule.replace("L", "S")}),
+    "Swin": ("swin_tiny_patch4_window7_224", {}),
+    "DeiT": ("deit_tiny_patch16_224", {"patch_size": 4}),
+}
+SIZES = (16, 32, 64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280)
+LIMIT = 20.0  # seconds a point may take
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network at one size. seconds and mebibytes are measured or None."""
+
+    network: str
+    size: int
+    gmacs: float
+    seconds: float | None = None
+    mebibytes: float | None = None
+
+
+def counted() -> Iterator[Point]:
+    """MACs of every network from 16 to 1280 pixels a side, without their heads."""
+    for network, (name, changes) in NETWORKS.items():
+        for size in SIZES:
+            square = (size, size)
+            cost = count(build(name, square, num_classes=0, **changes), square, name=name)
+            yield Point(network, size, cost.gmacs)
+
+
+def measured(points: list[Point], threads: int, report: Callable[[Point], None] = lambda point: None) -> list[Point]:
+    """The same points with the median seconds of a forward of one image, and the most memory above the idle process.
+
+    A network's sizes go up until the next one would take more than LIMIT, judged by MACs.
+    """
+    done = []
+    pace: dict[str, float] = {}  # seconds a GMAC at the largest size so far
+    for point in points:
+        expected = pace.get(point.network, 0.0) * point.gmacs
+        if expected <= LIMIT:
+            seconds, mebibytes = _in_a_process(point, threads)
+            point = Point(point.network, point.size, point.gmacs, seconds, mebibytes)
+            if seconds is not None:
+                pace[point.network] = seconds / point.gmacs
+            else:
+                pace[point.network] = float("inf")
+        report(point)
+        done.append(point)
+    return done
+
+
+def _in_a_process(point: Point, threads: int) -> tuple[float | None, float | None]:
+    command = [sys.executable, "-m", "sola_vision.analysis.scaling", point.network, str(point.size), str(threads)]
+    # ten times the limit: a forward may be slower than its MACs promised, and the network has to be built
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=10 * LIMIT, check=False)
+    if finished.returncode:  # out of memory, as a rule
+        print(f"{point.network} at {point.size}: {finished.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return None, None
+    result = json.loads(finished.stdout)
+    return result["seconds"], result["mebibytes"]
+
+
+@torch.inference_mode()
+def measure(network: str, size: int, threads: int) -> tuple[float, float]:
+    """One point in this process: median seconds of at least three forwards after one to warm up (that one alone if it
+    is slow), and the mebibytes that the process grew by at most.
+    """
+    torch.set_num_threads(threads)
+    name, changes = NETWORKS[network]
+    if not name.startswith("sola_"):
+        changes = {**changes, "img_size": size}
+    model: nn.Module = timm.create_model(name, num_classes=0, **changes).eval()
+    image = torch.randn(1, 3, size, size)
+    idle = _start_memory()
+    seconds = [_timed(model, image)]
+    if seconds[0] < LIMIT / 4:
+        seconds = []
+        while len(seconds) < 3 or (sum(seconds) < 1 and len(seconds) < 50):
+            seconds.append(_timed(model, image))
+    return statistics.median(seconds), (_most_memory() - idle) / 1024
+
+
+def _timed(model: nn.Module, image: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(image)
+    return time.perf_counter() - start
+
+
+def _start_memory() -> int:
+    """Kibibytes of this process now; from here on its peak counts."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:  # not Linux, or not allowed: the peak since the start has to do
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _most_memory() -> int:
+    try:
+        return _status("VmHWM")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    _seconds, _mebibytes = measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    print(json.dumps({"seconds": _seconds, "mebibytes": _mebibytes}))

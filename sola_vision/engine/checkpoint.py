@@ -11,9 +11,10 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ class LoadReport:
                 more = ", ..." if len(keys) > 3 else ""
                 parts.append(f"{len(keys)} {name} ({', '.join(keys[:3])}{more})")
         return ", ".join(parts) or "every key matches"
+
+
+@dataclass
+class Progress:
+    """What is saved beside weights and optimiser: where the run is and what it has seen. Plain JSON."""
+
+    step: int = 0
+    evaluated: int = 0  # step of the last evaluation
+    latest: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last training record
+    summed: int = 0
+    seconds: float = 0.0
+    metrics_bytes: int = 0
+    skipped: dict[str, dict[str, str]] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def load_weights(model: nn.Module, path: str | Path, *, partial: bool = False) -> LoadReport:
@@ -92,9 +110,9 @@ def save_weights(path: Path, model: nn.Module, metadata: Mapping[str, str] | Non
 
 
 def save_state(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """All processes together: modules, optimiser and the JSON-able `progress` as the folder's resumable state."""
+    """All processes together: modules, optimiser and `progress` as the folder's resumable state."""
     tensors: dict[str, Tensor] = {}
     for prefix, module in modules.items():
         tensors |= _gathered(f"{prefix}/", module.state_dict())
@@ -105,14 +123,21 @@ def save_state(
         tensors |= _gathered(f"optimizer/{name}/", {k: v for k, v in state.items() if isinstance(v, Tensor)})
         scalars[name] = {k: v for k, v in state.items() if isinstance(v, bool | int | float)}
     groups = [{k: v for k, v in group.items() if isinstance(v, bool | int | float)} for group in optimizer.param_groups]
-    header = {"progress": json.dumps(progress), "optimizer": json.dumps({"state": scalars, "groups": groups})}
+    for index, group in enumerate(optimizer.param_groups):  # lamb counts its steps there, in a tensor
+        tensors |= _gathered(f"group/{index}/", {k: v for k, v in group.items() if isinstance(v, Tensor)})
+    header = {"progress": json.dumps(asdict(progress)), "optimizer": json.dumps({"state": scalars, "groups": groups})}
     on_main(lambda: write_atomically(folder / STATE, tensors, header))
 
 
-def load_progress(folder: Path) -> dict[str, Any] | None:
+def load_progress(folder: Path) -> Progress | None:
     """The `progress` of the folder's resumable state, None if there is no such state yet."""
     path = folder / STATE
-    return json.loads(read_metadata(path)["progress"]) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Progress(**json.loads(read_metadata(path)["progress"]))
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is not a state that this version wrote: resume with the version that did") from None
 
 
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -145,6 +170,8 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
             parameter = parameters[name]
             same = value.shape == parameter.shape
             state[parameter][entry] = _placed_like(parameter, value) if same else value
+        elif prefix == "group":
+            header["groups"][int(name)][entry] = value
     # torch's own loading knows where each optimiser wants its step counter
     current = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -177,7 +204,8 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
     except (OSError, SafetensorError) as error:
         shutil.rmtree(workshop, ignore_errors=True)
         kept = "the previous one is untouched" if path.exists() else "there is no previous one"
-        number = getattr(error, "errno", None) or errno.EIO
+        found = re.search(r"os error (\d+)", str(error))  # safetensors tells it in words only
+        number = getattr(error, "errno", None) or (int(found.group(1)) if found else errno.EIO)
         raise OSError(number, f"cannot write a checkpoint ({error}; {kept}); make room and resume", str(path)) from None
 
 
@@ -224,9 +252,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path} does not exist: name a file of weights") from None
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} holds code or objects, not only tensors, and is not opened: save a state_dict"
+            f"{path} holds code or objects beside tensors (or is damaged) and is not opened: save a state_dict"
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError):
+    except Exception:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is not a complete file of torch.save: fetch it again") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

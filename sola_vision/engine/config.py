@@ -13,6 +13,11 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 
+def _cores() -> int:
+    # a container or a scheduler may grant fewer than the machine has
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
     """How to train: optimiser, schedule, precision, processes and bookkeeping. The defaults are Swin's on ImageNet.
@@ -69,7 +74,7 @@ class TrainConfig:
     compile: bool = False
     device: str = "auto"
     seed: int = 0
-    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    workers: int = field(default_factory=lambda: min(8, _cores()))
     evaluate_every: int = 1
     save_seconds: float = 600.0
     save_steps: int | None = None
@@ -107,7 +112,7 @@ class TrainConfig:
 
 
 class Task(Protocol):
-    """A problem to train on. `metric` is the key of evaluate()'s result that chooses the best weights; more is better."""
+    """A problem to train on. `metric` is the key of evaluate()'s result that chooses the best weights: the highest."""
 
     metric: str
 

@@ -77,6 +77,14 @@ def _device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def set_precision(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        # trying out algorithms may choose others after resuming, and some of them add in no fixed order
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes; `tensor` itself is left as it is."""
     total = tensor.detach().clone()
@@ -124,9 +132,8 @@ def parallel(model: nn.Module, strategy: str, world: World) -> nn.Module:
         return model
     if world.size == 1:
         return model
-    # the loop keeps buffers equal itself, after every step: see share_buffers
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=[world.device.index] if world.device.type == "cuda" else None, broadcast_buffers=False
+        model, device_ids=[world.device.index] if world.device.type == "cuda" else None
     )
 
 

@@ -9,7 +9,7 @@ therefore means to begin at another step, and no random state is ever saved. An 
 import hashlib
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -172,16 +172,19 @@ def training_batches(
     stop: int,
     skipped: Skipped,
     collate: Collate | None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The micro-batches of steps [start, stop), on the device; workers and their look-ahead outlive the epochs."""
     sampler = MicroBatches(skipped.size, config, world, start, stop)
     readable = _Readable(dataset, config.seed, tries=skipped.limit + 1)
-    loader = _loader(readable, sampler, _Collate(collate, whole=True), config.workers, world.device)
-    for batch, failures in loader:
-        skipped.note(failures)
-        if batch is None:  # more neighbours than the limit were unreadable: no other process has to confirm that
-            skipped.check()
-        yield to_device(batch, world.device)
+    batches = iter(_loader(readable, sampler, _Collate(collate, whole=True), config.workers, world.device))
+    try:
+        for batch, failures in batches:
+            skipped.note(failures)
+            if batch is None:  # more neighbours than the limit were unreadable: no other process has to confirm that
+                skipped.check()
+            yield to_device(batch, world.device)
+    finally:
+        _end_workers(batches)
 
 
 class EvaluationBatches:
@@ -205,7 +208,9 @@ class EvaluationBatches:
         mine = [(-1, index) for index in range(world.rank, size, world.size)]
         batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
         readable = _Readable(dataset, seed, tries=1)
-        self._loader = _loader(readable, batches, _Collate(collate, whole=False), workers, world.device)
+        self._loader = _loader(
+            readable, batches, _Collate(collate, whole=False), workers, world.device, keep_workers=True
+        )
 
     def __iter__(self) -> Iterator[Any]:
         for batch, failures in self._loader:
@@ -215,26 +220,43 @@ class EvaluationBatches:
             if batch is not None:
                 yield to_device(batch, self.world.device)
 
+    def close(self) -> None:
+        """End the workers, which otherwise wait for the next evaluation."""
+        _end_workers(self._loader._iterator)
+        self._loader._iterator = None
+
 
 def _loader(
-    dataset: Dataset[Any], batches: Any, collate: _Collate, workers: int, device: torch.device
+    dataset: Dataset[Any],
+    batches: Any,
+    collate: _Collate,
+    workers: int,
+    device: torch.device,
+    keep_workers: bool = False,
 ) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        persistent_workers=keep_workers and workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator(),  # without it, every new iterator would draw from the global generator
     )
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
+def _end_workers(batches: Any) -> None:
+    # without being told, workers live as long as the iterator, and a traceback may hold on to that
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+
+
+def _outlive_signals(_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole group, but the step has to be finished with these workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 METRICS = Path("metrics.jsonl")
 SUMMARY = Path("summary.json")
@@ -44,12 +44,11 @@ class Log:
         if self._console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=10),
+                TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[numbers]}"),
-                TimeElapsedColumn(),
+                TimeRemainingColumn(),
                 TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
             )
             self._bar = Progress(*columns, console=self._console)
             self._bar.start()
@@ -75,7 +74,7 @@ class Log:
         """Moves the bar; without a terminal, one line whenever there are `numbers`."""
         if not self.main:
             return
-        text = "" if numbers is None else "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        text = "" if numbers is None else "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         if self._bar is not None:
             fields: dict[str, Any] = {} if numbers is None else {"numbers": text}
             self._bar.update(self._task, completed=step, description=f"epoch {epoch:.1f}", **fields)

@@ -11,19 +11,18 @@ import copy
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from . import checkpoint, loading, optim
+from .checkpoint import Progress
 from .config import Task, TrainConfig
 from .distributed import (
     Interrupts,
@@ -33,36 +32,20 @@ from .distributed import (
     local_gradients,
     on_main,
     parallel,
+    set_precision,
     share_buffers,
     whole,
 )
 from .loading import Collate, EvaluationBatches
 from .log import METRICS, SUMMARY, Log, surroundings, write_summary
+from .reports import Report, Reports
 
-_FLAGS = ("failures", "stop", "save")
 # these may change from one part of a run to the next without changing its result
 _FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - an end of the run, as StopIteration is one
     """The loss or the gradient is no longer a number."""
-
-
-@dataclass
-class Progress:
-    """What is saved beside weights and optimiser: where the run is and what it has seen. Plain JSON."""
-
-    step: int = 0
-    evaluated: int = 0  # step of the last evaluation
-    latest: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last training record
-    summed: int = 0
-    seconds: float = 0.0
-    metrics_bytes: int = 0
-    skipped: dict[str, dict[str, str]] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(
@@ -91,6 +74,8 @@ def fit(
             _train(run, interrupts)
             return _summarise(run)
         finally:
+            run.batches.close()
+            run.held_out.close()
             run.log.close()
 
 
@@ -131,12 +116,12 @@ class _Run:
     ema: optim.Ema | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    batches: Iterator[Any]
+    batches: Generator[Any, None, None]
     held_out: EvaluationBatches
     skipped: loading.Skipped
     progress: Progress
     log: Log
-    reports: "_Reports"
+    reports: Reports
     began: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
     saved_step: int | None = None
@@ -175,7 +160,7 @@ def _prepare(
     epoch_steps = loading.count_epoch_steps(size, config)
     total = optim.count_steps(config, epoch_steps)
     micro_batch = loading.micro_batch_size(config, world)
-    _set_precision(world.device)
+    set_precision(world.device)
 
     model = model.to(world.device)
     if world.size > 1 and world.device.type == "cuda":
@@ -193,7 +178,7 @@ def _prepare(
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
 
     saved = on_main(lambda: checkpoint.load_progress(folder)) if resume else None
-    progress = Progress(config=asdict(config)) if saved is None else Progress(**saved)
+    progress = saved or Progress(config=asdict(config))
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
     known = {name: {int(index): text for index, text in some.items()} for name, some in progress.skipped.items()}
     skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
@@ -225,7 +210,7 @@ def _prepare(
         skipped=skipped,
         progress=progress,
         log=log,
-        reports=_Reports(world.device),
+        reports=Reports(world.device),
     )
     if saved is not None:
         checkpoint.load_state(folder, run.modules, optimizer)
@@ -308,53 +293,6 @@ def _step(run: _Run, lr: float) -> dict[str, Tensor]:
     return values
 
 
-@dataclass
-class _Report:
-    """A step as all processes saw it: means of the values, sums of the flags."""
-
-    step: int
-    lr: float
-    values: dict[str, float]
-    flags: dict[str, bool]
-
-
-class _Reports:
-    """Sends a step's numbers to all processes and reads them without holding up an accelerator."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pending: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
-
-    def send(self, step: int, lr: float, values: dict[str, Tensor], flags: dict[str, bool]) -> None:
-        losses = torch.stack([value.to(self.device, torch.float32) for value in values.values()])
-        numbers = torch.cat([losses, torch.zeros(len(_FLAGS), device=self.device)])
-        for index, name in enumerate(_FLAGS, start=len(values)):
-            if flags[name]:
-                numbers[index].fill_(1.0)  # a kernel, where assigning would be a copy that waits
-        if dist.is_initialized():
-            dist.all_reduce(numbers)
-            numbers[: len(values)] /= dist.get_world_size()
-        ready = None
-        if self.device.type == "cuda":
-            host = torch.empty(numbers.shape, pin_memory=True)
-            host.copy_(numbers, non_blocking=True)
-            numbers, ready = host, torch.cuda.Event()
-            ready.record()
-        self._pending.append((step, lr, list(values), numbers, ready))
-
-    def receive(self, everything: bool) -> Iterator[_Report]:
-        """The reports that are due: on the CPU all, on an accelerator all but the last, which is still computed."""
-        leave = 1 if self.device.type == "cuda" and not everything else 0
-        while len(self._pending) > leave:
-            step, lr, names, numbers, ready = self._pending.popleft()
-            if ready is not None:
-                ready.synchronize()
-            count = len(names)
-            plain = numbers.tolist()
-            flags = {name: value > 0 for name, value in zip(_FLAGS, plain[count:], strict=True)}
-            yield _Report(step, lr, dict(zip(names, plain[:count], strict=True)), flags)
-
-
 def _receive(run: _Run, everything: bool) -> None:
     progress = run.progress
     for report in run.reports.receive(everything):
@@ -372,7 +310,7 @@ def _receive(run: _Run, everything: bool) -> None:
         run.save |= report.flags["save"]
 
 
-def _why_stopped(run: _Run, report: _Report, name: str, value: float) -> str:
+def _why_stopped(run: _Run, report: Report, name: str, value: float) -> str:
     epoch = (report.step - 1) // run.epoch_steps + 1
     if run.saved_step is None:
         good = "no checkpoint had been saved"
@@ -436,8 +374,8 @@ def _save(run: _Run) -> None:
         "training": {str(index): text for index, text in run.skipped.known.items()},
         "evaluation": {str(index): text for index, text in run.held_out.skipped.known.items()},
     }
-    state = {**asdict(progress), "seconds": progress.seconds + time.monotonic() - run.began}
-    checkpoint.save_state(run.folder, run.modules, run.optimizer, state)
+    now = replace(progress, seconds=progress.seconds + time.monotonic() - run.began)
+    checkpoint.save_state(run.folder, run.modules, run.optimizer, now)
     run.saved, run.saved_step, run.save = time.monotonic(), progress.step, False
 
 
@@ -460,11 +398,3 @@ def _summarise(run: _Run) -> dict[str, Any]:
 def _autocast(device: torch.device, amp: str) -> torch.autocast:
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=amp != "none")
-
-
-def _set_precision(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-        # trying out algorithms may choose others after resuming, and some of them add in no fixed order
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run small enough to be killed and compared: seconds on one core, and random wherever a real one is.
 
-The tests import its pieces; as a script (`python tiny.py FOLDER key=value ...`) it is one process of a run, so that
-it can be killed or started by torchrun. `die=N` kills it with SIGKILL inside step N's loss, `term=N` sends SIGTERM.
+The tests import its pieces; as a script (`python tiny.py FOLDER key=value ... -- FOLDER ...`) it is one process of one
+or more runs, so that it can be killed or started by torchrun: `die=N` sends itself SIGKILL inside the Nth loss, `term=N`
+SIGTERM.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sola_vision.engine import TrainConfig, all_reduce_sum, fit
+from sola_vision.engine import TrainConfig, all_reduce_sum, distributed, fit
 
 
 class Images(torch.utils.data.Dataset):
@@ -111,11 +114,18 @@ def settings(**changes):
 def main(folder, *arguments):
     given = {key: json.loads(value) for key, value in (argument.split("=", 1) for argument in arguments)}
     resume, width, bad = given.pop("resume", False), given.pop("width", 32), given.pop("bad", [])
-    task = Classify(given.pop("die", None), given.pop("term", None), given.pop("nan", None))
+    plain = given.pop("plain", False)  # nothing that differs between one process and two
+    task = Classify(given.pop("die", None), given.pop("term", None), mix=not plain)
+    model = Net(width, dropout=0.0, norm=False) if plain else Net(width)
     torch.set_num_threads(1)
     train, val = Images(bad=bad), Images(31, train=False)
-    fit(task, Net(width), train, val, settings(**given), Path(folder), resume=resume, metadata={"classes": "abc"})
+    fit(task, model, train, val, settings(**given), Path(folder), resume=resume, metadata={"classes": "abc"})
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    runs = [list(words) for is_run, words in itertools.groupby(sys.argv[1:], lambda word: word != "--") if is_run]
+    with distributed("cpu"):  # several runs with one group of processes
+        for run in runs:
+            stops = len(runs) > 1 and any(word.startswith("term=") for word in run)
+            with contextlib.suppress(KeyboardInterrupt) if stops else contextlib.nullcontext():
+                main(*run)

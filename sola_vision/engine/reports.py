@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of a run tell each other after every step: losses, and wishes on which all have to agree.
+
+One small tensor is summed over the processes. On a GPU its copy to the host is read one step late, so that the host
+never waits for the step that it has just launched.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_FLAGS = ("failures", "stop", "save")
+
+
+@dataclass
+class Report:
+    """A step as all processes saw it: means of the values, sums of the flags."""
+
+    step: int
+    lr: float
+    values: dict[str, float]
+    flags: dict[str, bool]
+
+
+class Reports:
+    """Sends a step's numbers to all processes and reads them without holding up an accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pending: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
+
+    def send(self, step: int, lr: float, values: dict[str, Tensor], flags: dict[str, bool]) -> None:
+        losses = torch.stack([value.to(self.device, torch.float32) for value in values.values()])
+        numbers = torch.cat([losses, torch.zeros(len(_FLAGS), device=self.device)])
+        for index, name in enumerate(_FLAGS, start=len(values)):
+            if flags[name]:
+                numbers[index].fill_(1.0)  # a kernel, where assigning would be a copy that waits
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
+            numbers[: len(values)] /= dist.get_world_size()
+        ready = None
+        if self.device.type == "cuda":
+            host = torch.empty(numbers.shape, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            numbers, ready = host, torch.cuda.Event()
+            ready.record()
+        self._pending.append((step, lr, list(values), numbers, ready))
+
+    def receive(self, everything: bool) -> Iterator[Report]:
+        """The reports that are due: on the CPU all, on an accelerator all but the last, which is still computed."""
+        leave = 1 if self.device.type == "cuda" and not everything else 0
+        while len(self._pending) > leave:
+            step, lr, names, numbers, ready = self._pending.popleft()
+            if ready is not None:
+                ready.synchronize()
+            count = len(names)
+            plain = numbers.tolist()
+            flags = {name: value > 0 for name, value in zip(_FLAGS, plain[count:], strict=True)}
+            yield Report(step, lr, dict(zip(names, plain[:count], strict=True)), flags)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights come back whole or not at all; nothing is unpickled; the old file outlives every failure."""
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sola_vision.engine import checkpoint as module
+from sola_vision.engine import load_weights, read_metadata, save_weights
+
+
+def net(width=4, classes=3):
+    return nn.Sequential(nn.Linear(2, width), nn.BatchNorm1d(width), nn.Linear(width, classes))
+
+
+def equal(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "nested.pth"])
+def test_load_weights_restores_every_bit(tmp_path, kind):
+    path, source, target = tmp_path / f"w.{kind}", net(), net()
+    if kind == "safetensors":
+        save_weights(path, source, {"classes": "cat dog"})
+        assert read_metadata(path) == {"classes": "cat dog"}
+    else:
+        torch.save({"model": source.state_dict()} if kind == "nested.pth" else source.state_dict(), path)
+    report = load_weights(target, path)
+    assert not report
+    assert equal(source, target)
+
+
+def test_load_weights_lists_what_differs_and_loads_nothing(tmp_path):
+    save_weights(tmp_path / "w.safetensors", net(classes=5))
+    target = nn.Sequential(*net(), nn.Linear(3, 1))
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"2 missing \(3.weight, 3.bias\), 2 resized \(2.weight 5x4 instead of 3x4"
+    ) as info:
+        load_weights(target, tmp_path / "w.safetensors")
+    assert "\n" not in str(info.value)
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_load_weights_partial_takes_what_fits(tmp_path):
+    source, target = net(classes=5), nn.Sequential(*list(net())[:2])
+    save_weights(tmp_path / "w.safetensors", source)
+    report = load_weights(target, tmp_path / "w.safetensors", partial=True)
+    assert report.unexpected == ("2.bias", "2.weight")
+    assert not report.missing
+    assert not report.resized
+    assert torch.equal(source[0].weight, target[0].weight)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"0.weight": Malicious()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt holds code") as info:
+        load_weights(net(), tmp_path / "w.pt")
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_damaged_file_is_one_clear_error(tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "pt":
+        torch.save(net().state_dict(), path)
+    else:
+        save_weights(path, net())
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"text" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=path.name) as info:
+            load_weights(net(), path)
+        assert "\n" not in str(info.value)
+    with pytest.raises(FileNotFoundError, match="none"):
+        load_weights(net(), tmp_path / f"none.{suffix}")
+
+
+def test_a_state_dict_of_something_else_is_refused(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="no state_dict"):
+        load_weights(net(), tmp_path / "w.pt")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    path, old = tmp_path / "w.safetensors", net()
+    save_weights(path, old)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a real failure in the middle of the file
+    try:
+        with pytest.raises(OSError, match="the previous one is untouched") as info:
+            save_weights(path, net(width=100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert info.value.errno == errno.EFBIG
+    assert "\n" not in str(info.value)
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    target = net()
+    load_weights(target, path)
+    assert equal(old, target)
+
+
+@pytest.mark.parametrize("step", ["save_file", "_to_disk", "os.replace"])
+def test_a_failure_at_any_moment_leaves_a_complete_file(tmp_path, monkeypatch, step):
+    path, old = tmp_path / "w.safetensors", net()
+    save_weights(path, old)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os if step == "os.replace" else module, step.removeprefix("os."), full)
+        with pytest.raises(OSError, match="No space left") as info:
+            save_weights(path, net())
+        assert info.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    target = net()
+    load_weights(target, path)
+    assert equal(old, target)
+
+
+def test_what_a_killed_writer_left_behind_is_no_obstacle(tmp_path):
+    (tmp_path / ".new").mkdir()
+    (tmp_path / ".new" / ".tmp123").write_bytes(b"half")
+    save_weights(tmp_path / "w.safetensors", net())
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+
+
+def test_tied_and_sliced_tensors_can_be_written(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model[0].bias.data = torch.arange(6.0)[::2]
+    save_weights(tmp_path / "w.safetensors", model)
+    assert load_file(tmp_path / "w.safetensors")["0.bias"].tolist() == [0.0, 2.0, 4.0]

@@ -113,6 +113,13 @@ def test_best_are_the_averaged_weights_that_reached_the_metric(whole_run):
         assert not torch.equal(state["model/head.weight"], model.head.weight)
 
 
+def test_a_record_is_the_mean_since_the_one_before(whole_run, tmp_path):
+    train(tmp_path, log_every=1)
+    single = [line["loss"] for line in metrics(tmp_path) if line["kind"] == "train"]
+    means = [line["loss"] for line in metrics(whole_run) if line["kind"] == "train"]
+    assert means == pytest.approx([sum(single[step : step + 3]) / 3 for step in range(0, 15, 3)])
+
+
 def test_training_learns(whole_run):
     assert json.loads((whole_run / "summary.json").read_text())["best"]["top1"] > 60  # chance: 33
 

@@ -2,8 +2,7 @@
 """A run small enough to be killed and compared: seconds on one core, and random wherever a real one is.
 
 The tests import its pieces; as a script (`python tiny.py FOLDER key=value ... -- FOLDER ...`) it is one process of one
-or more runs, so that it can be killed or started by torchrun: `die=N` sends itself SIGKILL inside the Nth loss, `term=N`
-SIGTERM.
+or more runs, which can be killed or started by torchrun: `die=N` is a SIGKILL inside the Nth loss, `term=N` a SIGTERM.
 """
 
 import contextlib

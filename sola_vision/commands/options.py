@@ -69,14 +69,9 @@ def parse_run(arguments: Sequence[str]) -> Run:
     configuration = Recipe(
         **{section: kind(**vars(getattr(values, section))) for section, kind in SECTIONS.items()}, init=values.init
     )
-    # in the file so that it says all; where the next run goes is its own business
-    text = parser.dump(values, skip_none=False)
-    stored = yaml.safe_load(text)
-    for name in ("config", "out", "resume", "json"):
-        stored.pop(name, None)
-    stored["recipe"] = recipe
     out = Path(values.out) if values.out else Path("runs") / recipe
-    text = yaml.safe_dump(stored, sort_keys=False)
+    # where the next run goes is its own business
+    text = yaml.safe_dump({"recipe": recipe, "data": values.data, **asdict(configuration)}, sort_keys=False)
     return Run(
         recipe=recipe,
         configuration=configuration,

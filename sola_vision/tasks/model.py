@@ -121,9 +121,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         )
     try:
         values = {name: json.loads(stored[name]) for name in ("task", "model", "image", "classes")}
-        network, image, classes = dict(values["model"]), ImageConfig(**values["image"]), list(values["classes"])
+        # JSON has no tuples
+        image = ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["image"].items()})
+        network, classes = dict(values["model"]), list(values["classes"])
         name = network.pop("name")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its metadata is not what sola train writes ({error}): train again") from None
     # only names of the registry and fields of the network: a file from elsewhere must not make timm fetch or open more
     foreign = sorted(set(network) - {field.name for field in fields(SolaConfig)})

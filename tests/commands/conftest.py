@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny data set, a tiny trained network, and `sola`, which runs a command in this process and keeps what it says."""
+
+from dataclasses import dataclass
+
+import pytest
+from small import TINY, write_images
+
+from sola_vision.cli import main
+
+
+@dataclass
+class Said:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def sola(capsys):
+    def call(*words):
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def refused(sola, tmp_path):
+    """Runs what must be refused: one line with all `names`, exit code 2, no result, and no file touched."""
+
+    def call(*words, names):
+        before = _files(tmp_path)
+        said = sola(*words)
+        assert (said.code, said.out) == (2, ""), said
+        assert said.err.count("\n") == 1, said.err
+        assert said.err.endswith("\n")
+        assert said.err.startswith("sola: ")
+        for name in names:
+            assert str(name) in said.err
+        assert _files(tmp_path) == before
+        return said.err
+
+    return call
+
+
+def _files(root):
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data):
+    """The folder of a finished run; tests must not write there."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert main([*TINY, "--data", str(data), "--out", str(folder)]) == 0
+    return folder

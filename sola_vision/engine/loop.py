@@ -2,9 +2,9 @@
 """The training loop: `fit` takes a task, a model and two datasets, and fills a run's folder.
 
 A step is a function of its number: learning rate, images, augmentation and every random draw follow from (seed,
-step), so that a run resumed from `last/` ends with the same bits as one that was never interrupted. Losses,
-failures and requests of all processes travel in one small tensor a step, which an accelerator's host reads one
-step late in order not to wait; before anything is evaluated or saved all of them have been read.
+step), so that a run resumed from `last/`, on as many processes and threads, ends with the bits of one that was never
+interrupted. Losses, failures and requests of all processes travel in one small tensor a step, which a GPU's host
+reads one step late in order not to wait; before anything is evaluated or saved all of them have been read.
 """
 
 import copy

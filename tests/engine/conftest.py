@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the tests here import `tiny`, which is a script as well."""
+"""Lets the tests here import `tiny`, which is a script as well, and computes as its processes do."""
 
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread():
+    # runs are compared bit by bit, and another number of threads adds in another order
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

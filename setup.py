@@ -66,11 +66,12 @@ class BuildKernel(build_ext):
             print(f"sola-vision: installing without the CPU kernel, the portable path takes its place ({error})")
             target.unlink(missing_ok=True)
 
+    # what is not there after a failed build must be neither listed nor copied
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() for ext in self.extensions):
+        if all(Path(self.build_lib, self.get_ext_filename(ext.name)).exists() for ext in self.extensions):
             super().copy_extensions_to_source()
 
 

@@ -26,6 +26,20 @@ typedef int32_t I __attribute__((vector_size(register_bytes)));
 typedef uint32_t U __attribute__((vector_size(register_bytes)));
 typedef uint16_t H __attribute__((vector_size(register_bytes / 2)));
 
+// the same in memory, where loops over lanes reach it; the compiler turns those into vectors better than F's elements
+struct alignas(register_bytes) Lanes {
+  float at[W];
+  operator F() const {
+    F f;
+    memcpy(&f, at, sizeof f);
+    return f;
+  }
+  Lanes& operator=(F f) {
+    memcpy(at, &f, sizeof f);
+    return *this;
+  }
+};
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -37,36 +51,71 @@ inline F splat(float a) { return a - F{}; }
 inline F as_float(U a) { return reinterpret_cast<F>(a); }
 inline U as_bits(F a) { return reinterpret_cast<U>(a); }
 
-// max(m, |a|) on the bits: as integers NaN is larger than infinity, so a NaN cannot slip through a check
+// max(m, |a|); whether a NaN counts is open, it stays a NaN wherever it goes
 inline F max_abs(F m, F a) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_range_ps(0xffff, (__m512)m, (__m512)a, 0b1011);
+#else
   const I magnitude = reinterpret_cast<I>(as_bits(a) & 0x7fffffffu), most = reinterpret_cast<I>(m);
   return reinterpret_cast<F>(magnitude > most ? magnitude : most);
+#endif
 }
 
-// exp(a) to about 1 ulp for |a| < 87; anything else is the robust path's business. exp(a) = 2^n exp(r), |r| <= ln(2)/2:
-// adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits, whence it is added to the exponent.
-inline F exp(F a) {
-  const F shifted = a * 1.44269504f + 12582912.0f;
-  const F n = shifted - 12582912.0f;
-  const F r = (a - n * 0.693359375f) + n * 2.12194440e-4f;
-  F p = r * 0.00138146132f + 0.00836870982f;
-  p = p * r + 0.0416683874f;
-  p = p * r + 0.166665207f;
-  p = p * r + 0.499999935f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+// zero itself, not a subnormal number that some modes of the processor take for it
+inline bool is_zero(float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, sizeof bits);
+  return bits == 0;
+}
+
+// exp(a) to 1 ulp for small a and 2 ulp for |a| near the limit of 44; for larger a and NaN the result is nonsense, and
+// afterwards `seen` >= exp_range. exp(a) = 2^n exp(r) with |r| <= ln(2) / 2: adding 1.5 * 2^23 + 64 rounds to an integer
+// and leaves n + 64 in the low bits. From there it is added to the exponent of exp(r), which the polynomial makes 2^64
+// times too small; and n is within [-64, 63] exactly if no other bits differ from the constant's. Their union over all
+// arguments is the check.
+constexpr uint32_t exp_range = 128;
+constexpr double exp_limit = 44.0;
+
+inline F exp(F a, U& seen) {
+  constexpr float constant = 12582912.0f + 64.0f;
+  const F shifted = a * 1.44269504f + constant;
+  const F r = a - (shifted - constant) * 0.693147181f;
+  F p = r * (0x1p-64f * 0.00138146132f) + 0x1p-64f * 0.00836870982f;
+  p = p * r + 0x1p-64f * 0.0416683874f;
+  p = p * r + 0x1p-64f * 0.166665207f;
+  p = p * r + 0x1p-64f * 0.499999935f;
+  p = p * r + 0x1p-64f;
+  p = p * r + 0x1p-64f;
+  seen |= as_bits(shifted) ^ 0x4b400000u;
   return as_float(as_bits(p) + (as_bits(shifted) << 23));
 }
 
-// exp(a) in double precision for one lane, without branches so that loops over lanes vectorise; NaN stays NaN. Below
-// -708 the result is 3e-308 instead of less, which is nothing beside the 1 that every sum here contains.
-inline double exp(double a) {
-  a = a < -708.0 ? -708.0 : a;
-  a = a > 709.0 ? 709.0 : a;
-  const double shifted = a * 1.4426950408889634 + 6755399441055744.0;
-  const double n = shifted - 6755399441055744.0;
-  const double r = (a - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  double p = 1.0 / 6227020800.0;
+inline F exp(F a) {
+  U seen;
+  return exp(a, seen = U{});
+}
+
+// 1 / a to about 1 ulp, for a neither subnormal nor so large that 1 / a is; division would be the slowest step
+inline F reciprocal(F a) {
+#if defined(__AVX512F__)
+  const F rough = (F)_mm512_maskz_rcp14_ps(0xffff, (__m512)a);  // the unmasked form makes GCC warn
+  return rough + rough * (1.0f - a * rough);
+#else
+  return 1.0f / a;
+#endif
+}
+
+// exp(a) in double precision, for one number or a vector of them; NaN stays NaN. Below -708 the result is 3e-308 instead
+// of less, which is nothing beside the 1 that every sum of the robust path contains.
+template <class A, class Bits>
+inline A exp_float64(A a) {
+  const A least = A{} - 708.0, most = A{} + 709.0;
+  a = a < least ? least : a;
+  a = a > most ? most : a;
+  const A shifted = a * 1.4426950408889634 + 6755399441055744.0;
+  const A n = shifted - 6755399441055744.0;
+  const A r = (a - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  A p = A{} + 1.0 / 6227020800.0;
   p = p * r + 1.0 / 479001600.0;
   p = p * r + 1.0 / 39916800.0;
   p = p * r + 1.0 / 3628800.0;
@@ -80,13 +129,51 @@ inline double exp(double a) {
   p = p * r + 0.5;
   p = p * r + 1.0;
   p = p * r + 1.0;
-  uint64_t bits, scale;
-  memcpy(&bits, &shifted, 8);
-  scale = (bits << 52) + (uint64_t{1023} << 52);
-  double factor;
-  memcpy(&factor, &scale, 8);
+  Bits scale;
+  memcpy(&scale, &shifted, sizeof scale);
+  scale = (scale << 52) + (uint64_t{1023} << 52);
+  A factor;
+  memcpy(&factor, &scale, sizeof factor);
   return p * factor;
 }
+
+inline double exp(double a) { return exp_float64<double, uint64_t>(a); }
+
+// The lanes in double precision, which takes two registers.
+typedef double D __attribute__((vector_size(register_bytes)));
+typedef uint64_t DU __attribute__((vector_size(register_bytes)));
+typedef float HF __attribute__((vector_size(register_bytes / 2)));
+
+struct Wide {
+  D half[2];
+
+  static Wide of(double a) { return {{a - D{}, a - D{}}}; }
+  static Wide of(const double (&lanes)[W]) {
+    Wide wide;
+    memcpy(&wide, lanes, sizeof wide);
+    return wide;
+  }
+  static Wide of(const Lanes& lanes) {
+    Wide wide;
+    for (int i = 0; i < 2; ++i) {
+      HF part;
+      memcpy(&part, lanes.at + i * W / 2, sizeof part);
+      wide.half[i] = __builtin_convertvector(part, D);
+    }
+    return wide;
+  }
+  void round_to(Lanes& lanes) const {
+    for (int i = 0; i < 2; ++i) {
+      const HF part = __builtin_convertvector(half[i], HF);
+      memcpy(lanes.at + i * W / 2, &part, sizeof part);
+    }
+  }
+  double operator[](int lane) const { return half[lane / (W / 2)][lane % (W / 2)]; }
+  Wide exp() const { return {{exp_float64<D, DU>(half[0]), exp_float64<D, DU>(half[1])}}; }
+  friend Wide operator*(Wide a, Wide b) { return {{a.half[0] * b.half[0], a.half[1] * b.half[1]}}; }
+  friend Wide operator+(Wide a, Wide b) { return {{a.half[0] + b.half[0], a.half[1] + b.half[1]}}; }
+  friend Wide operator-(Wide a, Wide b) { return {{a.half[0] - b.half[0], a.half[1] - b.half[1]}}; }
+};
 
 // ---- float32 in registers <-> the element types in memory
 
@@ -142,13 +229,13 @@ inline void narrow(float16* a, F f) {
 #endif
 
 // Results below 1e-38 become zero while this lives: decayed states would otherwise crawl through subnormal numbers. The
-// fast path is entered only where nothing of that size matters.
+// fast path is entered only where nothing of that size matters. Subnormal arguments keep their value.
 class FlushSubnormals {
 #if defined(__x86_64__)
   unsigned before_ = _mm_getcsr();
 
  public:
-  explicit FlushSubnormals(bool on) { _mm_setcsr(on ? before_ | 0x8040u : before_ & ~0x8040u); }
+  explicit FlushSubnormals(bool on) { _mm_setcsr(on ? (before_ | 0x8000u) & ~0x40u : before_ & ~0x8040u); }
   ~FlushSubnormals() { _mm_setcsr(before_); }
 #else
  public:

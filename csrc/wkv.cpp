@@ -21,12 +21,11 @@
 // number of threads.
 //
 // Accuracy. Rounding lam to float32 once and multiplying by it n times is wrong by n roundings, always to the same
-// side. Here step j uses step[j % 8] = fl(lam^(j+1) / (step[0] ... step[j-1])), each factor repairing the rounding of
+// side. Here step j uses step[j % 4] = fl(lam^(j+1) / (step[0] ... step[j-1])), each factor repairing the rounding of
 // those before it, and chunks are joined in float64 with lam^L from float64.
 //
-// Range. Float32 without running maxima is exact while nothing over- or underflows. The sums phase takes the largest
-// |k| and |v| along, the adjoint phase the largest |g| and D; a register outside of the bounds below is left to
-// robust.h, before anything else has been written for it.
+// Range. Float32 without running maxima is exact while nothing over- or underflows. The sums phase takes the range of k
+// and v along, the adjoint phase the largest |g| and D; a register outside of the bounds below is left to robust.h.
 #include "wkv.h"
 
 #include <cstdlib>
@@ -38,19 +37,20 @@ namespace sola::SOLA_ISA {
 namespace {
 
 constexpr int L = 32;     // tokens in a chunk
-constexpr int period = 8; // of the decay's factors
+constexpr int period = 4; // of the decay's factors
 
-// Bounds of the fast path. exp(50 + 20 + ln 65536) * 1e3 stays below float32's 3e38, exp(-50) * 1e-4 far above its
-// 1e-38; beyond 65536 tokens the bound on |k| shrinks by ln(N / 65536). With 80 < d < 140 lam^n is below 1e-38 while
-// lam^n exp(100) may still count; with more decay it counts no longer.
-constexpr double key_limit = 50.0, bonus_limit = 20.0, decay_least = -20.0, step_limit = 80.0, step_zero = 140.0;
+// Bounds of the fast path. Sums stay below float32's 3e38: exp(44 + 20) 2^20 1e3 = 7e36, and weights times values above
+// its 1e-38: exp(-44) 1e-4 = 8e-24. A chunk's tokens are weighed by lam^31 at least, which must not vanish while
+// lam^31 exp(2 * 44) may still count, unless all but neighbours vanish. A single chunk only multiplies by lam.
+constexpr double bonus_limit = 20.0, decay_least = -20.0, step_limit = 2.8, step_limit_alone = 80.0, step_zero = 140.0;
 constexpr float value_limit = 1e3f, value_least = 1e-4f;
+constexpr int64_t tokens_limit = 1 << 20;
 
-// What a chunk hands over. The sums are turned into carries in place; once A and R are carries the two maxima of the
-// sums phase are spent, and their slots serve the next ones.
-enum Slot { AX, AE, RX, RE, MAX_KEY, MAX_VALUE, forward_slots, FH = forward_slots, FQ, BH, BQ, backward_slots };
-constexpr int MAX_GRAD = MAX_KEY, MAX_DENOMINATOR = MAX_VALUE;    // written by the adjoint phase
-constexpr int SUM_DECAY = MAX_KEY, SUM_BONUS = MAX_VALUE;         // written by the gradients phase
+// What a chunk hands over. The sums are turned into carries in place; by then the checks of the keys and values are
+// spent, and their slots serve later phases.
+enum Slot { AX, AE, RX, RE, SEEN_KEYS, MAX_VALUE, forward_slots, FH = forward_slots, FQ, BH, BQ, backward_slots };
+constexpr int MAX_GRAD = SEEN_KEYS, MAX_DENOMINATOR = MAX_VALUE;  // written by the adjoint phase
+constexpr int SUM_DECAY = SEEN_KEYS, SUM_BONUS = MAX_VALUE;       // written by the gradients phase
 
 struct Pair {
   F a = {}, b = {};
@@ -60,18 +60,22 @@ struct Pair {
     a = a * step + x;
     b = b * step + y;
   }
+  void add(F weight, F x, F y) {
+    a += weight * x;
+    b += weight * y;
+  }
 };
 
 // One register of channels of one image: its parameters, and where its chunks hand over.
 struct alignas(64) Register {
-  F step[period];
-  F gain;                        // e^u
-  double lam[W], lam_chunk[W];   // lam^1, lam^L
-  double growth;                 // the largest exp(max|k| - min(w, 0)) of the lanes, in the backward
-  F* slots;                      // [chunks][slots of the operator]
+  Lanes step[period];            // lam, rounded so that their products stay exact
+  Lanes power[L];                // lam^j, to weigh a chunk's tokens by their distance from its start
+  Lanes gain;                    // e^u
+  Wide lam, lam_chunk;           // lam^1, lam^L
+  Lanes* slots;                  // [chunks][slots of the operator]
   int64_t image, channel;
   int n;                         // channels in it, W but for the last
-  bool fast;
+  bool fast, grows;              // float32 will do; some decay is negative
 
   void prepare(const Problem& p, int64_t index);
 };
@@ -81,75 +85,78 @@ void Register::prepare(const Problem& p, int64_t index) {
   image = index / columns;
   channel = index % columns * W;
   n = static_cast<int>(p.channels - channel < W ? p.channels - channel : W);
-  fast = true;
-  double ratio[W], inverse[W], bonus[W];
+  alignas(64) double w[W] = {}, u[W] = {};
+  memcpy(w, p.decay + channel, sizeof(double) * static_cast<size_t>(n));
+  memcpy(u, p.bonus + channel, sizeof(double) * static_cast<size_t>(n));
+  const double tokens = static_cast<double>(p.tokens), rate = 1.0 / tokens;
+  const double steep = tokens * (p.tokens <= L ? step_limit_alone : step_limit), zero = tokens * step_zero;
+  int outside = 0, negative = 0;  // without branches: a NaN is outside
   for (int i = 0; i < W; ++i) {
-    const double w = i < n ? p.decay[channel + i] : 0.0, u = i < n ? p.bonus[channel + i] : 0.0;
-    const double d = w / static_cast<double>(p.tokens);
-    fast = fast && w >= decay_least && (d <= step_limit || d >= step_zero) && u <= bonus_limit && u >= -bonus_limit;
-    lam[i] = d <= step_limit ? -d : -1e9;
-    bonus[i] = u;
+    outside |= !(w[i] >= decay_least) | !((w[i] <= steep) | (w[i] >= zero));
+    outside |= !(u[i] <= bonus_limit) | !(u[i] >= -bonus_limit);
+    negative |= w[i] < 0.0;
+    w[i] = w[i] < zero ? w[i] * rate : 2000.0;
   }
+  fast = outside == 0 && p.tokens <= tokens_limit;
+  grows = negative != 0;
   if (!fast) return;
-  for (int i = 0; i < W; ++i) {
-    inverse[i] = exp(-lam[i]);
-    lam[i] = lam[i] < -step_limit ? 0.0 : exp(lam[i]);
-    bonus[i] = exp(bonus[i]);
-    ratio[i] = 1.0;
-  }
+  const Wide d = Wide::of(w);
+  Wide::of(u).exp().round_to(gain);
+  lam = (Wide::of(0.0) - d).exp();  // 3e-308 for no weight at all: zero as soon as it is rounded
+  const Wide inverse = d.exp();
+  Wide powers[period], ratio = Wide::of(1.0), of_period = Wide::of(1.0);
   for (int j = 0; j < period; ++j) {
-    for (int i = 0; i < W; ++i) {
-      step[j][i] = static_cast<float>(lam[i] * ratio[i]);
-      ratio[i] *= 2.0 - step[j][i] * inverse[i];  // lam / step, for they differ by a rounding only
-    }
+    (lam * ratio).round_to(step[j]);
+    ratio = ratio * (Wide::of(2.0) - Wide::of(step[j]) * inverse);  // lam / step: they differ by a rounding only
+    powers[j] = of_period;
+    of_period = of_period * lam;
   }
-  for (int i = 0; i < W; ++i) {
-    gain[i] = static_cast<float>(bonus[i]);
-    lam_chunk[i] = lam[i];
+  for (int j = 0; j < L; ++j) {
+    powers[j % period].round_to(power[j]);
+    powers[j % period] = powers[j % period] * of_period;
   }
-  for (int power = 1; power < L; power *= 2) {
-    for (int i = 0; i < W; ++i) lam_chunk[i] *= lam_chunk[i];
-  }
+  lam_chunk = powers[0];
 }
 
-// One token after another of one chunk of one register.
-template <class T>
+// The tokens of one chunk of one register. Whole: there are L of them and W channels, which holds for nearly all chunks,
+// and the compiler makes straight code of it.
+template <class T, bool Whole>
 struct Tokens {
-  const T* data;
+  T* data;
   int64_t stride;
   int n;
 
   Tokens(const Array& a, const Register& r, int64_t start)
-      : data(static_cast<const T*>(a.data) + r.image * a.batch_stride + start * a.row_stride + r.channel),
+      : data(static_cast<T*>(a.data) + r.image * a.batch_stride + start * a.row_stride + r.channel),
         stride(a.row_stride),
-        n(r.n) {}
+        n(Whole ? W : r.n) {}
   F operator[](int64_t j) const { return load(data + j * stride, n); }
-  void set(int64_t j, F f) const { store(const_cast<T*>(data) + j * stride, f, n); }
+  void set(int64_t j, F f) const { store(data + j * stride, f, n); }
 };
 
+template <bool Whole>
 int chunk_length(const Problem& p, int64_t start) {
-  return static_cast<int>(p.tokens - start < L ? p.tokens - start : L);
+  return Whole || p.tokens - start > L ? L : static_cast<int>(p.tokens - start);
 }
 
-// ---- sums: A and R of a chunk from zero, the largest |k| and |v|
+// ---- sums: A and R of a chunk from zero, and what the checks need
 
-template <class T>
-void sums(const Problem& p, const Register& r, int64_t start, F* slot) {
-  const int len = chunk_length(p, start);
-  const Tokens<T> key(p.key, r, start), value(p.value, r, start);
-  F x[L], e[L], max_key = {}, max_value = {};
+template <class T, bool Whole>
+void sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+  const int len = chunk_length<Whole>(p, start);
+  const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start);
+  U seen = {};
+  F most = {};
   Pair left, right;
+#pragma GCC unroll 4
   for (int j = 0; j < len; ++j) {
-    const F k = key[j], v = value[j];
-    max_key = max_abs(max_key, k);
-    max_value = max_abs(max_value, v);
-    e[j] = exp(k);
-    x[j] = e[j] * v;
-    left.absorb(r.step[j % period], x[j], e[j]);
+    const F v = value[j], e = exp(key[j], seen), x = e * v;
+    most = max_abs(most, v);
+    left.absorb(r.step[j % period], x, e);
+    right.add(r.power[j], x, e);
   }
-  for (int j = len - 1; j >= 0; --j) right.absorb(r.step[j % period], x[j], e[j]);
   slot[AX] = left.a, slot[AE] = left.b, slot[RX] = right.a, slot[RE] = right.b;
-  slot[MAX_KEY] = max_key, slot[MAX_VALUE] = max_value;
+  slot[SEEN_KEYS] = as_float(seen), slot[MAX_VALUE] = most;
 }
 
 // ---- carry: sums of chunks, in slots s and s + 1 (from the left) and s + 2 and s + 3 (from the right), become the
@@ -157,160 +164,181 @@ void sums(const Problem& p, const Register& r, int64_t start, F* slot) {
 
 void carry(const Problem& p, const Register& r, int slots, int s) {
   const int64_t chunks = (p.tokens + L - 1) / L;
-  double state[4][W] = {};
-  const auto pass = [&](F* slot, double* running) {
-    for (int i = 0; i < W; ++i) {
-      const double sum = (*slot)[i];
-      (*slot)[i] = static_cast<float>(running[i]);
-      running[i] = running[i] * r.lam_chunk[i] + sum;
-    }
+  const auto pass = [&](Lanes* slot, Wide& running) {
+    const Wide sum = Wide::of(*slot);
+    running.round_to(*slot);
+    running = running * r.lam_chunk + sum;
   };
+  Wide first = Wide::of(0.0), second = first;
   for (int64_t c = 0; c < chunks; ++c) {
-    pass(r.slots + c * slots + s, state[0]);
-    pass(r.slots + c * slots + s + 1, state[1]);
+    pass(r.slots + c * slots + s, first);
+    pass(r.slots + c * slots + s + 1, second);
   }
+  first = second = Wide::of(0.0);
   for (int64_t c = chunks - 1; c >= 0; --c) {  // a short chunk is the last, and nothing passes through it
-    pass(r.slots + c * slots + s + 2, state[2]);
-    pass(r.slots + c * slots + s + 3, state[3]);
+    pass(r.slots + c * slots + s + 2, first);
+    pass(r.slots + c * slots + s + 3, second);
   }
 }
 
-F largest(const Problem& p, const Register& r, int slots, int s) {
+// over all chunks, the largest |number| in a slot
+Lanes largest(const Problem& p, const Register& r, int slots, int s) {
   F most = {};
   for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) most = max_abs(most, r.slots[c * slots + s]);
-  return most;
+  Lanes lanes;
+  lanes = most;
+  return lanes;
 }
 
-// may this register stay in float32, as far as keys and values tell? NaN, by max_abs, is larger than any bound
-bool within(const Problem& p, Register& r, int slots) {
-  const F max_key = largest(p, r, slots, MAX_KEY), max_value = largest(p, r, slots, MAX_VALUE);
-  float most = 0.0f;
-  bool good = true;
-  for (int i = 0; i < r.n; ++i) {
-    const float v = max_value[i];
-    good = good && (v == 0.0f ? as_bits(max_value)[i] == 0 : v >= value_least && v <= value_limit);
-    good = good && max_key[i] <= key_limit;
-    most = max_key[i] > most ? max_key[i] : most;
+// may this register stay in float32, as far as keys and values tell?
+bool within(const Problem& p, const Register& r, int slots) {
+  U seen = {};
+  for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) seen |= as_bits(r.slots[c * slots + SEEN_KEYS]);
+  const Lanes values = largest(p, r, slots, MAX_VALUE);
+  int outside = 0;
+  for (int i = 0; i < W; ++i) {
+    outside |= seen[i] >= exp_range;
+    outside |= !((values.at[i] <= value_limit) & ((values.at[i] >= value_least) | is_zero(values.at[i])));
   }
-  if (!good) return false;
-  r.growth = exp(static_cast<double>(most));
-  return p.tokens <= 65536 || r.growth * static_cast<double>(p.tokens) <= exp(key_limit) * 65536.0;
+  return outside == 0;
 }
 
 // ---- output: both scans inside a chunk, from its carries
 
-template <class T>
-void output(const Problem& p, const Register& r, int64_t start, F* slot) {
-  const int len = chunk_length(p, start);
-  const Tokens<T> key(p.key, r, start), value(p.value, r, start), out(p.output, r, start);
-  F x[L], e[L], num[L], den[L];
+template <class T, bool Whole>
+void output(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+  const int len = chunk_length<Whole>(p, start);
+  const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), out(p.output, r, start);
+  const F gain = r.gain;
+  struct {
+    F x, e, num, den;
+  } token[L];
   Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
+#pragma GCC unroll 4
   for (int j = len - 1; j >= 0; --j) {
-    e[j] = exp(key[j]);
-    x[j] = e[j] * value[j];
-    num[j] = right.a + r.gain * x[j];
-    den[j] = right.b + r.gain * e[j];
-    right.absorb(r.step[j % period], x[j], e[j]);
+    const F e = exp(key[j]), x = e * value[j];
+    token[j] = {x, e, right.a + gain * x, right.b + gain * e};
+    right.absorb(r.step[j % period], x, e);
   }
+#pragma GCC unroll 4
   for (int j = 0; j < len; ++j) {
-    out.set(j, (left.a + num[j]) / (left.b + den[j]));
-    left.absorb(r.step[j % period], x[j], e[j]);
+    out.set(j, (left.a + token[j].num) * reciprocal(left.b + token[j].den));
+    left.absorb(r.step[j % period], token[j].x, token[j].e);
   }
 }
 
 // ---- backward: what both later phases need of a chunk of the forward
 
 struct Replay {
-  F x[L], e[L], rx[L], re[L], ax[L], ae[L], h[L], q[L];
+  struct {
+    F x, e, rx, re, ax, ae, h, q;
+  } token[L];
   F max_grad = {}, max_den = {};
 
-  template <class T>
-  void run(const Problem& p, const Register& r, int64_t start, const F* slot) {
-    const int len = chunk_length(p, start);
-    const Tokens<T> key(p.key, r, start), value(p.value, r, start), grad(p.grad, r, start);
+  template <class T, bool Whole>
+  void run(const Problem& p, const Register& r, int64_t start, const Lanes* slot) {
+    const int len = chunk_length<Whole>(p, start);
+    const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), grad(p.grad, r, start);
+    const F gain = r.gain;
     Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
+#pragma GCC unroll 4
     for (int j = len - 1; j >= 0; --j) {
-      e[j] = exp(key[j]);
-      x[j] = e[j] * value[j];
-      rx[j] = right.a, re[j] = right.b;
-      right.absorb(r.step[j % period], x[j], e[j]);
+      const F e = exp(key[j]), x = e * value[j];
+      token[j].x = x, token[j].e = e;
+      token[j].rx = right.a, token[j].re = right.b;
+      right.absorb(r.step[j % period], x, e);
     }
+#pragma GCC unroll 4
     for (int j = 0; j < len; ++j) {
-      const F g = grad[j], den = left.b + re[j] + r.gain * e[j], inverse = 1.0f / den;
-      h[j] = g * inverse;
-      q[j] = h[j] * ((left.a + rx[j] + r.gain * x[j]) * inverse);
-      ax[j] = left.a, ae[j] = left.b;
-      left.absorb(r.step[j % period], x[j], e[j]);
+      auto& t = token[j];
+      const F g = grad[j], den = left.b + t.re + gain * t.e, inverse = reciprocal(den);
+      t.h = g * inverse;
+      t.q = t.h * ((left.a + t.rx + gain * t.x) * inverse);
       max_grad = max_abs(max_grad, g);
       max_den = den > max_den ? den : max_den;
+      t.ax = left.a, t.ae = left.b;
+      left.absorb(r.step[j % period], t.x, t.e);
     }
   }
 };
 
 // ---- adjoint sums: F and B of a chunk from zero, the largest |g| and D
 
-template <class T>
-void adjoint_sums(const Problem& p, const Register& r, int64_t start, F* slot) {
-  const int len = chunk_length(p, start);
+template <class T, bool Whole>
+void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+  const int len = chunk_length<Whole>(p, start);
   Replay f;
-  f.run<T>(p, r, start, slot);
+  f.run<T, Whole>(p, r, start, slot);
   Pair before, after;
-  for (int j = 0; j < len; ++j) before.absorb(r.step[j % period], f.h[j], f.q[j]);
-  for (int j = len - 1; j >= 0; --j) after.absorb(r.step[j % period], f.h[j], f.q[j]);
+#pragma GCC unroll 4
+  for (int j = 0; j < len; ++j) {
+    before.absorb(r.step[j % period], f.token[j].h, f.token[j].q);
+    after.add(r.power[j], f.token[j].h, f.token[j].q);
+  }
   slot[FH] = before.a, slot[FQ] = before.b, slot[BH] = after.a, slot[BQ] = after.b;
   slot[MAX_GRAD] = f.max_grad, slot[MAX_DENOMINATOR] = f.max_den;
 }
 
-// May this register stay in float32, as far as gradients tell? h = g / D must not overflow: g exp(max|k|) times the
-// N terms of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below 1e-38 counts
-// at most D 1e-38 a token, which must be nothing beside g.
+// May this register stay in float32, as far as gradients tell? h = g / D must not overflow: g exp(44) times the N terms
+// of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below 1e-38 counts at most
+// D 1e-38 a token, which must be nothing beside g.
 bool adjoint_within(const Problem& p, const Register& r) {
-  const F max_grad = largest(p, r, backward_slots, MAX_GRAD), max_den = largest(p, r, backward_slots, MAX_DENOMINATOR);
+  const Lanes grads = largest(p, r, backward_slots, MAX_GRAD), dens = largest(p, r, backward_slots, MAX_DENOMINATOR);
   const double tokens = static_cast<double>(p.tokens);
-  for (int i = 0; i < r.n; ++i) {
-    const double g = max_grad[i], w = p.decay[r.channel + i], grows = w < 0.0 ? exp(-w) : 1.0;
-    const double most = g * r.growth * grows * tokens * (p.tokens == 1 ? exp(bonus_limit) : 1.0);
-    if (g == 0.0 && as_bits(max_grad)[i] == 0) continue;
-    if (!(most <= 1e37 && g >= max_den[i] * tokens * 1.2e-32)) return false;
+  const double weight = exp_limit + (p.tokens == 1 ? bonus_limit : 0.0) - (r.grows ? decay_least : 0.0);
+  const double most = 1e37 / (exp(weight) * tokens), least = tokens * 1.2e-32;
+  int outside = 0;
+  for (int i = 0; i < W; ++i) {
+    const double g = grads.at[i];
+    outside |= !(g <= most) | !((g >= dens.at[i] * least) | is_zero(grads.at[i]));
   }
-  return true;
+  return outside == 0;
 }
 
 // ---- gradients: all four scans inside a chunk; leaves the chunk's shares of gw and gu in its slots
 
-template <class T>
-void gradients(const Problem& p, const Register& r, int64_t start, F* slot) {
-  const int len = chunk_length(p, start);
-  const Tokens<T> grad_key(p.grad_key, r, start), grad_value(p.grad_value, r, start);
+template <class T, bool Whole>
+void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+  const int len = chunk_length<Whole>(p, start);
+  const Tokens<T, Whole> grad_key(p.grad_key, r, start), grad_value(p.grad_value, r, start);
   Replay f;
-  f.run<T>(p, r, start, slot);
-  F H[L], Q[L], decay = {}, bonus = {};
+  f.run<T, Whole>(p, r, start, slot);
+  struct {
+    F h, q;
+  } mixed[L];
+  const F gain = r.gain;
+  F decay = {}, bonus = {};
   Pair before{slot[FH], slot[FQ]}, after{slot[BH], slot[BQ]};
+#pragma GCC unroll 4
   for (int j = 0; j < len; ++j) {
-    const F h = f.h[j], q = f.q[j];
-    H[j] = before.a + r.gain * h;
-    Q[j] = before.b + r.gain * q;
-    decay += f.rx[j] * before.a - f.re[j] * before.b;
-    bonus += h * f.x[j] - q * f.e[j];
-    before.absorb(r.step[j % period], h, q);
+    const auto& t = f.token[j];
+    mixed[j] = {before.a + gain * t.h, before.b + gain * t.q};
+    decay += t.rx * before.a;
+    decay -= t.re * before.b;
+    bonus += t.h * t.x;
+    bonus -= t.q * t.e;
+    before.absorb(r.step[j % period], t.h, t.q);
   }
+#pragma GCC unroll 4
   for (int j = len - 1; j >= 0; --j) {
-    const F h = H[j] + after.a, q = Q[j] + after.b;
-    grad_value.set(j, f.e[j] * h);
-    grad_key.set(j, f.x[j] * h - f.e[j] * q);
-    decay += f.ax[j] * after.a - f.ae[j] * after.b;
-    after.absorb(r.step[j % period], f.h[j], f.q[j]);
+    const auto& t = f.token[j];
+    const F h = mixed[j].h + after.a, q = mixed[j].q + after.b;
+    grad_value.set(j, t.e * h);
+    grad_key.set(j, t.x * h - t.e * q);
+    decay += t.ax * after.a;
+    decay -= t.ae * after.b;
+    after.absorb(r.step[j % period], t.h, t.q);
   }
   slot[SUM_DECAY] = decay;
-  slot[SUM_BONUS] = r.gain * bonus;
+  slot[SUM_BONUS] = gain * bonus;
 }
 
 void parameter_gradients(const Problem& p, const Register& r) {
   double decay[W] = {}, bonus[W] = {};
   for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) {
-    const F* slot = r.slots + c * backward_slots;
-    for (int i = 0; i < W; ++i) decay[i] += slot[SUM_DECAY][i];
-    for (int i = 0; i < W; ++i) bonus[i] += slot[SUM_BONUS][i];
+    const Lanes* slot = r.slots + c * backward_slots;
+    for (int i = 0; i < W; ++i) decay[i] += slot[SUM_DECAY].at[i];
+    for (int i = 0; i < W; ++i) bonus[i] += slot[SUM_BONUS].at[i];
   }
   for (int i = 0; i < r.n; ++i) {
     const int64_t at = r.image * p.channels + r.channel + i;
@@ -327,12 +355,12 @@ struct Forward {
   static constexpr bool by_chunk[phases] = {true, false, true};
 
   static void whole(const Problem& p, Register& r, int) {
-    if (r.fast && within(p, r, slots)) return carry(p, r, slots, AX);
-    r.fast = false;
-    robust::forward<T>(p, r.image, r.channel, r.n);
+    r.fast = r.fast && within(p, r, slots);
+    r.fast ? carry(p, r, slots, AX) : robust::forward<T>(p, r.image, r.channel, r.n);
   }
-  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, F* slot) {
-    phase == 0 ? sums<T>(p, r, start, slot) : output<T>(p, r, start, slot);
+  template <bool Whole>
+  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot) {
+    phase == 0 ? sums<T, Whole>(p, r, start, slot) : output<T, Whole>(p, r, start, slot);
   }
 };
 
@@ -342,18 +370,21 @@ struct Backward {
   static constexpr bool by_chunk[phases] = {true, false, true, false, true, false};
 
   static void whole(const Problem& p, Register& r, int phase) {
-    if (phase == 1 && r.fast && within(p, r, slots)) return carry(p, r, slots, AX);
-    if (phase == 3 && r.fast && adjoint_within(p, r)) return carry(p, r, slots, FH);
-    if (phase == 5 && r.fast) return parameter_gradients(p, r);
-    if (phase == (r.fast ? 3 : 1) || (phase == 1)) {
-      r.fast = false;
-      robust::backward<T>(p, r.image, r.channel, r.n);
+    if (phase == 1) {
+      r.fast = r.fast && within(p, r, slots);
+    } else if (!r.fast) {
+      return;  // robust.h has written it already
+    } else if (phase == 3) {
+      r.fast = adjoint_within(p, r);
     }
+    if (!r.fast) return robust::backward<T>(p, r.image, r.channel, r.n);
+    phase == 1 ? carry(p, r, slots, AX) : phase == 3 ? carry(p, r, slots, FH) : parameter_gradients(p, r);
   }
-  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, F* slot) {
-    phase == 0   ? sums<T>(p, r, start, slot)
-    : phase == 2 ? adjoint_sums<T>(p, r, start, slot)
-                 : gradients<T>(p, r, start, slot);
+  template <bool Whole>
+  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot) {
+    phase == 0   ? sums<T, Whole>(p, r, start, slot)
+    : phase == 2 ? adjoint_sums<T, Whole>(p, r, start, slot)
+                 : gradients<T, Whole>(p, r, start, slot);
   }
 };
 
@@ -374,11 +405,11 @@ class Workspace {
   Register* registers;
 
   Workspace(int64_t count, int64_t slots) {
-    const size_t each = sizeof(Register) + sizeof(F) * static_cast<size_t>(slots);
+    const size_t each = sizeof(Register) + sizeof(Lanes) * static_cast<size_t>(slots);
     memory_ = malloc(each * static_cast<size_t>(count) + 64);
     if (!memory_) abort();
     registers = reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
-    for (int64_t i = 0; i < count; ++i) registers[i].slots = reinterpret_cast<F*>(registers + count) + i * slots;
+    for (int64_t i = 0; i < count; ++i) registers[i].slots = reinterpret_cast<Lanes*>(registers + count) + i * slots;
   }
   ~Workspace() { free(memory_); }
   Workspace(const Workspace&) = delete;
@@ -386,7 +417,11 @@ class Workspace {
 
 template <class Op>
 void chunk_phase(const Problem& p, const Register& r, int phase, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end && r.fast; ++c) Op::chunk(p, r, phase, c * L, r.slots + c * Op::slots);
+  for (int64_t c = begin; c < end && r.fast; ++c) {
+    const bool whole = r.n == W && (c + 1) * L <= p.tokens;
+    const auto chunk = whole ? Op::template chunk<true> : Op::template chunk<false>;
+    chunk(p, r, phase, c * L, r.slots + c * Op::slots);
+  }
 }
 
 // a thread takes its registers, `tile` at a time, through all phases
@@ -437,7 +472,7 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
   const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
   if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
-  constexpr int64_t tile = 4;
+  constexpr int64_t tile = 8;  // 512 adjacent bytes of a row with AVX-512
   parallel(loop, count, 1 + 1024 / p.tokens,
            [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, chunks); });
 }

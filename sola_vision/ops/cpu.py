@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernel of `sola::wkv`: a shared library in C++ (`csrc/`), built at install where a compiler was there.
+
+`load` registers it with torch's dispatcher, after which CPU tensors take it everywhere: eager, compiled and exported.
+The library speaks torch's stable C ABI only, and picks the instruction set when it is loaded.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from sola_vision.ops import register  # noqa: F401 - defines the operators that the library implements
+
+_LIBRARY = Path(__file__).with_name("_kernel.so")
+
+
+@cache
+def load() -> str | None:
+    """Registers the CPU kernel, the first time. None, or why there is none and the portable form runs instead."""
+    if not _LIBRARY.exists():
+        return "the CPU kernel was not built; install again where a C++ compiler is found (CXX, default c++)"
+    try:
+        reason = _functions().sola_load(0)
+    except (OSError, AttributeError) as error:
+        return f"the CPU kernel does not load: {error}"
+    return f"the CPU kernel does not fit this torch: {reason.decode()}" if reason else None
+
+
+def instruction_set(name: str | None = None) -> str:
+    """What the CPU kernel uses: "avx512", "avx2" or "generic"; with a name, switches to it first (for the process).
+
+    RuntimeError where there is no kernel, ValueError for an instruction set that this machine lacks.
+    """
+    reason = load()
+    if reason is not None:
+        raise RuntimeError(reason)
+    found = _functions().sola_instruction_set(name.encode() if name is not None else None)
+    if found is None:
+        raise ValueError(
+            f"instruction_set({name!r}): this machine has not got it; choose a simpler one, such as generic"
+        )
+    return found.decode()
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_LIBRARY))
+    library.sola_load.argtypes, library.sola_load.restype = [ctypes.c_int], ctypes.c_char_p
+    library.sola_instruction_set.argtypes = [ctypes.c_char_p]
+    library.sola_instruction_set.restype = ctypes.c_char_p
+    return library

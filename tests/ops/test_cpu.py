@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernel against the definition, for every instruction set of this machine, on ugly shapes and hostile values."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sola_vision.ops import cpu, portable, reference
+
+ROOT = Path(__file__).parents[2]
+DRIVER = Path(__file__).with_name("cpu_driver.cpp")
+SETS = ("generic", "avx2", "avx512")
+
+reason = cpu.load()
+needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    before = cpu.instruction_set()
+    try:
+        yield cpu.instruction_set(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    finally:
+        cpu.instruction_set(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty holds NaN, so that what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def inputs(
+    batch, num_tokens, channels, *, decay=(-20, 200), bonus=(-10, 10), key=(-50, 50), dtype=torch.float32, seed=0
+):
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *size):
+        return torch.rand(*size, generator=g) * (high - low) + low
+
+    size = (batch, num_tokens, channels)
+    value, grad = torch.randn(size, generator=g).to(dtype), torch.randn(size, generator=g).to(dtype)
+    return uniform(*decay, channels), uniform(*bonus, channels), uniform(*key, *size).to(dtype), value, grad
+
+
+def kernel(decay, bonus, key, value, grad):
+    out = torch.ops.sola.wkv(decay, bonus, key, value)
+    return out, torch.ops.sola.wkv_backward(decay, bonus, key, value, grad)
+
+
+def truth(decay, bonus, key, value, grad):
+    """In float64; by the definition where its N^2 is small, else by the portable form, which is tested against it."""
+    leaves = [x.double().requires_grad_() for x in (decay, bonus, key, value)]
+    if key.shape[1] > 512:
+        leaves = [x.detach() for x in leaves]
+        return portable.wkv(*leaves), portable.wkv_backward(*leaves, grad.double())
+    out = reference.wkv(*leaves)
+    return out.detach(), torch.autograd.grad(out, leaves, grad.double())
+
+
+def check(case, forward=5e-6, backward=1e-5):
+    out, grads = kernel(*case)
+    expected, expected_grads = truth(*case)
+    value, grad = case[3].double().abs().max(), case[4].double().abs().max()
+    assert out.dtype == case[3].dtype
+    assert (out.double() - expected).abs().max() <= forward * value
+    for got, want, like in zip(grads, expected_grads, case[:4], strict=True):
+        assert got.dtype == like.dtype
+        assert (got.double() - want).abs().max() <= backward * max(want.abs().max(), 0.1 * value * grad)
+
+
+@needs_kernel
+@pytest.mark.parametrize("num_tokens", [1, 2, 31, 32, 33, 49, 196, 197, 513])
+@pytest.mark.parametrize(("batch", "channels"), [(2, 1), (1, 3), (2, 33), (1, 16), (1, 96)])
+@pytest.mark.parametrize("key", [3, 50])
+def test_kernel_equals_definition(instruction_set, batch, num_tokens, channels, key):
+    check(inputs(batch, num_tokens, channels, key=(-key, key)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("key", [4, 44, 50])
+def test_kernel_is_exact_over_long_rows(instruction_set, key):
+    check(inputs(1, 3136, 17, key=(-key, key)))
+    # equal keys and steps of the value: rounding that always goes one way would add up here
+    decay, bonus, key, value, grad = inputs(1, 3136, 3, decay=(-1, 1), bonus=(-1, 1), key=(0.1, 0.1))
+    value[:], grad[:] = 0.7, 0.3
+    value[:, 1000:] = -0.6
+    check((decay, bonus, key, value, grad))
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_kernel_is_exact_over_the_longest_rows(instruction_set):
+    check(inputs(1, 65536, 5, key=(-40, 40)))
+    check(inputs(1, 65536, 5))
+
+
+HOSTILE = {
+    "decay": {"decay": (1e6, 1e6)},
+    "growth": {"decay": (-1e6, -1e6)},
+    "only neighbours": {"decay": (1e30, 1e30)},
+    "bonus": {"bonus": (1e4, 1e4)},
+    "no bonus": {"bonus": (-1e4, -1e4)},
+    "keys": {"key": (-1e4, 1e4)},
+    "high keys": {"key": (9e3, 9e3 + 5)},
+    "between the bounds": {"decay": (4000, 6000), "key": (-44, 44)},
+    "just inside": {"decay": (-20, -20), "bonus": (20, 20), "key": (43, 43.9)},
+    "just inside, low": {"decay": (-20, -20), "bonus": (-20, -20), "key": (-44, -43)},
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("num_tokens", [1, 2, 50, 131])
+def test_kernel_is_right_for_hostile_parameters(instruction_set, case, num_tokens):
+    check(inputs(2, num_tokens, 19, **HOSTILE[case]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("which", ["value", "grad"])
+@pytest.mark.parametrize("key", [3, 44])
+def test_kernel_is_right_at_every_scale(instruction_set, scale, which, key):
+    decay, bonus, key, value, grad = inputs(1, 70, 18, key=(-key, key))
+    value, grad = (value * scale, grad) if which == "value" else (value, grad * scale)
+    # float32 itself has three digits left at 1e-42
+    check((decay, bonus, key, value, grad), *((2e-2, 2e-2) if scale == 1e-42 else (5e-6, 1e-5)))
+
+
+@needs_kernel
+def test_one_channel_out_of_range_leaves_the_others(instruction_set):
+    decay, bonus, key, value, grad = inputs(2, 100, 40, key=(-3, 3))
+    key[1, 50, 7], value[0, 3, 39] = 1e4, 1e7
+    check((decay, bonus, key, value, grad))
+    value[0, 3, 39] = 1.0
+    check((decay, bonus, key, value, grad), forward=1e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [2, 3, 4])
+def test_what_is_not_finite_stays_in_its_channel(instruction_set, bad, which):
+    case = inputs(2, 65, 21, key=(-3, 3))
+    case[which][1, 40, 5] = bad
+    out, (_, _, grad_key, grad_value) = kernel(*case)
+    others = torch.arange(21) != 5
+    assert out[:, :, others].isfinite().all()
+    assert out[0].isfinite().all()
+    assert grad_key[:, :, others].isfinite().all()
+    masked = which == 2 and bad == float("-inf")  # a token that nobody reads, and that reads the others
+    assert out[1, :, 5].isfinite().all() == (masked or which == 4)
+    assert grad_value[1, :, 5].isfinite().all() == (masked or which == 3)
+    if masked:
+        expected, _ = truth(*case)
+        assert (out - expected).abs().max() <= 5e-6 * case[3].abs().max()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(2, 1, 3), (1, 197, 33), (2, 300, 48)])
+def test_half_precision_adds_little_to_rounding(instruction_set, dtype, size):
+    decay, bonus, key, value, grad = inputs(*size, decay=(-2, 20), bonus=(-3, 3), key=(-4, 4))
+    exact, _ = truth(decay, bonus, key, value, grad)
+    rounded = [x.to(dtype) for x in (key, value, grad)]
+    rounding, rounding_grads = truth(decay, bonus, *rounded)
+    out, grads = kernel(decay, bonus, *rounded)
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= 1.5 * (rounding.to(dtype).double() - exact).abs().max()
+    for got, want in zip(grads, rounding_grads, strict=True):
+        assert (got.double() - want).abs().max() <= torch.finfo(got.dtype).eps * want.abs().max() + 1e-6
+
+
+@needs_kernel
+def test_float16_covers_its_whole_range(instruction_set):
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    value = bits[bits.isfinite()].view(1, 1, -1)
+    zero = torch.zeros(value.shape[2])
+    out = torch.ops.sola.wkv(zero, zero, torch.zeros_like(value), value)
+    assert torch.equal(out, value)  # one token reads itself
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_parameters_may_have_any_type(dtype):
+    decay, bonus, key, value, grad = inputs(1, 40, 6, key=(-3, 3))
+    check((decay.to(dtype), bonus.to(dtype), key, value, grad), backward=1e-5 + torch.finfo(dtype).eps)
+
+
+@needs_kernel
+def test_float64_is_computed_in_float64(instruction_set):
+    case = [x.double() for x in inputs(2, 150, 11)]
+    check(case, forward=1e-12, backward=1e-11)
+
+
+@needs_kernel
+def test_strides_do_not_matter():
+    decay, bonus, key, value, grad = inputs(2, 70, 24, key=(-3, 3))
+    expected = kernel(decay, bonus, key, value, grad)
+    packed = torch.cat((key, value, grad), dim=2)
+    views = [x.clone().transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value, grad)]
+    wide = [torch.stack((x, x), dim=1)[:, 0] for x in (decay, bonus)]
+    for given in (
+        packed.split(24, dim=2),
+        views,
+        [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (key, value, grad)],
+    ):
+        out, grads = kernel(*wide, *given)
+        assert out.is_contiguous()
+        for got, want in zip((out, *grads), (expected[0], *expected[1]), strict=True):
+            assert torch.equal(got, want)
+    constant = torch.ones(()).expand(2, 70, 24)  # what sum().backward() sends
+    got = torch.ops.sola.wkv_backward(decay, bonus, key, value, constant)
+    want = torch.ops.sola.wkv_backward(decay, bonus, key, value, constant.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_nothing_in_nothing_out(size):
+    decay, bonus, key, value, grad = inputs(*size)
+    out, grads = kernel(decay, bonus, key, value, grad)
+    assert out.shape == size
+    assert [x.shape for x in grads] == [decay.shape, bonus.shape, key.shape, value.shape]
+    assert all((x == 0).all() for x in grads)
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [(1, 700, 5), (3, 257, 40), (1, 1500, 16)])
+@pytest.mark.parametrize("key", [3, 60])
+def test_bits_do_not_depend_on_the_number_of_threads(instruction_set, size, key):
+    case = inputs(*size, key=(-key, key))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            out, grads = kernel(*case)
+            results.append((out, *grads))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_kernel
+def test_instruction_sets_agree():
+    before, case = cpu.instruction_set(), inputs(2, 130, 20, key=(-3, 3))
+    results = []
+    for name in SETS:
+        try:
+            cpu.instruction_set(name)
+        except ValueError:
+            continue
+        results.append(torch.ops.sola.wkv(*case[:4]))
+    cpu.instruction_set(before)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=3e-6)
+    with pytest.raises(ValueError, match="sse9"):
+        cpu.instruction_set("sse9")
+
+
+@needs_kernel
+def test_wrong_tensors_are_refused():
+    decay, bonus, key, value, grad = inputs(1, 4, 6)
+    forward, backward = torch.ops.sola.wkv, torch.ops.sola.wkv_backward
+    for wrong, message in (
+        ((decay, bonus, key[0], value), r"key is \[4, 6\], expected \[batch, tokens, channels\]"),
+        ((decay[:5], bonus, key, value), r"decay is \[5\]"),
+        ((decay, bonus[None], key, value), r"bonus is \[1, 6\]"),
+        ((decay, bonus, key, value[:, :3]), r"value is \[1, 3, 6\]"),
+        ((decay, bonus, key.int(), value), "key must be float64, float32, bfloat16 or float16"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            forward(*wrong)
+    with pytest.raises((ValueError, RuntimeError), match=r"grad is \[1, 3, 6\]"):
+        backward(decay, bonus, key, value, grad[:, :3])
+    torch.testing.assert_close(forward(decay, bonus, key, value), truth(decay, bonus, key, value, grad)[0].float())
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    decay, bonus, key, value, grad = inputs(2, 37, 5, key=(-3, 3), dtype=dtype)
+    leaves = [x.requires_grad_() for x in (decay, bonus, key, value)]
+    torch.library.opcheck(torch.ops.sola.wkv.default, tuple(leaves))
+    torch.library.opcheck(torch.ops.sola.wkv_backward.default, tuple(x.detach() for x in (*leaves, grad)))
+
+
+@needs_kernel
+def test_the_user_s_floating_point_mode_survives():
+    case = inputs(1, 64, 16, key=(-3, 3))
+    kernel(*case)
+    tiny = torch.tensor(1e-40)
+    assert (tiny * 0.5).item() > 0.0
+    if torch.set_flush_denormal(True):
+        try:
+            kernel(*case)
+            assert (tiny * 0.5).item() == 0.0
+        finally:
+            torch.set_flush_denormal(False)
+
+
+def build(folder, **environment):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_missing_compiler_is_no_error_unless_the_kernel_is_required(tmp_path):
+    pytest.importorskip("setuptools")
+    tolerant = build(tmp_path, CXX="/bin/false", SOLA_REQUIRE_KERNEL="0")
+    assert tolerant.returncode == 0, tolerant.stderr
+    assert "without the CPU kernel" in tolerant.stdout + tolerant.stderr
+    assert not list(tmp_path.rglob("*.so"))
+    assert build(tmp_path, CXX="/bin/false", SOLA_REQUIRE_KERNEL="1").returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["-mavx2 -mfma -mf16c", "native", ""])
+def test_sanitizers_find_nothing(tmp_path, flags):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = str(tmp_path / "driver")
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-ffp-contract=fast",
+    ]
+    options += ["-march=native"] if flags == "native" else flags.split()
+    subprocess.run([compiler, *options, "-w", "-I", str(ROOT / "csrc"), str(DRIVER), "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cases" in done.stdout

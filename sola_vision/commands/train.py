@@ -39,6 +39,8 @@ def _run(asked: Run, world: World) -> None:
     count_steps(recipe.train, count_epoch_steps(len(train_set), recipe.train))
     task.check_batch(micro_batch_size(recipe.train, world))
     make_optimizer(model, recipe.train)
+    if recipe.train.strategy == "fsdp" and not torch.distributed.is_initialized():
+        raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
 
     if world.is_main:
         asked.out.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         values = {name: json.loads(stored[name]) for name in ("task", "model", "image", "classes")}
         # JSON has no tuples
-        image = ImageConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values["image"].items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["image"].items()}
+        image = ImageConfig(**settings)
         network, classes = dict(values["model"]), list(values["classes"])
         name = network.pop("name")
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -49,6 +49,7 @@ FIELDS = [
     (["--train.device", "gpu"], ["gpu"]),
     (["--train.batch_size", "700"], ["700", "42"]),
     (["--train.warmup_epochs", "70"], ["warm-up", "420"]),
+    (["--train.strategy", "fsdp"], ["fsdp", "torchrun"]),
     (["--image.mixup", "0.5"], ["batch of 7", "image.mixup 0"]),
     (["--image.size", "0"], ["size 0"]),
     (["--image.mean", "[1,2]"], ["--image.mean", "3 elements"]),

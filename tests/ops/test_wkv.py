@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator against its definition: values, gradients, laws, contract. Every path owes the same."""
 
+import warnings
+
 import pytest
 import torch
 
 from sola_vision import ops
 from sola_vision.ops import reference, wkv
 
+# the default is the kernel of this machine: the C++ one where a compiler was there at installation
 PATHS = ["reference", "portable", "default"]
 SIZES = [(1, 1, 3), (2, 49, 1), (1, 196, 5), (2, 197, 33), (1, 64, 8), (3, 65, 2)]
 
@@ -233,6 +236,31 @@ def test_wkv_refuses_integers_and_mixed_devices():
         wkv(torch.ones(3, dtype=torch.int64), torch.ones(3), key, key)
     with pytest.raises(ValueError, match="meta"):
         wkv(torch.ones(3, device="meta"), torch.ones(3), key, key)
+
+
+def test_use_native_runs_the_kernel_or_says_why_not():
+    inputs = torch.ones(3), torch.ones(3), torch.ones(1, 4, 3), torch.ones(1, 4, 3)
+    reason = ops.missing_kernel("cpu")
+    with ops.use("native"):
+        if reason is None:
+            torch.testing.assert_close(wkv(*inputs), torch.ones(1, 4, 3))
+        else:
+            with pytest.raises(RuntimeError, match="CPU kernel"):
+                wkv(*inputs)
+        with pytest.raises(RuntimeError, match="no compiled kernel for meta"):
+            wkv(*(x.to("meta") for x in inputs))
+
+
+def test_a_missing_kernel_is_said_once(monkeypatch):
+    monkeypatch.setattr(ops, "missing_kernel", lambda device: f"no kernel for {device}")
+    ops._say_once.cache_clear()
+    inputs = torch.ones(3), torch.ones(3), torch.ones(1, 4, 3), torch.ones(1, 4, 3)
+    with pytest.warns(UserWarning, match="no kernel for cpu; the portable path"):
+        wkv(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wkv(*inputs)
+    ops._say_once.cache_clear()
 
 
 def test_use_refuses_unknown_paths_and_restores_the_path():

@@ -63,7 +63,9 @@ class BuildKernel(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("SOLA_REQUIRE_KERNEL", "0") != "0":
                 raise
-            print(f"sola-vision: installing without the CPU kernel, the portable path takes its place ({error})")
+            print(
+                f"sola-vision: installing without the CPU kernel, the portable path takes its place ({_reason(error)})"
+            )
             target.unlink(missing_ok=True)
 
     # what is not there after a failed build must be neither listed nor copied
@@ -82,6 +84,11 @@ class AnyPythonWheel(bdist_wheel):
         tag = super().get_tag()
         built = any(Path(self.bdist_dir).rglob("_kernel.so"))
         return ("py3", "none", tag[2]) if built else ("py3", "none", "any")
+
+
+def _reason(error: Exception) -> str:
+    command = getattr(error, "cmd", None)
+    return f"{command[0]} failed with status {error.returncode}" if command else str(error)
 
 
 def _run(command: list[str]) -> None:

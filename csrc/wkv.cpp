@@ -227,56 +227,51 @@ void output(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
   }
 }
 
-// ---- backward: what both later phases need of a chunk of the forward
+// ---- backward: what both later phases need of the forward. After the right scan of a chunk, each(j, token, left,
+// h, q, g, D) is called from its first token to its last.
 
-struct Replay {
-  struct {
-    F x, e, rx, re, ax, ae, h, q;
-  } token[L];
-  F max_grad = {}, max_den = {};
-
-  template <class T, bool Whole>
-  void run(const Problem& p, const Register& r, int64_t start, const Lanes* slot) {
-    const int len = chunk_length<Whole>(p, start);
-    const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), grad(p.grad, r, start);
-    const F gain = r.gain;
-    Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
-#pragma GCC unroll 4
-    for (int j = len - 1; j >= 0; --j) {
-      const F e = exp(key[j]), x = e * value[j];
-      token[j].x = x, token[j].e = e;
-      token[j].rx = right.a, token[j].re = right.b;
-      right.absorb(r.step[j % period], x, e);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < len; ++j) {
-      auto& t = token[j];
-      const F g = grad[j], den = left.b + t.re + gain * t.e, inverse = reciprocal(den);
-      t.h = g * inverse;
-      t.q = t.h * ((left.a + t.rx + gain * t.x) * inverse);
-      max_grad = max_abs(max_grad, g);
-      max_den = den > max_den ? den : max_den;
-      t.ax = left.a, t.ae = left.b;
-      left.absorb(r.step[j % period], t.x, t.e);
-    }
-  }
+struct Token {
+  F x, e, rx, re;
 };
+
+template <class T, bool Whole, class Each>
+inline void replay(const Problem& p, const Register& r, int64_t start, const Lanes* slot, Token* tokens,
+                   const Each& each) {
+  const int len = chunk_length<Whole>(p, start);
+  const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), grad(p.grad, r, start);
+  const F gain = r.gain;
+  Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
+#pragma GCC unroll 4
+  for (int j = len - 1; j >= 0; --j) {
+    const F e = exp(key[j]), x = e * value[j];
+    tokens[j] = {x, e, right.a, right.b};
+    right.absorb(r.step[j % period], x, e);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < len; ++j) {
+    const Token& t = tokens[j];
+    const F g = grad[j], den = left.b + t.re + gain * t.e, inverse = reciprocal(den);
+    const F h = g * inverse, q = h * ((left.a + t.rx + gain * t.x) * inverse);
+    each(j, t, left, h, q, g, den);
+    left.absorb(r.step[j % period], t.x, t.e);
+  }
+}
 
 // ---- adjoint sums: F and B of a chunk from zero, the largest |g| and D
 
 template <class T, bool Whole>
 void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
-  const int len = chunk_length<Whole>(p, start);
-  Replay f;
-  f.run<T, Whole>(p, r, start, slot);
+  Token tokens[L];
   Pair before, after;
-#pragma GCC unroll 4
-  for (int j = 0; j < len; ++j) {
-    before.absorb(r.step[j % period], f.token[j].h, f.token[j].q);
-    after.add(r.power[j], f.token[j].h, f.token[j].q);
-  }
+  F max_grad = {}, max_den = {};
+  replay<T, Whole>(p, r, start, slot, tokens, [&](int j, const Token&, const Pair&, F h, F q, F g, F den) {
+    max_grad = max_abs(max_grad, g);
+    max_den = den > max_den ? den : max_den;
+    before.absorb(r.step[j % period], h, q);
+    after.add(r.power[j], h, q);
+  });
   slot[FH] = before.a, slot[FQ] = before.b, slot[BH] = after.a, slot[BQ] = after.b;
-  slot[MAX_GRAD] = f.max_grad, slot[MAX_DENOMINATOR] = f.max_den;
+  slot[MAX_GRAD] = max_grad, slot[MAX_DENOMINATOR] = max_den;
 }
 
 // May this register stay in float32, as far as gradients tell? h = g / D must not overflow: g exp(44) times the N terms
@@ -299,35 +294,32 @@ bool adjoint_within(const Problem& p, const Register& r) {
 
 template <class T, bool Whole>
 void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
-  const int len = chunk_length<Whole>(p, start);
   const Tokens<T, Whole> grad_key(p.grad_key, r, start), grad_value(p.grad_value, r, start);
-  Replay f;
-  f.run<T, Whole>(p, r, start, slot);
+  Token tokens[L];
   struct {
-    F h, q;
-  } mixed[L];
+    F h, q, mixed_h, mixed_q, ax, ae;
+  } adjoint[L];
   const F gain = r.gain;
   F decay = {}, bonus = {};
   Pair before{slot[FH], slot[FQ]}, after{slot[BH], slot[BQ]};
-#pragma GCC unroll 4
-  for (int j = 0; j < len; ++j) {
-    const auto& t = f.token[j];
-    mixed[j] = {before.a + gain * t.h, before.b + gain * t.q};
+  replay<T, Whole>(p, r, start, slot, tokens, [&](int j, const Token& t, const Pair& left, F h, F q, F, F) {
+    adjoint[j] = {h, q, before.a + gain * h, before.b + gain * q, left.a, left.b};
     decay += t.rx * before.a;
     decay -= t.re * before.b;
-    bonus += t.h * t.x;
-    bonus -= t.q * t.e;
-    before.absorb(r.step[j % period], t.h, t.q);
-  }
+    bonus += h * t.x;
+    bonus -= q * t.e;
+    before.absorb(r.step[j % period], h, q);
+  });
 #pragma GCC unroll 4
-  for (int j = len - 1; j >= 0; --j) {
-    const auto& t = f.token[j];
-    const F h = mixed[j].h + after.a, q = mixed[j].q + after.b;
+  for (int j = chunk_length<Whole>(p, start) - 1; j >= 0; --j) {
+    const Token& t = tokens[j];
+    const auto& a = adjoint[j];
+    const F h = a.mixed_h + after.a, q = a.mixed_q + after.b;
     grad_value.set(j, t.e * h);
     grad_key.set(j, t.x * h - t.e * q);
-    decay += t.ax * after.a;
-    decay -= t.ae * after.b;
-    after.absorb(r.step[j % period], t.h, t.q);
+    decay += a.ax * after.a;
+    decay -= a.ae * after.b;
+    after.absorb(r.step[j % period], a.h, a.q);
   }
   slot[SUM_DECAY] = decay;
   slot[SUM_BONUS] = gain * bonus;
@@ -472,7 +464,10 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
   const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
   if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
-  constexpr int64_t tile = 8;  // 512 adjacent bytes of a row with AVX-512
+  // registers side by side, so that long pieces of a row are read at once: as many as keep their keys and values in a
+  // megabyte of cache from one phase to the next, where two or more do
+  const int64_t fitting = (1 << 20) / (p.tokens * register_bytes * 2), widest = 8;
+  const int64_t tile = fitting >= 2 && fitting < widest ? fitting : widest;
   parallel(loop, count, 1 + 1024 / p.tokens,
            [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, chunks); });
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernel against the definition, for every instruction set of this machine, on ugly shapes and hostile values."""
+"""The CPU kernel against the definition: every instruction set of this machine, ugly shapes, hostile values."""
 
 import os
 import shutil
@@ -308,6 +308,17 @@ def test_the_user_s_floating_point_mode_survives():
             assert (tiny * 0.5).item() == 0.0
         finally:
             torch.set_flush_denormal(False)
+
+
+@needs_kernel
+def test_the_library_works_without_the_package():
+    """As in a program that runs an exported graph without Python: the library defines the operators itself."""
+    code = (
+        "import ctypes, torch; library = ctypes.CDLL({!r}); assert library.sola_load(1) == 0;"
+        "x = torch.ones(1, 3, 4); z = torch.zeros(4); assert torch.equal(torch.ops.sola.wkv(z, z, x, x), x)"
+    ).format(str(Path(cpu.__file__).with_name("_kernel.so")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def build(folder, **environment):

@@ -15,6 +15,7 @@ VERBS = {
     "train": "train a network by a recipe",
     "eval": "evaluate a checkpoint on labelled images",
     "predict": "say what is in an image or in a folder of images",
+    "explain": "show what each layer does with an image",
     "cost": "count parameters, multiply-adds and activation memory before training",
 }
 _MODULES = {"eval": "evaluate"}

@@ -3,10 +3,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from sola_vision.analysis.cost import Cost
+from sola_vision.analysis.receptive import field_statistics
 from sola_vision.analysis.scaling import Point
 
 # Okabe and Ito's colours, and a mark each: told apart by colour-blind readers and in print
@@ -74,3 +79,48 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
 def style(number: int) -> dict[str, str]:
     """Colour and mark of the n-th line."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+
+
+def draw_fields(networks: Sequence[tuple[str, dict[str, NDArray[np.float64]]]], out: Path) -> None:
+    """Receptive fields: a row a network, a column a layer, and below how the area that holds 90 % grows with depth."""
+    layers = list(networks[0][1])
+    # every layer would be too small to see in deep networks
+    shown = layers if len(layers) <= 12 else [layers[round(i * (len(layers) - 1) / 11)] for i in range(12)]
+    figure = Figure(figsize=(1.25 * len(shown) + 0.4, 1.55 * len(networks) + 3.6), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.55 * len(networks), 3.4])
+    top, bottom = parts
+    panels = top.subplots(len(networks), len(shown), squeeze=False)
+    for (label, fields), row in zip(networks, panels, strict=True):
+        names = list(fields)
+        for name, axes in zip(shown, row, strict=True):
+            name = name if name in fields else names[min(layers.index(name), len(names) - 1)]
+            field = fields[name] / fields[name].max()
+            axes.imshow(field.clip(1e-4), norm=LogNorm(1e-4, 1), cmap="cividis")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(name, fontsize=8)
+        row[0].text(0, -0.06, label, transform=row[0].transAxes, fontsize=8, va="top")
+    colours = figure.axes[0].images[0]
+    top.colorbar(colours, ax=panels, label="of its largest", shrink=0.8, pad=0.01)
+    for axes, (title, value) in zip(
+        bottom.subplots(1, 2),
+        (
+            ("% of the image that holds 90 % of the field", lambda s: 100 * s.areas[0.9]),
+            ("rms distance, pixels (solid: up/down, dashed: left/right)", None),
+        ),
+        strict=True,
+    ):
+        for number, (label, fields) in enumerate(networks):
+            numbers = [field_statistics(field) for field in fields.values()]
+            depth = range(1, len(numbers) + 1)
+            if value is not None:
+                axes.plot(depth, [value(n) for n in numbers], label=label, **style(number))
+            else:
+                axes.plot(depth, [n.rows for n in numbers], label=label, **style(number))
+                axes.plot(depth, [n.columns for n in numbers], linestyle="--", **style(number))
+        axes.set_xticks(range(1, len(layers) + 1), layers, fontsize=7, rotation=90 if len(layers) > 12 else 0)
+        axes.set_ylim(bottom=0)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(out, dpi=100)

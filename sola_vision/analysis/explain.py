@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that one image and one point say about a network, as arrays: what `sola explain` draws and saves.
+
+`explain` returns layers in order; `arrays` flattens them for `numpy.savez`, with names such as "3.3 S/attention".
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sola_vision.analysis.interaction import spread
+from sola_vision.analysis.trace import (
+    Reader,
+    Step,
+    activation,
+    attention,
+    eigencam,
+    feature_maps,
+    nearest_token,
+    walk,
+    wkv_weights,
+)
+from sola_vision.backbone import SolaVision
+from sola_vision.layers import LinearLayer
+
+Array = NDArray[np.float64]
+
+_SIDE = 32  # tokens a side that a page's map keeps
+_POINTS = 12  # points a side that a page knows, at most
+_BUDGET = 2e9  # weights that all points of a page may take together
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One layer's maps, [h, w] each, on the layer's own grid of tokens."""
+
+    name: str
+    activation: Array
+    eigencam: Array
+    token: tuple[int, int]  # of the chosen point
+    reads: Array | None = None  # what that token reads, averaged over channels or heads; sums to 1
+    examples: dict[str, Array] = field(default_factory=dict)  # the same of single channels or heads, by their names
+    gates: dict[str, Array] = field(default_factory=dict)  # of bridges that end here, averaged over channels
+    elsewhere: NDArray[np.uint8] | None = None  # [points, h, w], what other points read, for a page: see `encode`
+
+    def numbers(self, image: tuple[int, int]) -> dict[str, float]:
+        """What the pictures show, in numbers; distances in pixels of the image, parts in per cent."""
+        energy = self.activation**2
+        values = {
+            "activation_area": 100 * effective_area(energy),
+            "activation_smoothness": smoothness(self.activation),
+        }
+        if self.reads is not None:
+            height, width = self.reads.shape
+            rows, columns = spread(self.reads, *self.token)
+            values |= {
+                "read_area": 100 * effective_area(self.reads),
+                "read_own": 100 * float(self.reads[self.token]),
+                "read_rows": rows * image[0] / height,
+                "read_columns": columns * image[1] / width,
+            }
+        return values
+
+
+def effective_area(weights: Array) -> float:
+    """The part of the image that a map is spread over: exp(entropy) / N; 1 for a flat map, 1 / N for a single token."""
+    share = weights[weights > 0] / weights.sum()
+    return float(np.exp(-(share * np.log(share)).sum()) / weights.size)
+
+
+def smoothness(values: Array) -> float:
+    """Correlation of a map with itself one token further (right and below): 0 for noise, towards 1 for large shapes."""
+    pairs = [(values[:, :-1], values[:, 1:]), (values[:-1], values[1:])]
+    left = np.concatenate([a.ravel() for a, _ in pairs])
+    right = np.concatenate([b.ravel() for _, b in pairs])
+    if not left.size or left.std() == 0 or right.std() == 0:
+        return 0.0
+    return float(np.corrcoef(left, right)[0, 1])
+
+
+@torch.inference_mode()
+def explain(
+    model: nn.Module, image: Tensor, point: tuple[float, float] | None = None, *, elsewhere: bool = False
+) -> list[LayerView]:
+    """Views of every layer for a normalised image [3, H, W] and a point (y, x) in its pixels, the centre by default.
+
+    elsewhere: also what a grid of other points reads, which a page shows on a click.
+    A SoLA network gives everything; any other, activation and EigenCAM of its maps by timm's contract.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    at = point or (size[0] / 2, size[1] / 2)
+    if not all(0 <= p < s for p, s in zip(at, size, strict=True)):
+        raise ValueError(f"point x={at[1]:g}, y={at[0]:g} lies outside the image of {size[1]} x {size[0]} pixels")
+    if not isinstance(model, SolaVision):
+        return [
+            LayerView(name, *_still(feature), nearest_token(at, size, (feature.shape[2], feature.shape[3])))
+            for name, feature in feature_maps(model, image[None]).items()
+        ]
+    others = points(model, size) if elsewhere else []
+    return [_view(step, at, size, others) for step in walk(model, image[None])]
+
+
+def points(model: SolaVision, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """The grid of points (y, x) that a page knows: 12 x 12, fewer for large images, so that they take seconds."""
+    tokens = size[0] * size[1] / model.config.patch_size**2
+    schedule = model.config.parsed_schedule.stages
+    layers = sum(s.count("L") * d / 4**i for i, (s, d) in enumerate(zip(schedule, model.config.dims, strict=True)))
+    side = int(min(_POINTS, max(2.0, (_BUDGET / max(1.0, tokens * layers)) ** 0.5)))
+    return [((r + 0.5) * size[0] / side, (c + 0.5) * size[1] / side) for r in range(side) for c in range(side)]
+
+
+def arrays(views: list[LayerView]) -> dict[str, Array]:
+    """Flat, for `numpy.savez(file, **arrays(views))`."""
+    flat: dict[str, Array] = {}
+    for view in views:
+        flat |= {f"{view.name}/activation": view.activation, f"{view.name}/eigencam": view.eigencam}
+        flat[f"{view.name}/token"] = np.array(view.token)
+        if view.reads is not None:
+            kind = "wkv" if view.name.endswith("L") else "attention"
+            flat[f"{view.name}/{kind}"] = view.reads
+            flat |= {f"{view.name}/{kind} {name}": read for name, read in view.examples.items()}
+        flat |= {f"{view.name}/gate {name}": gate for name, gate in view.gates.items()}
+    return flat
+
+
+def encode(reads: Tensor) -> NDArray[np.uint8]:
+    """A map that sums to 1 as bytes, at most 32 tokens a side: 0 to 255 for 0.01 to 100 times the uniform weight."""
+    height, width = reads.shape
+    pooled = nn.functional.adaptive_avg_pool2d(reads[None].double(), (min(_SIDE, height), min(_SIDE, width)))[0]
+    times_uniform = pooled * reads.numel()
+    return np.rint(255 * (times_uniform.clamp(1e-2, 1e2).log10().numpy() + 2) / 4).astype(np.uint8)
+
+
+def _still(feature: Tensor) -> tuple[Array, Array]:
+    return activation(feature)[0].cpu().numpy(), eigencam(feature)[0].cpu().numpy()
+
+
+def _view(step: Step, at: tuple[float, float], size: tuple[int, int], others: list[tuple[float, float]]) -> LayerView:
+    grid = (step.output.shape[1], step.output.shape[2])
+    token = nearest_token(at, size, grid)
+    still = _still(step.output.permute(0, 3, 1, 2))
+    gates = {str(bridge): gate[0].double().mean(-1).cpu().numpy() for bridge, gate in step.gates}
+    tokens = [nearest_token(other, size, grid) for other in others]
+    if isinstance(step.layer, LinearLayer):
+        reads = wkv_weights(step, token)[0]
+        channels = _channels(step.layer)
+        single = wkv_weights(step, token, list(channels.values()))[0]
+        reader = Reader(step) if tokens else None
+        elsewhere = [encode(reader.read(t)) for t in tokens] if reader else []
+    else:
+        single = attention(step, token)[0]
+        reads = single.mean(0)
+        channels = {f"head {h + 1}": h for h in range(min(3, len(single)))}
+        elsewhere = [encode(attention(step, t)[0].mean(0)) for t in tokens]
+    examples = {name: one.cpu().numpy() for name, one in zip(channels, single, strict=False)}
+    return LayerView(
+        step.name,
+        *still,
+        token,
+        reads=reads.cpu().numpy(),
+        examples=examples,
+        gates=gates,
+        elsewhere=np.stack(elsewhere) if elsewhere else None,
+    )
+
+
+def _channels(layer: LinearLayer) -> dict[str, int]:
+    """Three channels of a layer: its slowest, median and fastest decay."""
+    order = layer.mixer.decay.float().argsort().tolist()
+    picked = {order[0]: "slowest", order[len(order) // 2]: "median", order[-1]: "fastest"}
+    decay = layer.mixer.decay.float()
+    return {f"channel {c}, w {float(decay[c]):.1f}": c for c in picked}

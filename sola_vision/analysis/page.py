@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of `sola explain`: one HTML file, nothing to load, on which a click on the image moves the chosen point.
+
+The maps of a grid of points lie in the page as bytes; `page.html` beside this file is its template.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+
+from sola_vision.analysis.explain import LayerView
+
+_PICTURE = 900  # pixels of the longer side that the page's copy of the image keeps
+_STILL = 64  # tokens a side that its activation maps keep
+
+
+def write_page(
+    image: NDArray[np.uint8],
+    point: tuple[float, float],
+    networks: Sequence[tuple[str, Sequence[LayerView]]],
+    out: Path,
+    title: str,
+) -> None:
+    """networks: (label, views) each; the views of SoLA networks made with `explain(..., elsewhere=True)`."""
+    height, width = image.shape[:2]
+    known = [len(v.elsewhere) for _, views in networks for v in views if v.elsewhere is not None]
+    data = {
+        "width": width,
+        "height": height,
+        "start": [point[1] / width, point[0] / height],
+        "points": round(known[0] ** 0.5) if known else 1,
+        "picture": _picture(image),
+        "rising": _ramp("cividis"),
+        "two_sided": _ramp("PuOr_r"),
+        "networks": [{"label": label, "layers": [_layer(view) for view in views]} for label, views in networks],
+    }
+    template = resources.files("sola_vision.analysis").joinpath("page.html").read_text(encoding="utf-8")
+    # "</" would end the script element that holds the data
+    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    # title first: the data may hold the word that stands for it
+    head, _, tail = template.replace("__TITLE__", html.escape(title)).partition("__DATA__")
+    out.write_text(head + text + tail, encoding="utf-8")
+
+
+def _layer(view: LayerView) -> dict[str, Any]:
+    low, high = float(view.activation.min()), float(view.activation.max())
+    reach = max(float(np.abs(view.eigencam).max()), 1e-12)
+    layer: dict[str, Any] = {
+        "name": view.name,
+        "kind": "WKV weights" if view.name.endswith("L") else "attention",
+        "activation": _still(view.activation, low, high) | {"range": f"{low:.3g} to {high:.3g}"},
+        "eigencam": _still(view.eigencam, -reach, reach) | {"range": f"-{reach:.3g} to {reach:.3g}"},
+    }
+    if view.elsewhere is not None:
+        _, rows, columns = view.elsewhere.shape
+        layer["reads"] = {"height": rows, "width": columns, "data": base64.b64encode(view.elsewhere.tobytes()).decode()}
+    return layer
+
+
+def _still(values: NDArray[np.float64], low: float, high: float) -> dict[str, Any]:
+    rows, columns = (min(_STILL, side) for side in values.shape)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(values)[None], (rows, columns))[0].numpy()
+    scaled = np.rint(255 * (pooled - low) / max(high - low, 1e-12)).clip(0, 255).astype(np.uint8)
+    return {"height": rows, "width": columns, "data": base64.b64encode(scaled.tobytes()).decode()}
+
+
+def _picture(image: NDArray[np.uint8]) -> str:
+    picture = Image.fromarray(image)
+    picture.thumbnail((_PICTURE, _PICTURE))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _ramp(name: str) -> str:
+    colours = colormaps[name](np.arange(256), bytes=True)[:, :3]
+    return base64.b64encode(np.ascontiguousarray(colours).tobytes()).decode()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The effective receptive field: how strongly each pixel moves a layer's output at one point, by gradients.
+
+After Luo et al. (the paper's [22]): the gradient of the channels at a point, added up with a fixed sign each, in
+absolute value, summed over the colours and averaged over images. It sees the whole network: decay, keys, shifts and
+residuals. The theory sees decay alone.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sola_vision.analysis.interaction import decay_range, spread
+from sola_vision.analysis.trace import nearest_token, walk
+from sola_vision.backbone import SolaVision
+from sola_vision.layers import LinearLayer
+from sola_vision.schedule import Layer
+
+Array = NDArray[np.float64]
+_SHARES = (0.2, 0.5, 0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Field:
+    """Numbers of one receptive field. areas: for each share, the smallest part of the image that holds that share."""
+
+    areas: dict[float, float]
+    rows: float  # root mean square distance from the point, in pixels
+    columns: float
+
+
+def effective_receptive_field(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    point: tuple[float, float] | None = None,
+    *,
+    without_softmax: bool = False,
+) -> dict[str, Array]:
+    """Maps [H, W] by layer, each summing to 1, averaged over `images` [3, H, W] of one size.
+
+    point: (y, x) in pixels, the centre by default. without_softmax: leave the attention of softmax layers out.
+    A SoLA network gives every layer; any other, its maps by timm's contract.
+    """
+    was_training = model.training
+    model.eval()
+    total: dict[str, Array] = {}
+    number = 0
+    for image in images:
+        height, width = image.shape[-2:]
+        at = point or (height / 2, width / 2)
+        if not (0 <= at[0] < height and 0 <= at[1] < width):
+            raise ValueError(f"point {at} (y, x) lies outside the {height}x{width} image")
+        number += 1
+        for name, gradient in _gradients(model, image[None], at, without_softmax):
+            if name in total and total[name].shape != gradient.shape:
+                raise ValueError(f"images of {total[name].shape} and {gradient.shape} pixels: give them one size")
+            total[name] = total.get(name, 0) + gradient
+    model.train(was_training)
+    if not number:
+        raise ValueError("no images: a receptive field is averaged over at least one")
+    return {name: field / max(field.sum(), np.finfo(float).tiny) for name, field in total.items()}
+
+
+def _gradients(
+    model: nn.Module, image: Tensor, at: tuple[float, float], without_softmax: bool
+) -> Iterable[tuple[str, Array]]:
+    image = image.clone().requires_grad_()
+    size = (image.shape[-2], image.shape[-1])
+    with torch.enable_grad():
+        if isinstance(model, SolaVision):
+            skip: Callable[[Layer], bool] = lambda place: without_softmax  # noqa: E731 - one word
+            outputs = [(step.name, step.output) for step in walk(model, image, skip=skip)]
+        else:
+            if without_softmax:
+                raise ValueError(f"{type(model).__name__} is not a SoLA network: its softmax layers cannot be left out")
+            if not hasattr(model, "forward_intermediates"):
+                raise ValueError(f"{type(model).__name__} has no forward_intermediates (timm's contract)")
+            maps = cast("Any", model).forward_intermediates(image, intermediates_only=True)
+            outputs = [(f"map {i}", f.permute(0, 2, 3, 1)) for i, f in enumerate(maps, start=1)]
+        for name, output in outputs:
+            row, column = nearest_token(at, size, (output.shape[1], output.shape[2]))
+            read = (output[0, row, column] * _signs(output.shape[-1], output.device)).sum()
+            (gradient,) = torch.autograd.grad(read, image, retain_graph=True)
+            field = gradient[0].abs().sum(0).double()
+            yield name, (field / field.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu().numpy()
+
+
+def _signs(channels: int, device: torch.device) -> Tensor:
+    """A sign a channel, always the same: the plain sum of channels that a LayerNorm has centred is zero everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(0, 2, (channels,), generator=generator) * 2.0 - 1).to(device)
+
+
+def field_statistics(field: Array, point: tuple[float, float] | None = None) -> Field:
+    """Areas and distances of one map that sums to 1."""
+    height, width = field.shape
+    row, column = point or (height / 2, width / 2)
+    ordered = np.sort(field, axis=None)[::-1].cumsum()
+    areas = {share: float((np.searchsorted(ordered, share * ordered[-1]) + 1) / field.size) for share in _SHARES}
+    rows, columns = spread(field, row - 0.5, column - 0.5)
+    return Field(areas, rows, columns)
+
+
+@dataclass(frozen=True)
+class DecayRange:
+    """Decay of one linear layer at one image size. Ranges are of the channel at each quantile, in tokens of eq. 5."""
+
+    layer: str
+    num_tokens: int
+    width: int  # tokens in a row of the image
+    stride: int  # pixels between tokens
+    decays: dict[float, float]  # quantile -> w
+    growing: float  # share of channels with w <= 0: their weight never falls, and has no range
+    tokens: dict[float, float]  # quantile -> N ln(1/eps) / w, infinite for w <= 0
+
+    def rows(self, quantile: float) -> float:
+        """The range in rows of tokens: raster order makes a vertical neighbour `width` tokens away."""
+        return self.tokens[quantile] / self.width
+
+    def pixels(self, quantile: float) -> float:
+        """The range as a vertical distance in pixels of the image."""
+        return self.rows(quantile) * self.stride
+
+
+def decay_ranges(
+    model: SolaVision, size: tuple[int, int], tolerance: float = 0.01, quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
+) -> list[DecayRange]:
+    """Eq. 5 for every linear layer of a network as it is, at an image of `size` (height, width)."""
+    ranges = []
+    for place in model.config.parsed_schedule.layers:
+        stage: Any = model.stages[place.stage]
+        layer = stage.layers[place.layer]
+        if not isinstance(layer, LinearLayer):
+            continue
+        stride = model.config.strides[place.stage]
+        height, width = _grid(size, model.config.patch_size, place.stage)
+        decay = layer.mixer.decay.detach().double().cpu().numpy()
+        decays = {q: float(np.quantile(decay, q)) for q in quantiles}
+        tokens = {q: height * width * decay_range(w, tolerance) if w > 0 else float("inf") for q, w in decays.items()}
+        name = f"{place} L"
+        ranges.append(DecayRange(name, height * width, width, stride, decays, float((decay <= 0).mean()), tokens))
+    return ranges
+
+
+def _grid(size: tuple[int, int], patch_size: int, stage: int) -> tuple[int, int]:
+    height, width = (-(-side // patch_size) for side in size)
+    for _ in range(stage):
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walk through a SoLA network layer by layer, and look at what each layer does: no hooks, nothing is patched.
+
+`walk` runs the network through its public parts and yields each layer with its input and output as it goes; the
+functions below take a layer and its input and say what a token reads there. For any other network,
+`feature_maps` gives the maps of timm's contract under names.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sola_vision.backbone import SolaVision, Stage
+from sola_vision.layers import LinearLayer, SoftmaxLayer, token_shift
+from sola_vision.ops import reference
+from sola_vision.schedule import Bridge, Layer
+
+_AT_ONCE = 2**22  # weights in float64 at a time
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer of a network at work; tensors are [B, H, W, C]."""
+
+    place: Layer
+    layer: LinearLayer | SoftmaxLayer
+    input: Tensor  # with what bridges added
+    output: Tensor
+    gates: tuple[tuple[Bridge, Tensor], ...]  # the gates sigmoid(x W_g) of the bridges that end here
+
+    @property
+    def kind(self) -> str:
+        return "L" if isinstance(self.layer, LinearLayer) else "S"
+
+    @property
+    def name(self) -> str:
+        """ "3.3 S": place as in a schedule, and letter."""
+        return f"{self.place} {self.kind}"
+
+
+def walk(model: SolaVision, image: Tensor, *, skip: Callable[[Layer], bool] = lambda place: False) -> Iterator[Step]:
+    """Run `model` on `image` [B, 3, H, W] and yield every layer in turn.
+
+    skip: softmax layers whose attention is left out (their MLP stays), to see what they are for.
+    Gradients flow through, so that receptive fields can be taken of any layer.
+    """
+    x = model.position(model.stem(image))
+    states: dict[Layer, Tensor] = {}
+    for stage in cast("list[Stage]", list(model.stages)):
+        x = stage.merge(x)
+        for number, module in enumerate(stage.layers):
+            place = Layer(stage.index, number)
+            gates = []
+            base = x
+            for ends, bridge in zip(stage.bridge_ends, cast("Any", stage.bridges), strict=True):
+                if ends.target == place:
+                    gates.append((ends, torch.sigmoid(bridge.gate(base))))
+                    x = x + bridge(base, states[ends.source])
+            layer = cast("LinearLayer | SoftmaxLayer", module)
+            if isinstance(layer, SoftmaxLayer) and skip(place):
+                output, state = x + layer.mlp(layer.norm2(x)), None
+            else:
+                output, state = layer(x)
+            if place in stage.carried and state is not None:
+                states[place] = state
+            yield Step(place, layer, x, output, tuple(gates))
+            x = output
+
+
+def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Maps [B, C, H, W] by name: every layer of a SoLA network, otherwise what the model gives by timm's contract."""
+    if isinstance(model, SolaVision):
+        return {step.name: step.output.permute(0, 3, 1, 2) for step in walk(model, image)}
+    if not hasattr(model, "forward_intermediates"):
+        raise ValueError(
+            f"{type(model).__name__} has no forward_intermediates: analysis needs timm's contract for maps"
+        )
+    maps = cast("Any", model).forward_intermediates(image, intermediates_only=True)
+    return {f"map {number}": feature for number, feature in enumerate(maps, start=1)}
+
+
+def nearest_token(point: tuple[float, float], image: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """The token (row, column) of a grid whose patch a point (y, x) of the image, in pixels, lies in."""
+    row, column = (min(max(int(p * g / i), 0), g - 1) for p, i, g in zip(point, image, grid, strict=True))
+    return row, column
+
+
+def keys(step: Step) -> Tensor:
+    """The keys k_i of a linear layer [B, N, C]."""
+    assert isinstance(step.layer, LinearLayer)
+    mixer = step.layer.mixer
+    x = step.layer.norm1(step.input)
+    if mixer.token_shift:
+        (x,) = token_shift(x, mixer.mix_key)
+    return mixer.key(x).flatten(1, 2)
+
+
+def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None = None) -> Tensor:
+    """What a linear layer really looks at: the weights of eq. 9 with which `token` (row, column) reads every token.
+
+    [B, H, W] averaged over all channels, or [B, K, H, W] for `channels`; float64, each map sums to 1.
+    """
+    assert isinstance(step.layer, LinearLayer)
+    key, mixer = keys(step), step.layer.mixer
+    height, width = step.input.shape[1:3]
+    index = token[0] * width + token[1]
+    row = slice(index, index + 1)
+    if channels is not None:
+        picked = torch.tensor(channels, device=key.device)
+        read = reference.weights(mixer.decay[picked], mixer.bonus[picked], key[..., picked], row)
+        return read[:, 0].transpose(1, 2).unflatten(-1, (height, width))
+    # channels in chunks, so that a photograph's hundred thousand tokens fit
+    step_size = max(1, _AT_ONCE // (key.shape[0] * key.shape[1]))
+    mean = torch.zeros(key.shape[:2], dtype=torch.float64, device=key.device)
+    for start in range(0, key.shape[-1], step_size):
+        some = slice(start, start + step_size)
+        mean += reference.weights(mixer.decay[some], mixer.bonus[some], key[..., some], row)[:, 0].sum(-1)
+    return (mean / key.shape[-1]).unflatten(-1, (height, width))
+
+
+class Reader:
+    """`wkv_weights` averaged over channels, for many tokens of one image: the exponentials are taken once.
+
+    Single precision, because a page of maps needs no more; ten times faster than the definition.
+    """
+
+    def __init__(self, step: Step) -> None:
+        assert isinstance(step.layer, LinearLayer)
+        key = keys(step)[0].double()  # [N, C]
+        num_tokens = key.shape[0]
+        rate = step.layer.mixer.decay.double() / num_tokens
+        # the largest exponent of each channel is 0, also where the weight grows with distance (w < 0)
+        fall = torch.arange(num_tokens, device=key.device)[:, None] * -rate
+        self.falls = (fall - fall.amax(0)).exp().float()  # [N, C] by distance - 1
+        self.content = (key - key.amax(0)).exp().float()
+        self.own = (step.layer.mixer.bonus.double() - fall.amax(0)).exp().float()
+        self.grid = (step.input.shape[1], step.input.shape[2])
+
+    def read(self, token: tuple[int, int]) -> Tensor:
+        """[H, W], sums to 1."""
+        here = token[0] * self.grid[1] + token[1]
+        weights = torch.empty_like(self.content)
+        torch.mul(self.content[:here], self.falls[:here].flip(0), out=weights[:here])
+        weights[here] = self.content[here] * self.own
+        after = len(weights) - here - 1
+        torch.mul(self.content[here + 1 :], self.falls[:after], out=weights[here + 1 :])
+        totals = weights.sum(0).clamp(min=torch.finfo(torch.float32).tiny)
+        return (weights @ (1 / totals) / weights.shape[1]).unflatten(0, self.grid)
+
+
+def attention(step: Step, token: tuple[int, int]) -> Tensor:
+    """The softmax attention of `token` (row, column) over all tokens, a map a head [B, heads, H, W] that sums to 1."""
+    assert isinstance(step.layer, SoftmaxLayer)
+    mixer = step.layer.mixer
+    height, width = step.input.shape[1:3]
+    qkv = mixer.qkv(step.layer.norm1(step.input)).flatten(1, 2).unflatten(-1, (3, -1, mixer.head_dim))
+    query, key = qkv[:, token[0] * width + token[1], 0], qkv[:, :, 1]  # [B, heads, d], [B, N, heads, d]
+    scores = torch.einsum("bhd,bnhd->bhn", query, key) * mixer.head_dim**-0.5
+    return scores.double().softmax(-1).unflatten(-1, (height, width))
+
+
+def activation(feature: Tensor) -> Tensor:
+    """Feature activation map: root mean square over the channels, [B, C, H, W] -> [B, H, W]; its square is energy.
+
+    # not in the paper: Figs. 3, 6 and 7 do not say how channels become one number. This one has no sign to lose, and
+    # does not depend on how a map is scaled for display.
+    """
+    return feature.double().pow(2).mean(1).sqrt()
+
+
+def eigencam(feature: Tensor) -> Tensor:
+    """EigenCAM with a defined sign: the first principal component over the tokens, [B, C, H, W] -> [B, H, W].
+
+    A principal component has no sign of its own, and common tools leave it to the solver, which inverts half of the
+    maps. Here it is positive where the features are strong: where it correlates with their energy. If the two do not
+    correlate at all, its largest value is positive.
+    """
+    tokens = feature.double().flatten(2).transpose(1, 2)  # [B, N, C]
+    centred = tokens - tokens.mean(1, keepdim=True)
+    if centred.shape[1] < centred.shape[2]:
+        # fewer tokens than channels: the small side of the decomposition gives the projection itself
+        values, vectors = torch.linalg.eigh(centred @ centred.mT)
+        component = vectors[..., -1] * values[..., -1:].clamp(min=0).sqrt()
+    else:
+        _, vectors = torch.linalg.eigh(centred.mT @ centred)
+        component = (centred @ vectors[..., -1:]).squeeze(-1)
+    energy = tokens.pow(2).sum(-1)
+    agreement = (component * (energy - energy.mean(1, keepdim=True))).sum(1, keepdim=True)
+    norms = component.norm(dim=1, keepdim=True) * (energy - energy.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
+    undecided = agreement.abs() <= 1e-9 * norms
+    largest = component.gather(1, component.abs().argmax(1, keepdim=True))
+    sign = torch.where(undecided, largest, agreement).sign()
+    sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+    return (component * sign).unflatten(1, feature.shape[2:])

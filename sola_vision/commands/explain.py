@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola explain IMAGE --checkpoint FILE`: what each layer of a network does with an image, as pictures and numbers.
+
+Writes sheet.png (all maps), page.html (one file; a click on the image moves the chosen point) and maps.npz (arrays).
+IMAGE may be the word multiscale: a generated scene with one object at five scales, and how much of each map is on it.
+"""
+
+import csv
+import json
+import re
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from sola_vision.analysis.explain import LayerView, arrays, explain
+from sola_vision.analysis.multiscale import MultiScale, energy_shares, multiscale_image
+from sola_vision.analysis.page import write_page
+from sola_vision.analysis.sheet import draw_sheet
+from sola_vision.backbone import SolaVision
+from sola_vision.commands.cost import parse_size
+from sola_vision.data import SUFFIXES, ImageConfig, read_image
+from sola_vision.tasks import load_checkpoint
+
+_SEED = 0  # of networks that nobody has trained
+_FIELD_IMAGES = 8  # that a receptive field is averaged over
+
+
+@dataclass(frozen=True)
+class Network:
+    """One side of a comparison."""
+
+    label: str
+    model: nn.Module
+    image: ImageConfig
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    networks = _networks(options)
+    picture, scene = _picture(options)
+    point = _point(options.point, picture)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    explained = [
+        (n.label, explain(n.model, _normalised(picture, n.image), point, elsewhere=not options.no_page))
+        for n in networks
+    ]
+    title = f"{Path(options.image).name}, {picture.shape[1]} x {picture.shape[0]} pixels"
+    draw_sheet(picture, point, explained, out / "sheet.png", f"{' | '.join(n.label for n in networks)}\n{title}")
+    if not options.no_page:
+        write_page(picture, point, explained, out / "page.html", f"{explained[0][0]}: {title}")
+    saved: dict[str, Any] = {"image": picture, "point": np.array(point)}
+    for label, views in explained:
+        prefix = f"{label}/" if len(explained) > 1 else ""
+        saved |= {prefix + name: values for name, values in arrays(views).items()}
+    if scene is not None:
+        saved |= {"masks": scene.masks, "boxes": scene.boxes}
+    np.savez_compressed(out / "maps.npz", **saved)
+    result: dict[str, Any] = {
+        "image": options.image,
+        "height": picture.shape[0],
+        "width": picture.shape[1],
+        "point": {"x": point[1], "y": point[0]},
+        "networks": [_numbers(label, views, picture, scene) for label, views in explained],
+    }
+    if options.field:
+        _receptive_fields(options, networks, out, result)
+    (out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")
+    _write_csv(result, out / "layers.csv")
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(result, scene)
+        page = "" if options.no_page else "page.html, "
+        print(f"sheet.png, {page}maps.npz, explain.json and layers.csv are in {out}")
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = ArgumentParser(prog="sola explain", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("image", help="an image file, or the word multiscale")
+    parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
+    parser.add_argument("--model", help="instead of a checkpoint: a network with fresh weights (default: sola_tiny)")
+    parser.add_argument("--schedule", help="with --model: its layers, such as LL/LL/LLLLLL/LL")
+    parser.add_argument("--bridges", help='with --model: its bridges, such as "1.2>3.3", or the word paper')
+    parser.add_argument("--compare", metavar="WHAT", help="side by side with another checkpoint, a schedule (fresh "
+                        "weights), or the word random (the same network untrained)")  # fmt: skip
+    parser.add_argument("--point", metavar="X,Y", help="in pixels of the image as given (default: its centre)")
+    parser.add_argument("--size", metavar="HxW", help="resize first; one number: the longer side (default: as it is)")
+    parser.add_argument("--field", metavar="IMAGES", help="also the effective receptive field, averaged over up to "
+                        f"{_FIELD_IMAGES} images of this folder (or over one image)")  # fmt: skip
+    parser.add_argument("--field-size", type=int, default=224, help="pixels a side of the receptive field's images")
+    parser.add_argument("--no-page", action="store_true", help="leave out page.html, which takes most of the time")
+    parser.add_argument("--out", default="explain", help="folder for everything (default: explain)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    if options.checkpoint and (options.model or options.schedule or options.bridges is not None):
+        raise ValueError("--checkpoint says what its network is: leave out --model, --schedule and --bridges")
+    if options.field_size < 16:
+        raise ValueError(f"--field-size {options.field_size} must be at least 16")
+    return options
+
+
+def _networks(options: Namespace) -> list[Network]:
+    first = _checkpoint(options.checkpoint) if options.checkpoint else _fresh(options)
+    if options.compare is None:
+        return [first]
+    if options.compare == "random":
+        if not options.checkpoint:
+            raise ValueError("--compare random belongs to a checkpoint: give --checkpoint")
+        if not isinstance(first.model, SolaVision):
+            raise ValueError(f"--compare random needs a SoLA network, {first.label} is {type(first.model).__name__}")
+        torch.manual_seed(_SEED)
+        return [first, Network("random weights", SolaVision(first.model.config).eval(), first.image)]
+    if re.fullmatch(r"[LS/]+", options.compare):
+        if not isinstance(first.model, SolaVision):
+            raise ValueError(f"--compare {options.compare} needs a SoLA network, {first.label} is none")
+        # bridges belong to a schedule: another one may not have their ends
+        config = first.model.config.with_changes(schedule=options.compare, bridges="")
+        torch.manual_seed(_SEED)
+        return [first, Network(f"{options.compare} (random weights)", SolaVision(config).eval(), first.image)]
+    second = _checkpoint(options.compare)
+    if second.label == first.label:
+        first = Network(f"{first.label} (first)", first.model, first.image)
+        second = Network(f"{second.label} (second)", second.model, second.image)
+    return [first, second]
+
+
+def _checkpoint(path: str) -> Network:
+    checkpoint = load_checkpoint(path)
+    folder = Path(path)
+    name = folder.name if folder.is_dir() else folder.parent.name or folder.stem
+    return Network(f"{checkpoint.name} ({name})", checkpoint.model, checkpoint.image)
+
+
+def _fresh(options: Namespace) -> Network:
+    name = options.model or "sola_tiny"
+    if not timm.is_model(name):
+        raise ValueError(f"--model {name!r} is unknown: sola_nano, sola_tiny, sola_small, sola_base or a timm name")
+    changes = {n: getattr(options, n) for n in ("schedule", "bridges") if getattr(options, n) is not None}
+    if changes and not name.startswith("sola_"):
+        raise ValueError(f"{name} has no {' and no '.join(changes)}: these belong to the sola_* networks")
+    torch.manual_seed(_SEED)
+    model = timm.create_model(name, num_classes=0, **changes).eval()
+    return Network(f"{name} {options.schedule or ''} (random weights)".replace("  ", " "), model, ImageConfig())
+
+
+def _picture(options: Namespace) -> tuple[NDArray[np.uint8], MultiScale | None]:
+    if options.image == "multiscale":
+        height, width = parse_size(options.size or "512")
+        if height != width:
+            raise ValueError(f"--size {options.size}: the multi-scale image is square")
+        scene = multiscale_image(height)
+        return scene.image, scene
+    picture = read_image(options.image)
+    if options.size:
+        height, width = parse_size(options.size)
+        if "x" not in options.size.lower():
+            longer = max(picture.size)
+            width, height = (max(1, round(side * height / longer)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(picture).copy(), None
+
+
+def _point(text: str | None, picture: NDArray[np.uint8]) -> tuple[float, float]:
+    """ "X,Y" -> (y, x)."""
+    height, width = picture.shape[:2]
+    if text is None:
+        return height / 2, width / 2
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*", text)
+    if match is None:
+        raise ValueError(f"--point {text!r} must be X,Y in pixels, such as {width // 2},{height // 2}")
+    x, y = float(match[1]), float(match[2])
+    if not (x < width and y < height):
+        raise ValueError(f"--point {text}: the image has {width} x {height} pixels; x from 0, y from 0 at the top")
+    return y, x
+
+
+def _normalised(picture: NDArray[np.uint8], image: ImageConfig) -> Tensor:
+    pixels = torch.from_numpy(picture).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (image.mean, image.std))
+    return (pixels - mean) / std
+
+
+def _numbers(
+    label: str, views: list[LayerView], picture: NDArray[np.uint8], scene: MultiScale | None
+) -> dict[str, Any]:
+    layers = []
+    for view in views:
+        row: dict[str, Any] = {"layer": view.name} | view.numbers((picture.shape[0], picture.shape[1]))
+        if scene is not None:
+            for name, energy in (("activation", view.activation**2), ("eigencam", view.eigencam.clip(min=0) ** 2)):
+                shares = energy_shares(torch.from_numpy(energy), scene.masks)
+                row[f"{name}_on_objects"] = [100 * share for share, _ in shares]
+                row[f"{name}_over_chance"] = [share / area for share, area in shares]
+        layers.append(row)
+    return {"network": label, "layers": layers}
+
+
+def _receptive_fields(options: Namespace, networks: list[Network], out: Path, result: dict[str, Any]) -> None:
+    from sola_vision.analysis.figures import draw_fields
+    from sola_vision.analysis.receptive import effective_receptive_field, field_statistics
+
+    source = Path(options.field)
+    if not source.exists():
+        raise FileNotFoundError(f"--field {source}: no such image or folder")
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"--field {source} holds no images")
+    # spread over the folder, whose names often sort by class
+    files = files[:: max(1, len(files) // _FIELD_IMAGES)][:_FIELD_IMAGES]
+    side = (options.field_size, options.field_size)
+    saved: dict[str, Any] = {}
+    drawn = []
+    for network in networks:
+        images = [
+            _normalised(np.asarray(read_image(f).resize(side, Image.Resampling.BICUBIC)).copy(), network.image)
+            for f in files
+        ]
+        ways = [("", False)]
+        if isinstance(network.model, SolaVision) and "S" in network.model.config.schedule:
+            ways.append((", softmax attention left out", True))
+        for suffix, without in ways:
+            fields = effective_receptive_field(network.model, images, without_softmax=without)
+            drawn.append((network.label + suffix, fields))
+            saved |= {f"{network.label}{suffix}/{name}": field for name, field in fields.items()}
+            rows = [
+                {"layer": name, "rows": s.rows, "columns": s.columns}
+                | {f"area_{share:g}": 100 * area for share, area in s.areas.items()}
+                for name, s in ((n, field_statistics(f)) for n, f in fields.items())
+            ]
+            entry = {"network": network.label + suffix, "images": len(files), "size": side[0], "layers": rows}
+            result.setdefault("receptive_fields", []).append(entry)
+    np.savez_compressed(out / "fields.npz", **saved)
+    draw_fields(drawn, out / "fields.png")
+
+
+def _write_csv(result: dict[str, Any], path: Path) -> None:
+    rows = [{"network": n["network"]} | layer for n in result["networks"] for layer in n["layers"]]
+    for row in rows:
+        for name in [name for name, value in row.items() if isinstance(value, list)]:
+            row |= {f"{name}_{i}": value for i, value in enumerate(row.pop(name), start=1)}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
+    console = Console()
+    console.width = max(console.width, 110)
+    for network in result["networks"]:
+        table = Table(title=network["network"])
+        columns = {
+            "layer": "layer",
+            "activation_area": "activation covers %",
+            "activation_smoothness": "smoothness",
+            "read_area": "point reads %",
+            "read_own": "itself %",
+            "read_rows": "rms px up/down",
+            "read_columns": "left/right",
+        }
+        for name in columns.values():
+            table.add_column(name, justify="left" if name == "layer" else "right")
+        for layer in network["layers"]:
+            cells = [layer.get(name) for name in columns]
+            table.add_row(*("-" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in cells))
+        console.print(table)
+        if scene is not None:
+            areas = ", ".join(f"{100 * mask.mean():.2f}" for mask in scene.masks)
+            table = Table(title=f"energy on the five objects over their share of the area ({areas} %)")
+            for name in ("layer", "activation: largest", "2", "3", "4", "smallest"):
+                table.add_column(name, justify="left" if name == "layer" else "right")
+            for name in ("EigenCAM: largest", "2", "3", "4", "smallest"):
+                table.add_column(name, justify="right")
+            for layer in network["layers"]:
+                cells = [*layer["activation_over_chance"], *layer["eigencam_over_chance"]]
+                table.add_row(layer["layer"], *(f"{value:.2f}" for value in cells))
+            console.print(table)

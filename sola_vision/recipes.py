@@ -124,7 +124,7 @@ def few_images() -> Recipe:
 
     Command: sola train few_images --data FOLDER
     Expected: see docs/results.md (caltech16: 16 classes, 512 images).
-    Cost: about 20 minutes on two cores for 512 images.
+    Cost: under 20 minutes on two cores for 512 images.
     """
     return Recipe(
         model=ModelConfig(name="sola_nano", drop_path_rate=0.05),
@@ -138,11 +138,12 @@ def few_images() -> Recipe:
             mixup_prob=0.5,
         ),
         train=TrainConfig(
-            epochs=150,
+            epochs=120,
             batch_size=32,
             lr=1.5e-3,
             warmup_epochs=8,
             weight_decay=0.05,
+            amp="bf16",
             evaluate_every=10,
             log_every=16,
             workers=2,

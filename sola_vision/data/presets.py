@@ -48,6 +48,8 @@ class ImageConfig:
             raise ValueError(f"crop_pct {self.crop_pct}: a part of the image, above 0 and at most 1")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale {self.scale}: two parts of the image's area, 0 < smallest <= largest <= 1")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: what pixels are divided by, above 0")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio}: two ratios width / height, 0 < smallest <= largest")
         for name in ("hflip", "erasing", "mixup_prob", "smoothing"):

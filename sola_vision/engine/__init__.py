@@ -4,7 +4,7 @@
 It knows a protocol, not a task, and nothing of the rest of the package. `loop` is the file to read first.
 """
 
-from .checkpoint import LoadReport, load_weights, read_metadata, save_weights
+from .checkpoint import LoadReport, load_weights, read_metadata, read_weights, save_weights
 from .config import Task, TrainConfig
 from .distributed import World, all_reduce_sum, distributed, gather_objects
 from .loading import EvaluationBatches, to_device
@@ -27,6 +27,7 @@ __all__ = [
     "load_weights",
     "lr_at",
     "read_metadata",
+    "read_weights",
     "save_weights",
     "to_device",
 ]

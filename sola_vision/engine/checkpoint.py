@@ -75,7 +75,7 @@ def load_weights(model: nn.Module, path: str | Path, *, partial: bool = False) -
     Keys that are missing, unexpected or of another shape are an error and then nothing is loaded, unless
     `partial` asks for what fits; the report lists them.
     """
-    theirs = _read_weights(Path(path))
+    theirs = read_weights(Path(path))
     own = model.state_dict()
     report = LoadReport(
         missing=tuple(key for key in own if key not in theirs),
@@ -242,7 +242,7 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return {parameter: name for name, parameter in model.named_parameters() if id(parameter) in mine}
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".pt", ".pth", ".bin"):
         with _open(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping

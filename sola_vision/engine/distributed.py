@@ -66,7 +66,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} is no device of torch: use auto, cpu, cuda or cuda:1") from None
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not one that runs train on: use auto, cpu or cuda")
+    if device.type == "cpu":
         return device
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():

@@ -118,8 +118,14 @@ def surroundings(device: torch.device, processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "timm")},
         "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """`python -m package` shows as the path of its __main__.py."""
+    path = Path(sys.argv[0])
+    return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
 
 
 def _peak_memory(device: torch.device) -> int:

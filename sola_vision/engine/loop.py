@@ -318,7 +318,7 @@ def _why_stopped(run: _Run, report: Report, name: str, value: float) -> str:
         good = f"{run.folder / checkpoint.STATE} holds the last good state, of step {run.saved_step}"
     return (
         f"the {name} became {value} in epoch {epoch}, step {report.step}, at a learning rate of {report.lr:.3g}; "
-        f"{good}: try a lower lr, a longer warm-up, or amp=none"
+        f"{good}: try a lower lr, a longer warm-up, or amp none"
     )
 
 

@@ -53,12 +53,12 @@ class LinearMixer(nn.Module):
 
     @torch.no_grad()
     def reset_decay(self) -> None:
-        """Decay rates from the whole image to the next token, and a bonus around ln 0.3 (Vision-RWKV's)."""
+        """Decay rates from the whole image to a few tokens, and a bonus around ln 0.3 (Vision-RWKV's)."""
         # not in the paper: its analysis needs w > 0, while Vision-RWKV starts most channels at w < 0, where the weight
-        # grows with distance. Powers from 0.1 to 1000 spread the range of eq. 5 from the whole image, 10 N tokens,
-        # down to N / 1000; the optimiser moves w too slowly to find it.
-        ramp = torch.linspace(-1, 3, self.decay.shape[0], device=self.decay.device)
-        self.decay.copy_(10**ramp)
+        # grows with distance. Powers from 1 to 64 spread the range of eq. 5 from the whole image, N tokens, down to
+        # N / 64; the optimiser moves w too slowly to find it.
+        ramp = torch.linspace(0, 1, self.decay.shape[0], device=self.decay.device)
+        self.decay.copy_(64**ramp)
         zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1
         self.bonus.copy_(-1.2 + 0.5 * zigzag)
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from sola_vision.config import SolaConfig
 from sola_vision.data import ImageConfig
-from sola_vision.engine import LoadReport, load_weights, read_metadata
-from sola_vision.engine.checkpoint import _read_weights as read_weights
+from sola_vision.engine import LoadReport, load_weights, read_metadata, read_weights
 
 
 @dataclass(kw_only=True)

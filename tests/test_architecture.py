@@ -68,3 +68,10 @@ def test_weights_are_never_unpickled_freely():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+
+
+def test_the_readme_has_a_line_for_every_file():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    tree = readme[readme.index("## Files") : readme.index("## Develop")]
+    files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"] + list((PACKAGE.parent / "csrc").iterdir())
+    assert [p.name for p in files if p.name not in tree] == []

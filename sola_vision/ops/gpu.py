@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bi-WKV on CUDA: launches the kernels of `triton_kernels.py` and registers them with torch's dispatcher.
+
+Triton is imported at the first call, not with the package, and may be missing. Nothing here waits for the device, and
+scratch comes from torch's allocator, so that CUDA graphs can capture a call. The result is the same to the bit from run
+to run: no atomics, and every sum has a fixed order. Without a device the same functions take CPU tensors when Triton
+interprets (TRITON_INTERPRET=1 at the first call): that is how the kernels are tested everywhere.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sola_vision.ops import portable
+
+# tokens of a chunk: what a program keeps in registers
+_FORWARD_CHUNK = 32
+_BACKWARD_CHUNK = 16
+# sums that one program of the middle phase scans in a row, and when a row is long enough to be scanned in groups
+_GROUP = 32
+_LONG = 128
+
+
+def missing() -> str | None:
+    """Why there are no kernels for CUDA; None if there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def register(library: torch.library.Library) -> None:
+    """Make these functions the CUDA kernels of `wkv` and `wkv_backward` in the library, if Triton is there."""
+    if missing() is None:
+        library.impl("wkv", wkv, "CUDA")
+        library.impl("wkv_backward", wkv_backward, "CUDA")
+
+
+def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Eq. 9: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype."""
+    if _double(key, value):
+        return portable.wkv(decay, bonus, key, value)
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    with torch.cuda.device_of(key):
+        row = _Row(decay, bonus, key, value, _FORWARD_CHUNK)
+        states = row.states_of_chunks()
+        row.launch("outputs", row.decay, row.bonus, row.key, row.value, out, *states, *row.sizes)
+    return out
+
+
+def wkv_backward(
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `wkv` for decay, bonus [C], key and value [B, N, C], each in its input's dtype."""
+    if _double(key, value, grad):
+        return portable.wkv_backward(decay, bonus, key, value, grad)
+    gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
+    if key.numel() == 0:
+        return torch.zeros_like(decay), torch.zeros_like(bonus), gk, gv
+    with torch.cuda.device_of(key):
+        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK)
+        partials = torch.empty(2, key.shape[0] * row.chunks, key.shape[2], device=key.device)
+        inputs = (row.decay, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
+        states = row.states_of_chunks()
+        sums = row.new_states()
+        row.launch("backward", *inputs, *states, *sums, *row.sizes, WRITE=False)
+        back_states = row.scan(sums, by_b=False)
+        row.launch("backward", *inputs, *states, *back_states, *row.sizes, WRITE=True)
+        gw, gu = partials.sum(1, dtype=torch.float64)
+    return (gw / key.shape[1]).to(decay.dtype), gu.to(bonus.dtype), gk, gv
+
+
+def _double(*tensors: Tensor) -> bool:
+    # the kernels' state is float32
+    return any(x.dtype == torch.float64 for x in tensors)
+
+
+class _Row:
+    """The inputs of one call as the kernels want them, and its grid of chunks."""
+
+    def __init__(self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int) -> None:
+        """`length` is a chunk's, at most; a power of two."""
+        from sola_vision.ops import triton_kernels
+
+        self.kernels = triton_kernels
+        self.decay, self.bonus = decay.contiguous(), bonus.contiguous()
+        self.key, self.value = key.contiguous(), value.contiguous()
+        self.batch, self.num_tokens, self.channels = key.shape
+        self.length = min(length, 1 << (self.num_tokens - 1).bit_length())
+        self.chunks = -(-self.num_tokens // self.length)
+        self.sizes = (self.chunks, self.num_tokens, self.batch * self.chunks * self.channels)
+        # one warp, a lane a channel; the interpreter's time goes by programs, not by lanes
+        self.block = 32 if key.is_cuda else max(32, 1 << (self.channels - 1).bit_length())
+
+    def new_states(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Room for a state on each side of every chunk: exponents [2, B, chunks, C], pairs [2, 2, B, chunks, C]."""
+        shape = (self.batch, self.chunks if count is None else count, self.channels)
+        exponents = torch.empty((2, *shape), dtype=torch.int32, device=self.key.device)
+        return exponents, torch.empty((2, 2, *shape), dtype=torch.float32, device=self.key.device)
+
+    def launch(self, name: str, *args: Any, **flags: bool) -> None:
+        programs = self.batch * self.chunks * -(-self.channels // self.block)
+        kernel = getattr(self.kernels, name)
+        kernel[(programs,)](*args, C=self.channels, L=self.length, BLOCK=self.block, num_warps=1, **flags)
+
+    def states_of_chunks(self) -> tuple[Tensor, Tensor]:
+        """The forward states that enter every chunk from the left and from the right."""
+        sums = self.new_states()
+        self.launch("chunk_sums", self.decay, self.key, self.value, *sums, *self.sizes)
+        return self.scan(sums, by_b=True)
+
+    def scan(self, sums: tuple[Tensor, Tensor], by_b: bool) -> tuple[Tensor, Tensor]:
+        """From the sums of the chunks to the states that enter them."""
+        states = self.new_states()
+        if self.chunks <= _LONG:
+            self._scan(sums, None, states, self.chunks, self.chunks, self.length, by_b)
+            return states
+        groups = -(-self.chunks // _GROUP)
+        totals, before = self.new_states(groups), self.new_states(groups)
+        self._scan(sums, None, totals, self.chunks, _GROUP, self.length, by_b, totals=True)
+        self._scan(totals, None, before, groups, groups, self.length * _GROUP, by_b)
+        self._scan(sums, before, states, self.chunks, _GROUP, self.length, by_b)
+        return states
+
+    def _scan(
+        self,
+        sums: tuple[Tensor, Tensor],
+        carry: tuple[Tensor, Tensor] | None,
+        out: tuple[Tensor, Tensor],
+        count: int,
+        group: int,
+        steps: int,
+        by_b: bool,
+        totals: bool = False,
+    ) -> None:
+        groups = -(-count // group)
+        programs = 2 * self.batch * groups * -(-self.channels // self.block)
+        self.kernels.scan_states[(programs,)](
+            self.decay,
+            *sums,
+            *(carry or sums),
+            *out,
+            self.batch,
+            count,
+            group,
+            groups,
+            steps,
+            self.num_tokens,
+            C=self.channels,
+            BLOCK=self.block,
+            CARRY=carry is not None,
+            TOTALS=totals,
+            BY_B=by_b,
+            num_warps=1,
+        )

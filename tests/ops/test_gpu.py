@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the definition: values, gradients, extremes, chunking, contract.
+
+Without a CUDA device Triton's interpreter runs them on the CPU, one operation at a time: the default sizes are small.
+With a device the same tests run on it and carry the mark `gpu`, like those that need a device at all.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sola_vision.ops import gpu, portable, reference
+
+pytest.importorskip("triton")
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_device = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+# triton.jit reads the variable when it decorates; no other module of this process may see it
+with pytest.MonkeyPatch.context() as patch:
+    if INTERPRETED:
+        patch.setenv("TRITON_INTERPRET", "1")
+    from sola_vision.ops import triton_kernels
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_poisoned(monkeypatch):
+    """Memory that nobody wrote is nan; the interpreter patches triton.language once, not at every call of a helper."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan") if made.is_floating_point() else 2**30)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
+    # lanes without a channel and rows without a token divide nothing by nothing
+    with np.errstate(all="ignore"):
+        yield
+
+
+def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, calm=False):
+    """The ranges that the accuracy measure names, or those of a trained network (calm), where one exponent serves."""
+    g = torch.Generator().manual_seed(seed)
+    size = (batch, num_tokens, channels)
+    decay = torch.rand(channels, generator=g, dtype=torch.float64) * 220 - 20
+    bonus = torch.rand(channels, generator=g, dtype=torch.float64) * 20 - 10
+    key = (torch.rand(size, generator=g, dtype=torch.float64) * 2 - 1) * 50
+    value, grad = (torch.randn(size, generator=g, dtype=torch.float64) for _ in range(2))
+    if calm:
+        decay, bonus, key = decay.clamp(max=0.3 * num_tokens) / 2, bonus / 2, key / 10
+    small = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return tuple(
+        x.to(y).to(DEVICE) for x, y in zip((decay, bonus, key, value, grad), (small,) * 2 + (dtype,) * 3, strict=True)
+    )
+
+
+def truth(decay, bonus, key, value, grad):
+    leaves = [x.double().requires_grad_() for x in (decay, bonus, key, value)]
+    out = reference.wkv(*leaves)
+    return out.detach(), torch.autograd.grad(out, leaves, grad.double())
+
+
+def run(decay, bonus, key, value, grad):
+    return gpu.wkv(decay, bonus, key, value), gpu.wkv_backward(decay, bonus, key, value, grad)
+
+
+def gradient_error(got, expected, value, grad):
+    floor = 0.1 * grad.double().abs().max() * value.double().abs().max()
+    return ((got.double() - expected).abs().max() / torch.maximum(expected.abs().max(), floor)).item()
+
+
+def stored(x, dtype):
+    """x as a kernel stores it: rounded, but Triton's interpreter cuts bfloat16 off."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        return (x.float().view(torch.int32) & -65536).view(torch.float32)
+    return x.to(dtype)
+
+
+def check(inputs, out, grads):
+    value, grad = inputs[3:]
+    expected, expected_grads = truth(*inputs)
+    assert (out.double() - expected).abs().max() <= 5e-6 * value.double().abs().max()
+    for name, like, got, want in zip("wukv", inputs, grads, expected_grads, strict=False):
+        assert got.dtype == like.dtype
+        assert got.shape == like.shape
+        assert gradient_error(got, want, value, grad) <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("size", "calm"),
+    [
+        ((2, 1, 1), False),
+        ((1, 2, 33), False),
+        ((1, 31, 96), False),
+        ((2, 33, 1), False),
+        ((1, 49, 96), False),
+        ((2, 49, 33), True),
+        ((1, 197, 33), True),
+        pytest.param((1, 197, 96), False, marks=pytest.mark.slow),
+        pytest.param((2, 300, 33), False, marks=pytest.mark.slow),
+        pytest.param((1, 300, 1), True, marks=pytest.mark.slow),
+        pytest.param((1, 3136, 5), False, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_gpu_equals_the_definition_in_float32(size, calm):
+    inputs = random_inputs(*size, calm=calm)
+    check(inputs, *run(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_in_half_precision_adds_little_to_rounding(dtype):
+    decay, bonus, key, value, grad = random_inputs(1, 49, 9, torch.float64, calm=True)
+    rounded = [x.to(dtype) for x in (key, value, grad)]
+    out, grads = run(decay.float(), bonus.float(), *rounded)
+    assert out.dtype == grads[2].dtype == grads[3].dtype == dtype
+    assert grads[0].dtype == grads[1].dtype == torch.float32
+    exact, exact_grads = truth(decay, bonus, key, value, grad)
+    only_rounding, rounding_grads = truth(decay, bonus, *rounded)
+    pairs = zip((out, *grads), (exact, *exact_grads), (only_rounding, *rounding_grads), strict=True)
+    for got, want, from_rounded in pairs:
+        budget = (stored(from_rounded, got.dtype).double() - want).abs().max()
+        assert (got.double() - want).abs().max() <= 1.5 * budget
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 50, pytest.param(131, marks=pytest.mark.slow)])
+def test_gpu_is_right_at_extremes(num_tokens):
+    # decay, bonus, range of the keys: three channels each
+    cases = [
+        (1e6, 0.0, 1.0),
+        (-1e6, 0.0, 1.0),
+        (1e9, 1.0, 1.0),
+        (-1e9, 1.0, 1.0),
+        (5.0, 1e4, 1.0),
+        (5.0, -1e4, 1.0),
+        (5.0, 0.0, 1e4),
+        (1e6, 1e4, 1e4),
+        (-300.0, -300.0, 300.0),
+    ]
+    decay, bonus, scale = torch.tensor(cases).repeat_interleave(3, 0).to(DEVICE).unbind(1)
+    _, _, key, value, grad = random_inputs(1, num_tokens, len(decay))
+    inputs = (decay, bonus, key / 50 * scale, value, grad)
+    out, grads = run(*inputs)
+    assert all(torch.isfinite(x).all() for x in (out, *grads))
+    for c in range(0, len(decay), 3):
+        pick = slice(c, c + 3)
+        some = tuple(x[..., pick] for x in inputs)
+        check(some, out[..., pick], [x[..., pick] for x in grads])
+
+
+def test_gpu_chooses_the_path_chunk_by_chunk():
+    """One wild token makes its chunk wide, and the narrow neighbours read states far above and below their own keys."""
+    decay, bonus, key, value, grad = random_inputs(1, 100, 4, calm=True)
+    key[0, 40] = torch.tensor([90.0, -90.0, 900.0, -900.0])
+    inputs = (decay, bonus, key, value, grad)
+    check(inputs, *run(*inputs))
+
+
+def test_gpu_narrow_and_wide_agree(monkeypatch):
+    inputs = random_inputs(1, 40, 6, calm=True)
+    narrow = run(*inputs)
+    if INTERPRETED:  # a compiled kernel has the limit inside
+        monkeypatch.setattr(triton_kernels, "NARROW", triton_kernels.tl.constexpr(-1.0))
+    wide = run(*inputs)
+    torch.testing.assert_close(narrow[0], wide[0], rtol=0, atol=2e-6)
+    for a, b in zip(narrow[1], wide[1], strict=True):
+        assert gradient_error(a, b.double(), inputs[3], inputs[4]) <= 5e-6
+
+
+@pytest.mark.parametrize("calm", [True, False])
+def test_gpu_scans_long_rows_in_groups(monkeypatch, calm):
+    monkeypatch.setattr(gpu, "_FORWARD_CHUNK", 2)
+    monkeypatch.setattr(gpu, "_BACKWARD_CHUNK", 2)
+    monkeypatch.setattr(gpu, "_LONG", 4)
+    monkeypatch.setattr(gpu, "_GROUP", 3)
+    inputs = random_inputs(1, 27, 5, calm=calm)
+    check(inputs, *run(*inputs))
+
+
+def test_gpu_is_the_same_to_the_bit_from_run_to_run():
+    inputs = random_inputs(2, 20, 7)
+    (out, grads), (out2, grads2) = run(*inputs), run(*inputs)
+    assert torch.equal(out, out2)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True))
+
+
+def test_gpu_does_not_depend_on_memory_layout():
+    decay, bonus, key, value, grad = random_inputs(2, 20, 6)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value, grad)]
+    for got, want in zip(run(decay, bonus, *strided)[1], run(decay, bonus, key, value, grad)[1], strict=True):
+        assert got.is_contiguous()
+        assert torch.equal(got, want)
+
+
+def test_gpu_takes_a_key_and_a_value_of_different_dtypes():
+    decay, bonus, key, value, grad = random_inputs(1, 9, 3, calm=True)
+    inputs = (decay.half(), bonus.double(), key.bfloat16(), value, grad)
+    check_dtypes = [x.dtype for x in run(*inputs)[1]]
+    assert check_dtypes == [torch.float16, torch.float64, torch.bfloat16, torch.float32]
+    expected, _ = truth(*inputs)
+    torch.testing.assert_close(gpu.wkv(*inputs[:4]).double(), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_gpu_of_nothing_is_nothing(shape):
+    decay, bonus = torch.ones(2, shape[2], device=DEVICE)
+    nothing = torch.ones(shape, device=DEVICE)
+    out, grads = run(decay, bonus, nothing, nothing, nothing)
+    assert [x.shape for x in (out, *grads)] == [shape, decay.shape, bonus.shape, shape, shape]
+    assert not grads[0].any()
+    assert not grads[1].any()
+
+
+def test_gpu_leaves_float64_to_the_portable_form():
+    inputs = random_inputs(1, 12, 3, torch.float64)
+    out, grads = run(*inputs)
+    assert torch.equal(out, portable.wkv(*inputs[:4]))
+    for got, want in zip(grads, portable.wkv_backward(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_gpu_nan_in_a_key_is_nan_in_its_row_and_nowhere_else():
+    decay, bonus, key, value, _ = random_inputs(2, 20, 3, calm=True)
+    key[1, 7, 2] = float("nan")
+    out = gpu.wkv(decay, bonus, key, value)
+    assert out[1, :, 2].isnan().all()
+    assert out.isnan().sum() == 20
+
+
+def test_register_serves_the_cuda_key():
+    library = torch.library.Library("sola_gpu_test", "DEF")
+    library.define("wkv(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor")
+    library.define("wkv_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)")
+    gpu.register(library)
+    for name in ("wkv", "wkv_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sola_gpu_test::{name}", "CUDA")
+
+
+def test_the_package_works_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from sola_vision.ops import gpu, wkv\n"
+        "gpu.register(torch.library.Library('sola_without_triton', 'DEF'))\n"
+        "wkv(torch.ones(3), torch.ones(3), torch.ones(1, 4, 3), torch.ones(1, 4, 3))\n"
+        "print(gpu.missing())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Triton is not installed" in done.stdout
+
+
+# the interpreter accepts what a compiler does not; Triton carries ptxas, so a device is not needed to compile for one
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sola_vision.ops import triton_kernels as kernels
+
+capability, half = int(sys.argv[1]), "*bf16"
+flags = dict(C=96, BLOCK=32)
+states = ["*i32", "*fp32"]
+for name, types, options in [
+    ("chunk_sums", ["*fp32", half, half, *states], dict(L=32)),
+    ("scan_states", ["*fp32", *states * 3, *["i32"] * 3], dict(CARRY=False, TOTALS=False, BY_B=True)),
+    ("scan_states", ["*fp32", *states * 3, *["i32"] * 3], dict(CARRY=True, TOTALS=True, BY_B=False)),
+    ("outputs", ["*fp32", "*fp32", half, half, half, *states], dict(L=32)),
+    ("backward", ["*fp32", "*fp32", *[half] * 5, "*fp32", *states * 2], dict(L=16, WRITE=False)),
+    ("backward", ["*fp32", "*fp32", *[half] * 5, "*fp32", *states * 2], dict(L=16, WRITE=True)),
+]:
+    kernel = getattr(kernels, name)
+    constants = {**flags, **options}
+    types = [*types, *["i32"] * 3]
+    signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    assert compiled.asm["cubin"]
+    assert "atom" not in compiled.asm["ptx"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_device_and_use_no_atomics(capability, tmp_path):
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(script), str(capability)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=needs_device)])
+def test_gpu_in_a_cuda_graph(dtype):
+    inputs = random_inputs(2, 300, 96, dtype, calm=True)
+    expected = run(*inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, grads = run(*inputs)
+    for x in (out, *grads):
+        x.zero_()
+    graph.replay()
+    assert torch.equal(out, expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected[1], strict=True))

@@ -343,7 +343,8 @@ void parameter_gradients(const Problem& p, const Register& r) {
 
 template <class T>
 struct Forward {
-  static constexpr int slots = forward_slots, phases = 3;
+  using Element = T;
+  static constexpr int arrays = 3, slots = forward_slots, phases = 3;
   static constexpr bool by_chunk[phases] = {true, false, true};
 
   static void whole(const Problem& p, Register& r, int) {
@@ -358,7 +359,8 @@ struct Forward {
 
 template <class T>
 struct Backward {
-  static constexpr int slots = backward_slots, phases = 6;
+  using Element = T;
+  static constexpr int arrays = 5, slots = backward_slots, phases = 6;
   static constexpr bool by_chunk[phases] = {true, false, true, false, true, false};
 
   static void whole(const Problem& p, Register& r, int phase) {
@@ -416,13 +418,32 @@ void chunk_phase(const Problem& p, const Register& r, int phase, int64_t begin, 
   }
 }
 
-// a thread takes its registers, `tile` at a time, through all phases
+// Asks for a part of a chunk's rows, of as many bytes from the first register's channels on, in the order of memory.
+// The processor foresees runs of addresses, but not the steps from row to row in which a register takes them. Inlined by
+// force: GCC drops calls of a function that has no effect but this one.
+__attribute__((always_inline)) inline void fetch(const Problem& p, const Register& first, int64_t chunk, int64_t begin,
+                                                 int64_t end, int64_t element, int64_t bytes) {
+  const Array* const arrays[] = {&p.key, &p.value, &p.grad};
+  for (const Array* a : arrays) {
+    if (a->data == nullptr) continue;
+    const char* image = static_cast<const char*>(a->data) + (first.image * a->batch_stride + first.channel) * element;
+    for (int64_t t = chunk * L + begin; t < chunk * L + end && t < p.tokens; ++t) {
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(image + t * a->row_stride * element + b, 0, 2);
+    }
+  }
+}
+
+// A thread takes its registers, `tile` at a time, through all phases. Streamed: their tokens do not stay in the cache
+// between two phases.
 template <class Op>
-void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, int64_t chunks) {
+void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, bool streamed, int64_t chunks) {
   const FlushSubnormals flush(true);
   const Workspace space(tile < end - begin ? tile : end - begin, chunks * Op::slots);
-  for (int64_t first = begin; first < end; first += tile) {
-    const int64_t count = end - first < tile ? end - first : tile;
+  const int64_t columns = (p.channels + W - 1) / W;
+  for (int64_t first = begin, count = 0; first < end; first += count) {
+    const int64_t rest = columns - first % columns;  // a tile stays within its image
+    count = rest < tile ? rest : tile;
+    count = end - first < count ? end - first : count;
     for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, first + i);
     for (int phase = 0; phase < Op::phases; ++phase) {
       if (!Op::by_chunk[phase]) {
@@ -430,7 +451,13 @@ void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, int
         continue;
       }
       for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t i = 0; i < count; ++i) chunk_phase<Op>(p, space.registers[i], phase, c, c + 1);
+        for (int64_t i = 0; i < count; ++i) {
+          if (streamed) {
+            constexpr int64_t element = sizeof(typename Op::Element);
+            fetch(p, space.registers[0], c + 1, L * i / count, L * (i + 1) / count, element, count * W * element);
+          }
+          chunk_phase<Op>(p, space.registers[i], phase, c, c + 1);
+        }
       }
     }
   }
@@ -464,12 +491,13 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
   const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
   if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
-  // registers side by side, so that long pieces of a row are read at once: as many as keep their keys and values in a
-  // megabyte of cache from one phase to the next, where two or more do
-  const int64_t fitting = (1 << 20) / (p.tokens * register_bytes * 2), widest = 8;
-  const int64_t tile = fitting >= 2 && fitting < widest ? fitting : widest;
+  // Registers side by side, so that long pieces of a row are read at once: as many as stay in the cache from one phase to
+  // the next, if that is two at least; else the rows are streamed.
+  const int64_t cache = 3 << 19, widest = 8, fitting = cache / (p.tokens * register_bytes * Op::arrays);
+  const bool streamed = fitting < 2;
+  const int64_t tile = streamed || fitting > widest ? widest : fitting;
   parallel(loop, count, 1 + 1024 / p.tokens,
-           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, chunks); });
+           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, streamed, chunks); });
 }
 
 // float64 inputs always take the robust path, which is float64 throughout

@@ -77,30 +77,32 @@ def digits() -> Recipe:
     """SoLA-nano on scikit-learn's 8x8 digits, for a first look; not in the paper.
 
     Command: sola train digits
-    Expected: see docs/results.md.
-    Cost: about a minute and a half on two cores.
+    Expected: 99 % top-1 on the held-out fifth (docs/results.md).
+    Cost: under two minutes on two cores.
     """
     return Recipe(
         model=ModelConfig(name="sola_nano", drop_path_rate=0.0),
         image=ImageConfig(
             size=32,
+            scale=(0.6, 1.0),
+            ratio=(0.8, 1.25),
             # a mirrored digit is another sign or none; strong augmentation would hide 8x8 pixels
             hflip=0.0,
             auto_augment=None,
             color_jitter=0.0,
             erasing=0.0,
-            mixup=0.0,
+            mixup=0.2,
             cutmix=0.0,
         ),
         train=TrainConfig(
-            epochs=40,
+            epochs=25,
             batch_size=64,
             lr=2e-3,
-            warmup_epochs=4,
+            warmup_epochs=2,
             weight_decay=0.05,
             workers=0,
             log_every=11,
-            evaluate_every=4,
+            evaluate_every=5,
         ),
     )
 
@@ -123,7 +125,7 @@ def few_images() -> Recipe:
     """SoLA-nano from scratch on your own folder of some hundreds to thousands of photographs; not in the paper.
 
     Command: sola train few_images --data FOLDER
-    Expected: see docs/results.md (caltech16: 16 classes, 512 images).
+    Expected: 83 % top-1 on caltech16's 16 classes with 512 training images (docs/results.md).
     Cost: under 20 minutes on two cores for 512 images.
     """
     return Recipe(

@@ -138,7 +138,7 @@ def _draw_examples(dataset: Any, classes: list[str], best: Tensor, top1: float, 
     all_wrong = torch.nonzero(wrong_mask).flatten()
     wrong = all_wrong[confidence[all_wrong].argsort(descending=True)][:_SHOWN].tolist()
     all_right = torch.nonzero(~wrong_mask).flatten()
-    right = all_right[:: max(1, len(all_right) // _SHOWN)][: 2 * _SHOWN - len(wrong)].tolist()
+    right = all_right[:: max(1, len(all_right) // (2 * _SHOWN - len(wrong)))][: 2 * _SHOWN - len(wrong)].tolist()
     examples = [
         (dataset.image(i), classes[dataset.targets[i]], classes[int(predicted[i])], float(confidence[i]))
         for i in wrong + right

@@ -15,11 +15,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sola_vision.ops import cpu, reference
+from sola_vision.ops import cpu, gpu, reference, register
 
 __all__ = ["Path", "missing_kernel", "use", "wkv"]
 
 cpu.load()
+gpu.register(register.library)
 
 Path = Literal["reference", "portable", "native"]
 
@@ -70,6 +71,8 @@ def missing_kernel(device: str) -> str | None:
     """Why no compiled kernel runs on a device type such as "cpu" or "cuda"; None if one does."""
     if device == "cpu":
         return cpu.load()
+    if device == "cuda":
+        return gpu.missing()
     return f"there is no compiled kernel for {device}"
 
 

@@ -103,9 +103,9 @@ def check(inputs, out, grads):
         ((2, 1, 1), False),
         ((1, 2, 33), False),
         ((1, 31, 96), False),
-        ((2, 33, 1), False),
+        ((1, 33, 1), False),
         ((1, 49, 96), False),
-        ((2, 49, 33), True),
+        ((2, 17, 33), True),
         ((1, 197, 33), True),
         pytest.param((1, 197, 96), False, marks=pytest.mark.slow),
         pytest.param((2, 300, 33), False, marks=pytest.mark.slow),
@@ -188,14 +188,14 @@ def test_gpu_scans_long_rows_in_groups(monkeypatch, calm):
 
 
 def test_gpu_is_the_same_to_the_bit_from_run_to_run():
-    inputs = random_inputs(2, 20, 7)
+    inputs = random_inputs(2, 9, 7)
     (out, grads), (out2, grads2) = run(*inputs), run(*inputs)
     assert torch.equal(out, out2)
     assert all(torch.equal(a, b) for a, b in zip(grads, grads2, strict=True))
 
 
 def test_gpu_does_not_depend_on_memory_layout():
-    decay, bonus, key, value, grad = random_inputs(2, 20, 6)
+    decay, bonus, key, value, grad = random_inputs(2, 9, 6)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value, grad)]
     for got, want in zip(run(decay, bonus, *strided)[1], run(decay, bonus, key, value, grad)[1], strict=True):
         assert got.is_contiguous()

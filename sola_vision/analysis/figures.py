@@ -86,8 +86,8 @@ def draw_fields(networks: Sequence[tuple[str, dict[str, NDArray[np.float64]]]], 
     layers = list(networks[0][1])
     # every layer would be too small to see in deep networks
     shown = layers if len(layers) <= 12 else [layers[round(i * (len(layers) - 1) / 11)] for i in range(12)]
-    figure = Figure(figsize=(1.25 * len(shown) + 0.4, 1.55 * len(networks) + 3.6), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.55 * len(networks), 3.4])
+    figure = Figure(figsize=(1.25 * len(shown) + 0.4, 1.55 * len(networks) + 4.0), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.55 * len(networks), 3.8])
     top, bottom = parts
     panels = top.subplots(len(networks), len(shown), squeeze=False)
     for (label, fields), row in zip(networks, panels, strict=True):
@@ -99,7 +99,8 @@ def draw_fields(networks: Sequence[tuple[str, dict[str, NDArray[np.float64]]]], 
             axes.set_xticks([])
             axes.set_yticks([])
             axes.set_title(name, fontsize=8)
-        row[0].text(0, -0.06, label, transform=row[0].transAxes, fontsize=8, va="top")
+        text = row[0].text(0, -0.06, label, transform=row[0].transAxes, fontsize=8, va="top")
+        text.set_in_layout(False)  # it may run below the row's other panels
     colours = figure.axes[0].images[0]
     top.colorbar(colours, ax=panels, label="of its largest", shrink=0.8, pad=0.01)
     for axes, (title, value) in zip(
@@ -122,5 +123,5 @@ def draw_fields(networks: Sequence[tuple[str, dict[str, NDArray[np.float64]]]], 
         axes.set_ylim(bottom=0)
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    bottom.legend(*bottom.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(out, dpi=100)

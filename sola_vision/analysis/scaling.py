@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeiT": ("deit_tiny_patch16_224", {"patch_size": 4}),
 }
 SIZES = (16, 32, 64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280)
-LIMIT = 20.0  # seconds a point may take
+ALWAYS = 640  # pixels a side up to which every point is measured
+LIMIT = 20.0  # seconds that a larger one may take
+_PATIENCE = 900.0  # seconds after which a point counts as not measured
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ class Point:
     mebibytes: float | None = None
 
 
-def counted() -> Iterator[Point]:
-    """MACs of every network from 16 to 1280 pixels a side, without their heads."""
+def counted(sizes: Sequence[int] = SIZES) -> Iterator[Point]:
+    """MACs of every network at square images, without their heads."""
     for network, (name, changes) in NETWORKS.items():
-        for size in SIZES:
+        for size in sizes:
             square = (size, size)
             cost = count(build(name, square, num_classes=0, **changes), square, name=name)
             yield Point(network, size, cost.gmacs)
@@ -58,13 +60,13 @@ def counted() -> Iterator[Point]:
 def measured(points: list[Point], threads: int, report: Callable[[Point], None] = lambda point: None) -> list[Point]:
     """The same points with the median seconds of a forward of one image, and the most memory above the idle process.
 
-    A network's sizes go up until the next one would take more than LIMIT, judged by MACs.
+    Beyond 640 pixels a point is left out if it would take more than LIMIT, judged by MACs and the size before.
     """
     done = []
     pace: dict[str, float] = {}  # seconds a GMAC at the largest size so far
     for point in points:
         expected = pace.get(point.network, 0.0) * point.gmacs
-        if expected <= LIMIT:
+        if point.size <= ALWAYS or expected <= LIMIT:
             seconds, mebibytes = _in_a_process(point, threads)
             point = Point(point.network, point.size, point.gmacs, seconds, mebibytes)
             if seconds is not None:
@@ -78,10 +80,14 @@ def measured(points: list[Point], threads: int, report: Callable[[Point], None] 
 
 def _in_a_process(point: Point, threads: int) -> tuple[float | None, float | None]:
     command = [sys.executable, "-m", "sola_vision.analysis.scaling", point.network, str(point.size), str(threads)]
-    # ten times the limit: a forward may be slower than its MACs promised, and the network has to be built
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=10 * LIMIT, check=False)
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"{point.network} at {point.size}: not measured, it took over {_PATIENCE:.0f} s", file=sys.stderr)
+        return None, None
     if finished.returncode:  # out of memory, as a rule
-        print(f"{point.network} at {point.size}: {finished.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        last = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
+        print(f"{point.network} at {point.size}: not measured: {last}", file=sys.stderr)
         return None, None
     result = json.loads(finished.stdout)
     return result["seconds"], result["mebibytes"]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sola_vision.analysis.explain import LayerView, arrays, explain
 from sola_vision.analysis.multiscale import MultiScale, energy_shares, multiscale_image
 from sola_vision.analysis.page import write_page
+from sola_vision.analysis.receptive import decay_ranges
 from sola_vision.analysis.sheet import draw_sheet
 from sola_vision.backbone import SolaVision
 from sola_vision.commands.cost import parse_size
@@ -72,7 +73,9 @@ def run(arguments: Sequence[str]) -> None:
         "height": picture.shape[0],
         "width": picture.shape[1],
         "point": {"x": point[1], "y": point[0]},
-        "networks": [_numbers(label, views, picture, scene) for label, views in explained],
+        "networks": [
+            _numbers(network, views, picture, scene) for network, (_, views) in zip(networks, explained, strict=True)
+        ],
     }
     if options.field:
         _receptive_fields(options, networks, out, result)
@@ -193,18 +196,26 @@ def _normalised(picture: NDArray[np.uint8], image: ImageConfig) -> Tensor:
 
 
 def _numbers(
-    label: str, views: list[LayerView], picture: NDArray[np.uint8], scene: MultiScale | None
+    network: Network, views: list[LayerView], picture: NDArray[np.uint8], scene: MultiScale | None
 ) -> dict[str, Any]:
     layers = []
+    size = (picture.shape[0], picture.shape[1])
+    ranges = {r.layer: r for r in decay_ranges(network.model, size)} if isinstance(network.model, SolaVision) else {}
     for view in views:
-        row: dict[str, Any] = {"layer": view.name} | view.numbers((picture.shape[0], picture.shape[1]))
+        row: dict[str, Any] = {"layer": view.name} | view.numbers(size)
+        if view.name in ranges:
+            decay = ranges[view.name]
+            row["decay_median"] = decay.decays[0.5]
+            row["decay_growing"] = 100 * decay.growing
+            # JSON has no infinity: null where the weight of the median channel does not fall with distance
+            row["range_rows"] = decay.pixels(0.5) if decay.decays[0.5] > 0 else None
         if scene is not None:
             for name, energy in (("activation", view.activation**2), ("eigencam", view.eigencam.clip(min=0) ** 2)):
                 shares = energy_shares(torch.from_numpy(energy), scene.masks)
                 row[f"{name}_on_objects"] = [100 * share for share, _ in shares]
                 row[f"{name}_over_chance"] = [share / area for share, area in shares]
         layers.append(row)
-    return {"network": label, "layers": layers}
+    return {"network": network.label, "layers": layers}
 
 
 def _receptive_fields(options: Namespace, networks: list[Network], out: Path, result: dict[str, Any]) -> None:
@@ -258,7 +269,7 @@ def _write_csv(result: dict[str, Any], path: Path) -> None:
 
 def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     for network in result["networks"]:
         table = Table(title=network["network"])
         columns = {
@@ -269,6 +280,8 @@ def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
             "read_own": "itself %",
             "read_rows": "rms px up/down",
             "read_columns": "left/right",
+            "decay_median": "median w",
+            "range_rows": "its range, px",
         }
         for name in columns.values():
             table.add_column(name, justify="left" if name == "layer" else "right")

@@ -53,7 +53,8 @@ def test_files_of_one_network(photograph, tmp_path, capsys):
 def test_names_with_markup_stay_text(tmp_path):
     file = tmp_path / "<b>&.png"
     Image.new("RGB", (32, 32)).save(file)
-    assert main(["explain", str(file), "--model", "sola_nano", "--out", str(tmp_path / "out")]) == 0
+    arguments = ["--model", "sola_nano", "--schedule", "L/L/L/L", "--out", str(tmp_path / "out")]
+    assert main(["explain", str(file), *arguments]) == 0
     assert "<b>" not in (tmp_path / "out" / "page.html").read_text()
 
 

@@ -21,6 +21,8 @@ _BACKWARD_CHUNK = 16
 # sums that one program of the middle phase scans in a row, and when a row is long enough to be scanned in groups
 _GROUP = 32
 _LONG = 128
+# one warp a program; fused multiply-adds by name, because Triton's default changes from version to version
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 def missing() -> str | None:
@@ -104,7 +106,7 @@ class _Row:
     def launch(self, name: str, *args: Any, **flags: bool) -> None:
         programs = self.batch * self.chunks * -(-self.channels // self.block)
         kernel = getattr(self.kernels, name)
-        kernel[(programs,)](*args, C=self.channels, L=self.length, BLOCK=self.block, num_warps=1, **flags)
+        kernel[(programs,)](*args, C=self.channels, L=self.length, BLOCK=self.block, **flags, **_OPTIONS)
 
     def states_of_chunks(self) -> tuple[Tensor, Tensor]:
         """The forward states that enter every chunk from the left and from the right."""
@@ -154,5 +156,5 @@ class _Row:
             CARRY=carry is not None,
             TOTALS=totals,
             BY_B=by_b,
-            num_warps=1,
+            **_OPTIONS,
         )

@@ -263,7 +263,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sola_vision.ops import triton_kernels as kernels
+from sola_vision.ops import gpu, triton_kernels as kernels
 
 capability, half = int(sys.argv[1]), "*bf16"
 flags = dict(C=96, BLOCK=32)
@@ -281,7 +281,7 @@ for name, types, options in [
     types = [*types, *["i32"] * 3]
     signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=gpu._OPTIONS)
     assert compiled.asm["cubin"]
     assert "atom" not in compiled.asm["ptx"]
 """

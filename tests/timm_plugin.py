@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin that narrows timm's registry to our names, so that timm's own model tests run on them: make timm-suite."""
+"""A pytest plugin that narrows timm's registry to our names: timm's own model tests on them, see `make timm-suite`."""
 
 from fnmatch import fnmatch
 

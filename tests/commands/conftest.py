@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 from small import TINY, write_images
 
 from sola_vision.cli import main
@@ -16,6 +17,15 @@ class Said:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _as_many_threads_as_the_processes():
+    # runs are compared bit by bit with runs in processes of one thread; another number adds in another order
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None =
 class Reader:
     """`wkv_weights` averaged over channels, for many tokens of one image: the exponentials are taken once.
 
-    Single precision, because a page of maps needs no more; ten times faster than the definition.
+    Single precision, because a page of maps needs no more.
     """
 
     def __init__(self, step: Step) -> None:

@@ -4,20 +4,31 @@
 from .digits import Digits
 from .folder import ImageFolder
 from .images import SUFFIXES, CorruptImage, read_image
+from .labels import IGNORED, LabelRule, read_labels
 from .open import open_classification
 from .presets import EvalTransform, ImageConfig, TrainTransform
 from .scenes import Scene, Scenes
+from .segmentation import SegmentationFolder, open_segmentation
+from .segmentation_presets import SegmentationConfig, SegmentationEvalTransform, SegmentationTrainTransform
 
 __all__ = [
+    "IGNORED",
     "SUFFIXES",
     "CorruptImage",
     "Digits",
     "EvalTransform",
     "ImageConfig",
     "ImageFolder",
+    "LabelRule",
     "Scene",
     "Scenes",
+    "SegmentationConfig",
+    "SegmentationEvalTransform",
+    "SegmentationFolder",
+    "SegmentationTrainTransform",
     "TrainTransform",
     "open_classification",
+    "open_segmentation",
     "read_image",
+    "read_labels",
 ]

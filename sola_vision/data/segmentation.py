@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentation data in ADE20K's layout: ROOT/images/SPLIT/NAME.jpg and ROOT/annotations/SPLIT/NAME.png.
+
+SPLIT is training or train, validation or val; folders below a split are followed, and an image and its label share
+path and name but for the suffix. Which label is which class is a rule that the recipe states (`labels.LabelRule`).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .images import SUFFIXES, CorruptImage, read_image
+from .labels import IGNORED, LabelRule, read_class_names, read_labels
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = {"train": ("training", "train"), "val": ("validation", "val")}
+_LAYOUT = "expected ROOT/images/SPLIT/NAME.jpg and ROOT/annotations/SPLIT/NAME.png, SPLIT training or validation"
+_LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
+_LOOKED_AT = 16  # labels that are read before a run begins
+
+Transform = Callable[[Image.Image, NDArray[np.int16]], Any]
+
+
+class SegmentationFolder(Dataset[Any]):
+    """Images and the classes of their pixels, of one split: samples are transform(image, classes [H, W]).
+
+    Classes are 0..N-1 and IGNORED, whatever the files' labels are. `names` holds the paths below the split.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        rule: LabelRule,
+        transform: Transform | None = None,
+    ) -> None:
+        self.rule = rule
+        self.transform = transform
+        root = Path(root).expanduser()
+        self.images_folder = _split_folder(root, "images", split)
+        self.labels_folder = _split_folder(root, "annotations", split)
+        images = _files(self.images_folder, SUFFIXES)
+        labels = _files(self.labels_folder, _LABEL_SUFFIXES)
+        if not images:
+            raise ValueError(f"{self.images_folder}: no images; {_LAYOUT}")
+        without = [name for name in images if name not in labels]
+        if without:
+            more = f" ({len(without)} of {len(images)} images are without)" if len(without) > 1 else ""
+            missing = self.labels_folder / f"{without[0]}.png"
+            raise FileNotFoundError(f"{images[without[0]]}: no label {missing}{more}; add it or remove the image")
+        if spare := len(labels.keys() - images.keys()):
+            logger.warning("%s: %d labels without an image are left out", self.labels_folder, spare)
+        self.names = list(images)
+        self.images = [images[name] for name in self.names]
+        self.labels = [labels[name] for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Any:
+        image, classes = self.image(index), self.classes(index)
+        self._check_size(index, image, classes)
+        return (image, classes) if self.transform is None else self.transform(image, classes)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as it is on disk, upright and RGB; raises CorruptImage where it cannot be read."""
+        return read_image(self.images[index])
+
+    def classes(self, index: int) -> NDArray[np.int16]:
+        """Its pixels' classes [H, W]."""
+        return self.rule.to_classes(read_labels(self.labels[index]), str(self.labels[index]))
+
+    def _check_size(self, index: int, image: Image.Image, classes: NDArray[np.int16]) -> None:
+        if (image.height, image.width) != classes.shape:
+            raise ValueError(
+                f"{self.labels[index]} has {classes.shape[1]}x{classes.shape[0]} pixels, its image "
+                f"{self.images[index].name} {image.width}x{image.height}: they must be of one size"
+            )
+
+    def check_labels(self) -> None:
+        """Reads some labels all over the set, so that a wrong rule is refused before a run begins, not after."""
+        seen: set[int] = set()
+        chosen = np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).round().astype(int))
+        for index in chosen.tolist():
+            classes = self.classes(index)
+            # some images may be broken: they are named and counted when their turn comes
+            with suppress(CorruptImage):
+                self._check_size(index, self.image(index), classes)
+            seen.update(np.unique(classes).tolist())
+        if self.rule.num_classes > 1 and len(seen - {IGNORED}) < 2:
+            there = sorted(label + self.rule.first for label in seen - {IGNORED})
+            raise ValueError(
+                f"{self.labels_folder}: the {len(chosen)} labels looked at hold no class but {there or 'none'} "
+                f"({self.rule}); masks of 0 and 255 have to be written as labels 0 and 1"
+            )
+
+
+def open_segmentation(
+    root: str | Path,
+    split: str,
+    ignore: int,
+    num_classes: int | None,
+    transform: Transform | None = None,
+    classes: Sequence[str] | None = None,
+) -> tuple[SegmentationFolder, list[str]]:
+    """The "train" or "val" split, and the names of its classes: `classes` (a checkpoint's) or the data's own."""
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; {_LAYOUT}")
+    names = list(classes) if classes is not None else read_class_names(folder, num_classes, ignore)
+    return SegmentationFolder(folder, split, LabelRule(len(names), ignore), transform), names
+
+
+def _split_folder(root: Path, what: str, split: str) -> Path:
+    choices = _SPLITS.get(split, (split,))
+    for name in choices:
+        if (root / what / name).is_dir():
+            return root / what / name
+    raise FileNotFoundError(f"{root}: no folder {what}/{f' or {what}/'.join(choices)}; {_LAYOUT}")
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Path below the folder without its suffix -> file, sorted; two files of one name are an error."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder)
+        if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in suffixes:
+            continue
+        if not path.is_file():
+            continue
+        name = below.with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{path}: there is also {found[name].name}; an image and its label have one file each")
+        found[name] = path
+    return found

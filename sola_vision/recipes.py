@@ -6,6 +6,7 @@ A recipe is a whole configuration; `sola train NAME --data FOLDER` runs it, any 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sola_vision.data import ImageConfig
 from sola_vision.engine import TrainConfig
@@ -14,8 +15,13 @@ from sola_vision.tasks import ModelConfig
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Everything that a classification run is, apart from its data and its folder."""
+    """Everything that a classification run is, apart from its data and its folder.
 
+    Every task has a class of recipes: its fields that are dataclasses are the sections of options on the command line.
+    """
+
+    task: ClassVar[str] = "classification"
+    data: ClassVar[str] = "a folder with train/CLASS/ and val/CLASS/ images, a .tar of it, or the word digits"
     model: ModelConfig = field(default_factory=ModelConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -153,12 +159,14 @@ def few_images() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+AnyRecipe = Recipe
+
+RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     recipe.__name__: recipe for recipe in (imagenet_tiny, imagenet_small, imagenet_base, digits, cifar10, few_images)
 }
 
 
-def get_recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> AnyRecipe:
     """A recipe by name; ValueError lists the names if there is none."""
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is unknown; the recipes are {', '.join(RECIPES)}")

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sola eval` and `sola predict` share: their parser, the images of a checkpoint, names that can be printed."""
+"""What `sola eval` and `sola predict` share: their parser, the images they are about, names to print."""
 
 from argparse import ArgumentParser
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 from rich.text import Text
 
-from sola_vision.data import ImageConfig
+from sola_vision.data import SUFFIXES, ImageConfig
 from sola_vision.tasks import Checkpoint, takes_one_size
 
 
@@ -33,3 +34,16 @@ def image_settings(checkpoint: Checkpoint, size: int | None) -> ImageConfig:
 def plain(name: str) -> Text:
     """A name as it is: rich would take brackets for markup, and a file's bytes need not be text."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name))
+
+
+def image_files(source: Path) -> list[Path]:
+    """The image, or all images of the folder and of the folders in it, by name."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such image or folder")
+    if source.is_file():
+        return [source]
+    found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in found if p.is_file())
+    if not files:
+        raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return files

@@ -8,19 +8,15 @@ wrong types are errors of one line.
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from sola_vision.data import ImageConfig
-from sola_vision.engine import TrainConfig
-from sola_vision.recipes import RECIPES, Recipe, get_recipe
-from sola_vision.tasks import ModelConfig
+from sola_vision.recipes import RECIPES, AnyRecipe, get_recipe
 
-SECTIONS = {"model": ModelConfig, "image": ImageConfig, "train": TrainConfig}
 _OPTIONS = ("recipe", "data", "init", "out", "resume", "json")
 _FIRST = next(iter(RECIPES))  # whose defaults hold where no recipe is named
 
@@ -30,7 +26,7 @@ class Run:
     """What `sola train` was asked for."""
 
     recipe: str
-    configuration: Recipe
+    configuration: AnyRecipe
     data: str
     out: Path
     resume: bool
@@ -48,26 +44,28 @@ def parse_run(arguments: Sequence[str]) -> Run:
         # a run goes on as it began, whatever the recipe says by now
         if (kept := Path(folder) / "config.yaml").is_file():
             files.insert(0, str(kept))
-    stored = [_read_config(Path(file)) for file in files]
-    recipe = named or _stored_recipe(stored)
+    stored = {file: _read_yaml(Path(file)) for file in files}
+    recipe = named or _stored_recipe(list(stored.values()))
     if recipe is None:
         if not any(word in ("-h", "--help") or word.startswith("--print_config") for word in words):
             raise ValueError(
                 f"sola train needs a recipe as its first word: {', '.join(RECIPES)}; or --config FILE of an earlier run"
             )
         recipe = _FIRST
-    parser = _parser(recipe, get_recipe(recipe))
+    begun = get_recipe(recipe)
+    sections = sections_of(begun)
+    for file, content in stored.items():
+        _check_names(file, content, sections)
+    parser = _parser(recipe, begun)
     try:
         # files first, so that the command line wins wherever --config stands in it
         values = parser.parse_args([recipe, *(f"--config={file}" for file in files), *words])
     except argparse.ArgumentError as error:
         raise ValueError(_one_line(str(error))) from None
     if values.data is None:
-        raise ValueError(
-            f"sola train {recipe} needs --data: a folder with train/ and val/, a .tar of them, or the word digits"
-        )
-    configuration = Recipe(
-        **{section: kind(**vars(getattr(values, section))) for section, kind in SECTIONS.items()}, init=values.init
+        raise ValueError(f"sola train {recipe} needs --data: {begun.data}")
+    configuration = type(begun)(
+        **{section: kind(**vars(getattr(values, section))) for section, kind in sections.items()}, init=values.init
     )
     out = Path(values.out) if values.out else Path("runs") / recipe
     # where the next run goes is its own business
@@ -97,8 +95,13 @@ def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A --config file, its names checked, because jsonargparse would not say which file they are in."""
+def sections_of(recipe: AnyRecipe) -> dict[str, type]:
+    """The parts of a recipe that have fields of their own, by name."""
+    parts = ((field.name, getattr(recipe, field.name)) for field in fields(recipe))
+    return {name: type(part) for name, part in parts if is_dataclass(part)}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file; a run leaves config.yaml in its folder")
     try:
@@ -107,17 +110,21 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not YAML: {error}") from None
     if not isinstance(stored, dict):
         raise ValueError(f"--config {path} must hold sections (model, image, train), it holds {stored!r:.40}")
+    return stored
+
+
+def _check_names(path: str, stored: dict[str, Any], sections: dict[str, type]) -> None:
+    """The names in a --config file, because jsonargparse would not say which file they are in."""
     for name, value in stored.items():
-        if name not in (*SECTIONS, *_OPTIONS):
-            raise ValueError(f"--config {path}: {name!r} is no field; there are {', '.join((*SECTIONS, *_OPTIONS))}")
-        if name not in SECTIONS:
+        if name not in (*sections, *_OPTIONS):
+            raise ValueError(f"--config {path}: {name!r} is no field; there are {', '.join((*sections, *_OPTIONS))}")
+        if name not in sections:
             continue
-        known = [field.name for field in fields(SECTIONS[name])]
+        known = [field.name for field in fields(sections[name])]
         if not isinstance(value, dict):
             raise ValueError(f"--config {path}: {name} must hold fields such as {known[0]}, it holds {value!r:.40}")
         for unknown in (key for key in value if key not in known):
             raise ValueError(f"--config {path}: '{name}.{unknown}' is no field; {name} has {', '.join(known)}")
-    return stored
 
 
 def _stored_recipe(stored: list[dict[str, Any]]) -> str | None:
@@ -126,7 +133,7 @@ def _stored_recipe(stored: list[dict[str, Any]]) -> str | None:
     return next((str(values["recipe"]) for values in reversed(stored) if values.get("recipe")), _FIRST)
 
 
-def _parser(name: str, recipe: Recipe) -> ArgumentParser:
+def _parser(name: str, recipe: AnyRecipe) -> ArgumentParser:
     lines = "\n".join(f"  {n:<16}{(make.__doc__ or '').splitlines()[0]}" for n, make in RECIPES.items())
     parser = ArgumentParser(
         prog="sola train",
@@ -139,8 +146,7 @@ def _parser(name: str, recipe: Recipe) -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the fields below, such as a run's config.yaml"
     )
-    parser.add_argument("--data", type=str, default="digits" if name == "digits" else None,
-                        help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits")  # fmt: skip
+    parser.add_argument("--data", type=str, default="digits" if name == "digits" else None, help=recipe.data)
     parser.add_argument("--out", type=str, help="the run's folder (default: runs/RECIPE)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in that folder, as its config.yaml says"
@@ -149,7 +155,7 @@ def _parser(name: str, recipe: Recipe) -> ArgumentParser:
         "--init", type=str, default=recipe.init, help="checkpoint whose weights the network starts from"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON document on standard output")
-    for section, kind in SECTIONS.items():
+    for section, kind in sections_of(recipe).items():
         parser.add_class_arguments(kind, section)
         defaults = asdict(getattr(recipe, section))
         parser.set_defaults({f"{section}.{field.name}": defaults[field.name] for field in fields(kind)})

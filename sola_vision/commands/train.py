@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola train RECIPE --data FOLDER`: trains a network and leaves a run's folder."""
+"""`sola train RECIPE --data FOLDER`: trains a network and leaves a run's folder. What differs from task to task is in
+train_TASK.
+"""
 
 import json
 import sys
@@ -8,12 +10,11 @@ from pathlib import Path
 
 import torch
 
+from sola_vision.commands.dispatch import Job, task_module
 from sola_vision.commands.options import Run, parse_run
-from sola_vision.data import EvalTransform, ImageConfig, TrainTransform, open_classification
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
-from sola_vision.engine.loading import count_epoch_steps, micro_batch_size
+from sola_vision.engine.loading import count_epoch_steps
 from sola_vision.engine.optim import count_steps, make_optimizer
-from sola_vision.tasks import Classification, build_model, initialise, metadata
 from sola_vision.tasks.pictures import draw_learning_curve
 
 
@@ -24,57 +25,39 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _run(asked: Run, world: World) -> None:
-    recipe = asked.configuration
+    settings = asked.configuration.train
     # everything that can be wrong is looked at before anything is written
     check_folder(asked.out, asked.resume)
-    train_set = open_classification(asked.data, "train", _train_transform(recipe.image))
-    classes = train_set.classes
-    val_set = open_classification(asked.data, "val", EvalTransform(recipe.image), classes)
+    job: Job = task_module("train", asked.configuration.task).prepare(asked, world)
     if asked.resume:
-        _check_classes(asked.out / "best.safetensors", classes)
-    torch.manual_seed(recipe.train.seed)  # of the initial weights
-    model = build_model(recipe.model, len(classes), recipe.image.size)
-    task = Classification(len(classes), recipe.image)
-    report = initialise(model, recipe.init, classes) if recipe.init and not asked.resume else None
-    count_steps(recipe.train, count_epoch_steps(len(train_set), recipe.train))
-    task.check_batch(micro_batch_size(recipe.train, world))
-    make_optimizer(model, recipe.train)
-    if recipe.train.strategy == "fsdp" and not torch.distributed.is_initialized():
+        _check_classes(asked.out / "best.safetensors", json.loads(job.metadata["classes"]))
+    count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]
+    make_optimizer(job.model, settings)
+    if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
 
     if world.is_main:
         asked.out.mkdir(parents=True, exist_ok=True)
         if not asked.resume:
             (asked.out / "config.yaml").write_text(asked.text)
-        if report:
-            print(report, file=sys.stderr)
-        print(
-            f"{recipe.model.name} on {len(train_set)} images of {len(classes)} classes from {asked.data}, "
-            f"{len(val_set)} held out; the run's folder is {asked.out}",
-            file=sys.stderr,
-        )
+        if job.report:
+            print(job.report, file=sys.stderr)
+        print(f"{job.says}; the run's folder is {asked.out}", file=sys.stderr)
     summary = fit(
-        task,
-        model,
-        train_set,
-        val_set,
-        recipe.train,
+        job.task,
+        job.model,
+        job.train_set,
+        job.val_set,
+        settings,
         asked.out,
         resume=asked.resume,
-        metadata=metadata("classification", recipe.model, recipe.image, classes, model),
+        metadata=job.metadata,
+        collate=job.collate,
+        eval_collate=job.eval_collate,
     )
     if world.is_main:
-        draw_learning_curve(asked.out / "metrics.jsonl", asked.out / "curve.png", "top1")
-        _report(summary, asked.out, asked.json)
-
-
-def _train_transform(image: ImageConfig) -> TrainTransform:
-    try:
-        return TrainTransform(image)
-    # timm asserts what it can read of an augmentation policy
-    except (AssertionError, KeyError, ValueError) as error:
-        text = str(error) or "not a policy of timm's"
-        raise ValueError(f"--image.auto_augment {image.auto_augment}: {text}; rand-m9-mstd0.5-inc1 is Swin's") from None
+        draw_learning_curve(asked.out / "metrics.jsonl", asked.out / "curve.png", job.task.metric)
+        _report(summary, job.shown, asked)
 
 
 def _check_classes(best: Path, classes: list[str]) -> None:
@@ -89,9 +72,9 @@ def _check_classes(best: Path, classes: list[str]) -> None:
         )
 
 
-def _report(summary: dict[str, object], out: Path, as_json: bool) -> None:
-    if as_json:
+def _report(summary: dict[str, float], shown: Sequence[str], asked: Run) -> None:
+    if asked.json:
         print(json.dumps(summary, indent=2))
         return
-    numbers = " ".join(f"{name} {summary[name]:.2f}" for name in ("top1", "top5", "loss") if name in summary)
-    print(f"{numbers}; best.safetensors, curve.png and summary.json are in {out}")
+    numbers = " ".join(f"{name} {summary[name]:.2f}" for name in shown if name in summary)
+    print(f"{numbers}; best.safetensors, curve.png and summary.json are in {asked.out}")

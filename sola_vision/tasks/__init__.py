@@ -9,6 +9,7 @@ from sola_vision.tasks.model import (
     initialise,
     load_checkpoint,
     metadata,
+    read_description,
     takes_one_size,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "initialise",
     "load_checkpoint",
     "metadata",
+    "read_description",
     "takes_one_size",
 ]

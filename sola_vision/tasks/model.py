@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 from torch import nn
@@ -17,6 +17,8 @@ from torch import nn
 from sola_vision.config import SolaConfig
 from sola_vision.data import ImageConfig
 from sola_vision.engine import LoadReport, load_weights, read_metadata, read_weights
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(kw_only=True)
@@ -52,25 +54,31 @@ class ModelConfig:
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     """The network with fresh weights and a head for `num_classes`, its position grid laid out for `image_size`."""
+    return create_network(config.name, num_classes, image_size, network_changes(config, image_size))
+
+
+def network_changes(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """How the network differs from the one of its name, as arguments of timm's."""
     changes: dict[str, Any] = {
         field.name: getattr(config, field.name)
-        for field in fields(config)
+        for field in fields(ModelConfig)
         if field.name != "name" and getattr(config, field.name) is not None
     }
     if config.name.startswith("sola_"):
         changes["img_size"] = image_size
     elif unknown := sorted(set(changes) - {"drop_path_rate"}):
         raise ValueError(f"{config.name} has no {', '.join(unknown)}: these belong to the sola_* networks")
-    return _create(config.name, num_classes, image_size, changes)
+    return changes
 
 
-def _create(name: str, num_classes: int, image_size: int, changes: dict[str, Any]) -> nn.Module:
+def create_network(name: str, num_classes: int | None, image_size: int, changes: dict[str, Any]) -> Any:
+    """A network of timm's registry; num_classes None: no head. What it refuses is a ValueError."""
     if not name.startswith("sola_") and takes_one_size(name):
         changes = {**changes, "img_size": image_size}
     try:
-        return timm.create_model(name, num_classes=num_classes, **changes)
+        return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes}), **changes)
     # timm's networks refuse with a TypeError what they have no argument for, and sizes with an assertion
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be built with {changes}: {error}") from None
 
 
@@ -80,11 +88,13 @@ def takes_one_size(name: str) -> bool:
     return bool(cfg and cfg.fixed_input_size)
 
 
-def metadata(task: str, model: ModelConfig, image: Any, classes: list[str], source: nn.Module) -> dict[str, str]:
-    """What a checkpoint carries beside its weights; `source` is the network as it was built."""
+def metadata(
+    task: str, model: ModelConfig, image: Any, classes: list[str], source: nn.Module, **more: Any
+) -> dict[str, str]:
+    """What a checkpoint carries beside its weights; `source` is the network as it was built, `more` is the task's."""
     sola = getattr(source, "config", None)
     network = {"name": model.name} | (asdict(sola) if isinstance(sola, SolaConfig) else {})
-    values = {"task": task, "model": network, "image": asdict(image), "classes": classes}
+    values = {"task": task, "model": network, "image": asdict(image), "classes": classes, **more}
     return {"format": "pt"} | {name: json.dumps(value) for name, value in values.items()}
 
 
@@ -99,8 +109,8 @@ class Checkpoint:
     image: ImageConfig
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A checkpoint of ours, or a run's folder (its best weights), ready for evaluation.
+def read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a checkpoint of ours (or of a run's folder: its best weights), and what its metadata says.
 
     Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program.
     """
@@ -119,23 +129,54 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             "load bare weights with sola_vision.engine.load_weights"
         )
     try:
-        values = {name: json.loads(stored[name]) for name in ("task", "model", "image", "classes")}
-        # JSON has no tuples
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["image"].items()}
-        image = ImageConfig(**settings)
-        network, classes = dict(values["model"]), list(values["classes"])
+        # "format" is safetensors' own and no JSON
+        return path, {name: json.loads(value) for name, value in stored.items() if name != "format"}
+    except ValueError as error:
+        raise foreign_metadata(path, error) from None
+
+
+def foreign_metadata(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path}: its metadata is not what sola train writes ({why}): train again")
+
+
+def read_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """A dataclass from JSON, which has no tuples; TypeError or ValueError where it does not fit."""
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def read_network(path: Path, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The network's name and how it differs from the one that timm makes by that name."""
+    try:
+        network = dict(values["model"])
         name = network.pop("name")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its metadata is not what sola train writes ({error}): train again") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise foreign_metadata(path, error) from None
     # only names of the registry and fields of the network: a file from elsewhere must not make timm fetch or open more
     foreign = sorted(set(network) - {field.name for field in fields(SolaConfig)})
     if foreign or not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"{path} is of {name!r} with {foreign or 'no extras'}, which this version does not know")
     network.pop("num_classes", None)
     network.pop("drop_path_rate", None)
-    model = _create(name, len(classes), image.size, network)
+    return name, network
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """A classifier of ours, or a run's folder (its best weights), ready for evaluation.
+
+    Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program or task.
+    """
+    path, values = read_description(path)
+    if values["task"] != "classification":
+        raise ValueError(f"{path} is of the task {values['task']!r}: a checkpoint of a classifier is needed here")
+    try:
+        image = read_settings(ImageConfig, values["image"])
+        classes = [str(label) for label in values["classes"]]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise foreign_metadata(path, error) from None
+    name, network = read_network(path, values)
+    model = create_network(name, len(classes), image.size, network)
     load_weights(model, path)
-    return Checkpoint(model.eval(), str(values["task"]), name, [str(label) for label in classes], image)
+    return Checkpoint(model.eval(), str(values["task"]), name, classes, image)
 
 
 def initialise(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> str:

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` of a classifier: the most likely classes of each image."""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sola_vision.commands.arguments import Arguments, image_files, image_settings, plain
+from sola_vision.data import CorruptImage, EvalTransform, read_image
+from sola_vision.engine import distributed
+from sola_vision.tasks import Checkpoint, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image's most likely classes, best first: {"class": name, "probability": p} each."""
+
+    image: str
+    classes: list[dict[str, str | float]]
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    source = Path(options.source)
+    files = image_files(source)
+    checkpoint = load_checkpoint(options.checkpoint)
+    with distributed(options.device) as world:
+        checkpoint.model.to(world.device)
+        unreadable: list[str] = []
+        rows = list(_predict(files, checkpoint, options, world.device, unreadable))
+    if not rows:
+        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
+        raise ValueError(unreadable[0] + more)
+    for reason in unreadable:
+        print(f"sola: left out: {reason}", file=sys.stderr)
+    if options.json:
+        images = [asdict(row) for row in rows]
+        print(json.dumps({"model": checkpoint.name, "images": images, "unreadable": unreadable}, indent=2))
+    else:
+        _print(rows, source)
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola predict", __doc__)
+    parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
+    parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
+    parser.add_argument("--top", type=int, default=3, help="classes to name an image")
+    parser.add_argument("--size", type=int, help="pixels a side of what the network sees (default: as in training)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images the network sees at once")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    if options.top < 1 or options.batch_size < 1:
+        raise ValueError(f"--top {options.top} and --batch-size {options.batch_size} must be at least 1")
+    return options
+
+
+@torch.inference_mode()
+def _predict(
+    files: list[Path], checkpoint: Checkpoint, options: Namespace, device: torch.device, unreadable: list[str]
+) -> Iterator[Prediction]:
+    transform = EvalTransform(image_settings(checkpoint, options.size))
+    top = min(options.top, len(checkpoint.classes))
+    for start in range(0, len(files), options.batch_size):
+        names, tensors = [], []
+        for file in files[start : start + options.batch_size]:
+            try:
+                tensors.append(transform(read_image(file)))
+                names.append(str(file))
+            except (CorruptImage, OSError) as error:
+                unreadable.append(str(error))
+        if not tensors:
+            continue
+        probabilities, classes = checkpoint.model(torch.stack(tensors).to(device)).float().softmax(1).topk(top)
+        for name, ps, cs in zip(names, probabilities.tolist(), classes.tolist(), strict=True):
+            guesses = [{"class": checkpoint.classes[c], "probability": p} for p, c in zip(ps, cs, strict=True)]
+            yield Prediction(name, guesses)
+
+
+def _print(rows: list[Prediction], source: Path) -> None:
+    table = Table()
+    table.add_column("image", overflow="fold")
+    most = max((len(row.classes) for row in rows), default=0)
+    for rank in range(most):
+        table.add_column("class" if rank == 0 else f"{rank + 1}.")
+    for row in rows:
+        guesses = [plain(f"{g['class']} {100 * float(g['probability']):.1f} %") for g in row.classes]
+        # below the folder that was asked about, or long names would be broken over several lines
+        name = os.path.relpath(row.image, source) if source.is_dir() else row.image
+        table.add_row(plain(name), *guesses)
+    Console().print(table)

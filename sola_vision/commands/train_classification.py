@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `sola train` trains for a classification recipe."""
+
+import torch
+
+from sola_vision.commands.dispatch import Job
+from sola_vision.commands.options import Run
+from sola_vision.data import EvalTransform, ImageConfig, TrainTransform, open_classification
+from sola_vision.engine import World
+from sola_vision.engine.loading import micro_batch_size
+from sola_vision.recipes import Recipe
+from sola_vision.tasks import Classification, build_model, initialise, metadata
+
+
+def prepare(asked: Run, world: World) -> Job:
+    recipe = asked.configuration
+    assert isinstance(recipe, Recipe)
+    train_set = open_classification(asked.data, "train", _train_transform(recipe.image))
+    classes = train_set.classes
+    val_set = open_classification(asked.data, "val", EvalTransform(recipe.image), classes)
+    torch.manual_seed(recipe.train.seed)  # of the initial weights
+    model = build_model(recipe.model, len(classes), recipe.image.size)
+    task = Classification(len(classes), recipe.image)
+    task.check_batch(micro_batch_size(recipe.train, world))
+    return Job(
+        task=task,
+        model=model,
+        train_set=train_set,
+        val_set=val_set,
+        metadata=metadata("classification", recipe.model, recipe.image, classes, model),
+        says=f"{recipe.model.name} on {len(train_set)} images of {len(classes)} classes from {asked.data}, "
+        f"{len(val_set)} held out",
+        shown=("top1", "top5", "loss"),
+        report=initialise(model, recipe.init, classes) if recipe.init and not asked.resume else None,
+    )
+
+
+def _train_transform(image: ImageConfig) -> TrainTransform:
+    try:
+        return TrainTransform(image)
+    # timm asserts what it can read of an augmentation policy
+    except (AssertionError, KeyError, ValueError) as error:
+        text = str(error) or "not a policy of timm's"
+        raise ValueError(f"--image.auto_augment {image.auto_augment}: {text}; rand-m9-mstd0.5-inc1 is Swin's") from None

@@ -19,7 +19,7 @@ from sola_vision.engine import Task
 from sola_vision.engine.loading import Collate
 from sola_vision.tasks import read_description
 
-TASKS = ("classification", "detection")
+TASKS = ("classification", "detection", "segmentation")
 
 
 @dataclass(kw_only=True)

@@ -12,12 +12,14 @@ from sola_vision.tasks.model import (
     read_description,
     takes_one_size,
 )
+from sola_vision.tasks.upernet import UPerNetConfig
 
 __all__ = [
     "Checkpoint",
     "Classification",
     "ModelConfig",
     "Tally",
+    "UPerNetConfig",
     "build_model",
     "initialise",
     "load_checkpoint",

@@ -6,10 +6,14 @@ groups (layer-wise decay, no weight decay) are the backbone's own, found below a
 """
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+
+from sola_vision.engine import LoadReport
 
 _LEVELS = 4
 
@@ -38,6 +42,40 @@ class Pyramid(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.body(image)[-_LEVELS:]
         return [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
+
+    def start_from(self, stored: Mapping[str, Tensor], path: Path, drop_bridges: bool = False) -> str:
+        """Take over a classifier's weights but for its head; returns what happened, in one line.
+
+        Bridges that the checkpoint has and this network has not are an error unless `drop_bridges` asks to leave them
+        out; anything else that does not fit is one as well. A position embedding of another size is interpolated.
+        """
+        own = self.body.state_dict()
+        # timm's wrappers write a module's name with underscores; without dots both forms are one
+        names = {name.removeprefix("model.").replace(".", "_"): name for name in own}
+        found = {names[name.replace(".", "_")]: name for name in stored if name.replace(".", "_") in names}
+        spare = [name for name in stored if name not in found.values()]
+        bridges = [name for name in spare if ".bridges." in name]
+        # what comes after the last map: a classifier's final norm and its head
+        unexpected = [name for name in spare if name not in bridges and not name.startswith(("head", "norm.", "fc."))]
+        weights, changed = {}, []
+        for mine, theirs in found.items():
+            value = stored[theirs]
+            if mine.endswith("position.weight") and value.shape != own[mine].shape and value.ndim == 4:
+                size = (own[mine].shape[-2], own[mine].shape[-1])
+                value = nn.functional.interpolate(value.float(), size, mode="bicubic").to(own[mine].dtype)
+                changed.append("position embedding interpolated")
+            weights[mine] = value
+        report = LoadReport(
+            missing=tuple(name for name in own if name not in weights),
+            unexpected=tuple(unexpected if drop_bridges else [*bridges, *unexpected]),
+            resized=tuple(name for name, value in weights.items() if value.shape != own[name].shape),
+        )
+        if report:
+            hint = "drop_bridges leaves its bridges out" if bridges and not drop_bridges else "use the same network"
+            raise ValueError(f"{path} does not fit the backbone: {report}; {hint}")
+        self.body.load_state_dict(weights)
+        changed += [f"{len(bridges)} weights of bridges dropped"] if bridges else []
+        return f"backbone from {path}" + (f" ({', '.join(changed)})" if changed else "")
 
     def freeze(self, stages: int) -> None:
         """The stem and the first `stages` stages keep their weights."""

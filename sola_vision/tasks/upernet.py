@@ -22,13 +22,14 @@ _POOLS = (1, 2, 3, 6)
 
 @dataclass(kw_only=True)
 class UPerNetConfig:
-    """The head of a segmentation network.
+    """The head of a segmentation network, and how it treats its backbone.
 
     Args:
         channels: width of the head.
         dropout: of whole channels before the classifiers, while training.
         auxiliary_channels: width of the auxiliary head on the stride-16 map, which only trains.
         auxiliary_weight: of its loss beside the main one; 0 = no auxiliary head.
+        drop_bridges: start from a checkpoint with bridges although this network has none; they are left out.
         frozen_stages: stages of the backbone whose weights stay as they are, the stem with them.
         checkpointing: compute the backbone's layers again in the backward pass instead of keeping what they made.
     """
@@ -37,6 +38,7 @@ class UPerNetConfig:
     dropout: float = 0.1
     auxiliary_channels: int = 256
     auxiliary_weight: float = 0.4
+    drop_bridges: bool = False
     frozen_stages: int = 0
     checkpointing: bool = False
 

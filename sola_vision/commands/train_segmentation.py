@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `sola train` trains for a segmentation recipe."""
+
+import torch
+
+from sola_vision.commands.dispatch import Job
+from sola_vision.commands.options import Run
+from sola_vision.data import SegmentationEvalTransform, SegmentationTrainTransform, open_segmentation
+from sola_vision.engine import World
+from sola_vision.engine.loading import micro_batch_size
+from sola_vision.recipes import SegmentationRecipe
+from sola_vision.tasks import metadata
+from sola_vision.tasks.inference import Inference
+from sola_vision.tasks.segmentation import Segmentation, listed
+from sola_vision.tasks.segmenter import backbone_of, build_segmenter, start_segmenter
+
+
+def prepare(asked: Run, world: World) -> Job:
+    recipe = asked.configuration
+    assert isinstance(recipe, SegmentationRecipe)
+    image, head = recipe.image, recipe.segmenter
+    train_set, classes = open_segmentation(
+        asked.data, "train", image.ignore, image.num_classes, SegmentationTrainTransform(image)
+    )
+    val_set, _ = open_segmentation(
+        asked.data, "val", image.ignore, image.num_classes, SegmentationEvalTransform(image), classes
+    )
+    train_set.check_labels()
+    val_set.check_labels()
+    torch.manual_seed(recipe.train.seed)  # of the initial weights
+    model = build_segmenter(recipe.model, head, len(classes), image.crop)
+    task = Segmentation(len(classes), head.auxiliary_weight, Inference(slide=image.slide, stride=image.stride))
+    task.check_batch(micro_batch_size(recipe.train, world))
+    fresh = recipe.init and not asked.resume
+    return Job(
+        task=task,
+        model=model,
+        train_set=train_set,
+        val_set=val_set,
+        metadata=metadata(
+            *("segmentation", recipe.model, image, classes, backbone_of(model)),
+            # a start from a checkpoint is over once there is one
+            segmenter={**vars(head), "drop_bridges": False, "frozen_stages": 0, "checkpointing": False},
+        ),
+        says=f"{recipe.model.name} with UPerNet on {len(train_set)} images of {len(classes)} classes from {asked.data} "
+        f"({train_set.rule}), {len(val_set)} held out",
+        shown=("miou", "mean_accuracy", "pixel_accuracy"),
+        report=start_segmenter(model, str(recipe.init), classes, head.drop_bridges) if fresh else None,
+        eval_collate=listed,
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentations for people: class colours, a picture under them with its legend, the worst images of an evaluation."""
+
+import colorsys
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from sola_vision.data import IGNORED, LabelRule
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_NONE = (0, 0, 0)  # pixels without a class
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image with its true and its predicted classes [H, W], and what was right of it in percent."""
+
+    name: str
+    image: Image.Image
+    truth: NDArray[np.integer]
+    predicted: NDArray[np.integer]
+    right: float
+
+
+def class_colours(num_classes: int) -> NDArray[np.uint8]:
+    """A colour for each class [classes, 3]: hues far apart for neighbours, three levels of lightness."""
+    colours = [
+        colorsys.hsv_to_rgb(
+            (0.58 + index * _GOLDEN) % 1, (0.75, 0.5, 0.95)[index % 3], (0.95, 0.8, 0.65)[index // 3 % 3]
+        )
+        for index in range(num_classes)
+    ]
+    return (np.array(colours) * 255).round().astype(np.uint8)
+
+
+def paint(classes: NDArray[np.integer], num_classes: int) -> NDArray[np.uint8]:
+    """Classes [H, W] as colours [H, W, 3]; what is ignored is black."""
+    return np.vstack([class_colours(num_classes), [_NONE]]).astype(np.uint8)[classes]  # IGNORED is -1: the last row
+
+
+def write_labels(path: Path, classes: NDArray[np.integer], rule: LabelRule) -> None:
+    """A PNG of labels by the data's rule; up to 8 bits with a palette, so that viewers show colours."""
+    labels = rule.to_labels(classes)
+    picture = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[rule.first : rule.first + rule.num_classes] = class_colours(rule.num_classes)
+        picture.putpalette(palette.tobytes())
+    picture.save(path)
+
+
+def draw_overlay(
+    image: Image.Image, classes: NDArray[np.integer], names: Sequence[str], opacity: float = 0.55
+) -> Image.Image:
+    """The image under its classes' colours, with a legend of those that occur, largest first."""
+    photograph = np.asarray(image.convert("RGB"), dtype=np.float32)
+    colours = paint(classes, len(names))
+    mixed = np.where((classes == IGNORED)[..., None], photograph, photograph * (1 - opacity) + colours * opacity)
+    picture = Image.fromarray(mixed.round().astype(np.uint8))
+    counts = np.bincount(classes[classes != IGNORED].ravel(), minlength=len(names))
+    present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    legend = _legend(
+        [(names[i], counts[i] / classes.size, class_colours(len(names))[i]) for i in present], image.height
+    )
+    sheet = Image.new("RGB", (picture.width + legend.width, max(picture.height, legend.height)), "white")
+    sheet.paste(picture, (0, 0))
+    sheet.paste(legend, (picture.width, 0))
+    return sheet
+
+
+def _legend(rows: Sequence[tuple[str, float, NDArray[np.uint8]]], height: int) -> Image.Image:
+    # as many rows as fit at a size that can be read; a small picture gets a taller sheet
+    size = max(11, min(22, height // 24))
+    font = ImageFont.load_default(size)
+    line, margin = round(1.5 * size), size // 2
+    texts = [f"{name}  {100 * share:.1f} %" for name, share, _ in rows]
+    widths = [font.getlength(text) for text in texts] or [0]
+    sheet = Image.new("RGB", (round(max(widths)) + line + 3 * margin, line * len(rows) + 2 * margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (text, (_, _, colour)) in enumerate(zip(texts, rows, strict=True)):
+        top = margin + index * line
+        draw.rectangle((margin, top, margin + size, top + size), fill=tuple(int(c) for c in colour))
+        draw.text((margin + line, top - 1), text, fill="black", font=font)
+    return sheet
+
+
+def draw_worst(examples: Sequence[Example], num_classes: int, out: Path) -> None:
+    """A sheet with a row an image: the image, its truth, what was predicted, and where that was wrong."""
+    figure = Figure(figsize=(13, 2.7 * max(1, len(examples))), layout="constrained")
+    grid = figure.subplots(max(1, len(examples)), 4, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, example in zip(grid, examples, strict=False):
+        wrong = (example.truth != IGNORED) & (example.truth != example.predicted)
+        shown = np.asarray(example.image.convert("L").convert("RGB"), dtype=np.uint8).copy()
+        shown[wrong] = (213, 94, 0)  # Okabe and Ito's vermilion
+        pictures = (example.image, paint(example.truth, num_classes), paint(example.predicted, num_classes), shown)
+        titles = (example.name, "truth", "predicted", f"{example.right:.1f} % of the pixels right")
+        for axes, picture, title in zip(row, pictures, titles, strict=True):
+            axes.imshow(picture)
+            axes.set_title(title, fontsize=8)
+    figure.savefig(out, dpi=100)

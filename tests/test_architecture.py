@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "tasks": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "version"},
     "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola"},
     "search": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
+    "studies": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
 }
 WITHOUT_TORCH = ("schedule", "config", "version")
 

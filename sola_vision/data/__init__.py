@@ -5,6 +5,7 @@ from .digits import Digits
 from .folder import ImageFolder
 from .images import SUFFIXES, CorruptImage, read_image
 from .labels import IGNORED, LabelRule, read_labels
+from .memory import MemoryImages, balanced_subset, decode, fingerprint
 from .open import open_classification
 from .presets import EvalTransform, ImageConfig, TrainTransform
 from .scenes import Scene, Scenes
@@ -20,6 +21,7 @@ __all__ = [
     "ImageConfig",
     "ImageFolder",
     "LabelRule",
+    "MemoryImages",
     "Scene",
     "Scenes",
     "SegmentationConfig",
@@ -27,6 +29,9 @@ __all__ = [
     "SegmentationFolder",
     "SegmentationTrainTransform",
     "TrainTransform",
+    "balanced_subset",
+    "decode",
+    "fingerprint",
     "open_classification",
     "open_segmentation",
     "read_image",

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The studies: the paper's Tables 1, 2, 6, 8, 9 and Figure 5, and what it leaves open (`ours`). One definition each.
+
+Schedules of stage 3 stand in `LL/LL/xxxxxx/LL` (Table 2) or `LL/LL/xxxxxx/LS` (Tables 6 and 9). Numbers are the
+paper's, top-1 in per cent. Figure 5 is a drawing: its text names three of its orders and one difference.
+"""
+
+from collections.abc import Sequence
+
+from sola_vision.schedule import parse_schedule
+
+from .definition import Arm, Claim, Study
+
+# fmt: off
+_TABLE_1 = (  # schedule, top-1, GMACs at 512 x 512
+    ("LLLLLL", 83.3, 3.1),
+    ("SSSSSS", 81.5, 5.3),
+    ("SLLLLL", 83.7, 3.4),
+    ("LLLSLL", 84.0, 3.4),
+    ("LLLLLS", 83.9, 3.4),
+)
+_TABLE_2 = (
+    ("LLLLLL", 87.53), ("SSSSSS", 88.02),
+    ("SLLLLL", 87.62), ("LLLLLS", 87.77),
+    ("SSLLLL", 88.06), ("LLLLSS", 88.18),
+    ("SSSLLL", 87.92), ("LLLSSS", 88.02),
+    ("LLSLLS", 88.53), ("LSLSLS", 88.26),
+)
+_SOLA, _ALTERNATING, _STACKED = "LL/LL/LLSLLS/LS", "LL/LL/LSLSLS/LS", "LL/LL/LLLSSS/LS"
+_LINEAR, _BRIDGES             = "LL/LL/LLLLLL/LL", "1.2>3.3 2.2>3.6 3.2>4.2"
+# fmt: on
+
+
+def _table1() -> Study:
+    ways = (("", ""), ("same_ffn", ", same FFN"))
+    arms = [
+        Arm(name=schedule + text, schedule=schedule, change=change, paper=accuracy, paper_gmacs=gmacs)
+        for change, text in ways
+        for schedule, accuracy, gmacs in _TABLE_1
+    ]
+    claims = []
+    for _, t in ways:
+        claims += [
+            _claim(f"pure linear > pure softmax{t}", "LLLLLL" + t, "SSSSSS" + t, "Table 1 and section 4.1"),
+            Claim(
+                text=f"one softmax layer in the middle or last > first{t}",
+                better=("LLLSLL" + t, "LLLLLS" + t),
+                worse=("SLLLLL" + t,),
+                source="Table 1 and section 4.1",
+            ),
+            _claim(f"one softmax layer in the middle > none{t}", "LLLSLL" + t, "LLLLLL" + t, "Table 1"),
+            _claim(f"one softmax layer first > none{t}", "SLLLLL" + t, "LLLLLL" + t, "Table 1"),
+        ]
+    return Study(
+        name="table1",
+        title="Table 1: six layers, linear and softmax",
+        varies="which of the six layers are softmax; and whether all layers share one kind of feed-forward half",
+        fixed="an isotropic stack of six layers",
+        network="isotropic",
+        arms=tuple(arms),
+        claims=tuple(claims),
+        cost_size=512,
+        notes=(
+            'The caption says "with identical FFN modules", while section 4.4 gives linear layers a channel mix and '
+            "softmax layers an MLP with a depth-wise convolution. Both ways are run: each layer with its own, and "
+            '("same FFN") every layer with the softmax layer\'s. The paper prints one number for each stack.',
+        ),
+    )
+
+
+def _fig5() -> Study:
+    arms: list[Arm] = []
+    known = {schedule: accuracy for schedule, accuracy, _ in _TABLE_1}
+    for depth in range(1, 7):
+        for schedule in ("L" * depth, "L" * (depth - 1) + "S"):
+            arms.append(Arm(name=schedule, schedule=schedule, paper=known.get(schedule)))
+    claims = [
+        _claim("K = 1: linear > softmax", "L", "S", "section 4.1"),
+        _claim("K = 2: LL > LS", "LL", "LS", "section 4.1"),
+        _claim("K = 3: LLS > LLL (by 1.3 points in the paper)", "LLS", "LLL", "section 4.1"),
+        _claim("K = 6: LLLLLS > LLLLLL", "LLLLLS", "LLLLLL", "Table 1"),
+    ]
+    return Study(
+        name="fig5",
+        title="Figure 5: depth, pure linear against one softmax layer at the end",
+        varies="the number K of layers, and whether the last one is softmax",
+        fixed="isotropic stacks of the width of Table 1",
+        network="isotropic",
+        arms=tuple(arms),
+        claims=tuple(claims),
+        cost_size=512,
+        notes=("The figure's points carry no numbers; those printed for K = 6 are Table 1's.",),
+    )
+
+
+def _table2() -> Study:
+    source = "Table 2 and section 4.3"
+    return Study(
+        name="table2",
+        title="Table 2: schedules of stage 3",
+        varies="the six layers of stage 3",
+        fixed="stages 1, 2 and 4 linear: LL/LL/xxxxxx/LL",
+        network="hierarchical",
+        epochs=200,
+        arms=tuple(Arm(name=stage, schedule=f"LL/LL/{stage}/LL", paper=paper) for stage, paper in _TABLE_2),
+        claims=(
+            _claim("LLSLLS > pure linear", "LLSLLS", "LLLLLL", source),
+            _claim("LLSLLS > pure softmax", "LLSLLS", "SSSSSS", source),
+            _claim("equal budget: LLSLLS > SSLLLL", "LLSLLS", "SSLLLL", source),
+            _claim("two softmax layers are enough: LLSLLS > LSLSLS", "LLSLLS", "LSLSLS", source),
+            _claim("pure softmax > pure linear (the reverse of Table 1)", "SSSSSS", "LLLLLL", "Table 2"),
+            Claim(
+                text="softmax late > early, one to three layers",
+                better=("LLLLLS", "LLLLSS", "LLLSSS"),
+                worse=("SLLLLL", "SSLLLL", "SSSLLL"),
+                source="Table 2",
+            ),
+        ),
+    )
+
+
+def _table6() -> Study:
+    source = "Table 6 and section 5.4"
+    return Study(
+        name="table6",
+        title="Table 6: the backbone's schedule and the Hidden State Bridge",
+        varies="stage 3, and bridges",
+        fixed="LL/LL/xxxxxx/LS",
+        network="hierarchical",
+        data="ImageNet-1K",
+        arms=(
+            Arm(name="Alternating", schedule=_ALTERNATING, paper=79.12),
+            Arm(name="Stacked-Last", schedule=_STACKED, paper=79.28),
+            Arm(name="SoLA", schedule=_SOLA, paper=79.68),
+            Arm(name="SoLA + bridges", schedule=_SOLA, bridges=_BRIDGES, paper=79.83),
+        ),
+        claims=(
+            _claim("SoLA > Alternating", "SoLA", "Alternating", source),
+            _claim("SoLA > Stacked-Last", "SoLA", "Stacked-Last", source),
+            _claim("bridges > none", "SoLA + bridges", "SoLA", source),
+        ),
+    )
+
+
+def _table9() -> Study:
+    source = "Table 9 and section 8.2"
+    return Study(
+        name="table9",
+        title="Table 9: the pure linear variant",
+        varies="the schedules of stages 3 and 4",
+        fixed="stages 1 and 2 linear",
+        network="hierarchical",
+        data="ImageNet-1K",
+        arms=(
+            Arm(name="Pure Linear", schedule=_LINEAR, paper=78.56),
+            Arm(name="Alternating", schedule=_ALTERNATING, paper=79.12),
+            Arm(name="Stacked-Last", schedule=_STACKED, paper=79.28),
+            Arm(name="SoLA", schedule=_SOLA, paper=79.68),
+        ),
+        claims=(
+            _claim("SoLA > Pure Linear", "SoLA", "Pure Linear", source),
+            _claim("Alternating > Pure Linear", "Alternating", "Pure Linear", source),
+            _claim("Stacked-Last > Alternating", "Stacked-Last", "Alternating", source),
+        ),
+    )
+
+
+def _table8() -> Study:
+    return Study(
+        name="table8",
+        title="Table 8: bridges on semantic segmentation",
+        varies="bridges",
+        fixed="SoLA-T under UPerNet, 160,000 iterations",
+        network="hierarchical",
+        data="ADE20K",
+        cost_size=512,
+        task="segmentation",
+        metric="mIoU",
+        arms=(
+            Arm(name="SoLA", schedule=_SOLA, paper=44.7, paper_gmacs=10.9),
+            Arm(name="SoLA + bridges", schedule=_SOLA, bridges=_BRIDGES, paper=45.0, paper_gmacs=10.9),
+        ),
+        claims=(_claim("bridges > none", "SoLA + bridges", "SoLA", "Table 8 and section 8.1"),),
+    )
+
+
+def _token_shift() -> Study:
+    return _ours(
+        name="token_shift",
+        title="Token shift on and off",
+        varies="whether linear layers blend each token with a neighbour before their projections",
+        fixed="everything else",
+        arms=(
+            Arm(name="SoLA", schedule=_SOLA),
+            Arm(name="SoLA, no shift", schedule=_SOLA, token_shift=False),
+            Arm(name="linear", schedule=_LINEAR),
+            Arm(name="linear, no shift", schedule=_LINEAR, token_shift=False),
+        ),
+        claims=(
+            _claim("shift > none in SoLA", "SoLA", "SoLA, no shift"),
+            _claim("shift > none in the pure linear network", "linear", "linear, no shift"),
+            _claim("without shift: SoLA > pure linear", "SoLA, no shift", "linear, no shift"),
+        ),
+        notes=(
+            "The paper never names the shift; Vision-RWKV's layers begin with it and report 71.5 without, 75.1 with.",
+        ),
+    )
+
+
+def _decay_init() -> Study:
+    return _ours(
+        name="decay_init",
+        title="How the decay begins",
+        varies="the initial w of eq. 9, in particular its sign; it is learned afterwards",
+        fixed="the pure linear network, where nothing else reaches far",
+        arms=(
+            Arm(name="1 to 64", schedule=_LINEAR),
+            Arm(name="Vision-RWKV", schedule=_LINEAR, change="decay_vision_rwkv"),
+            Arm(name="zero", schedule=_LINEAR, change="decay_zero"),
+            Arm(name="-1 to -64", schedule=_LINEAR, change="decay_negative"),
+        ),
+        claims=(
+            _claim("positive > negative", "1 to 64", "-1 to -64"),
+            _claim("positive > Vision-RWKV's mixed signs", "1 to 64", "Vision-RWKV"),
+            _claim("positive > zero", "1 to 64", "zero"),
+        ),
+        notes=("The paper's analysis needs w > 0; Vision-RWKV starts at -5 to 3; below 0 weight grows with distance.",),
+    )
+
+
+def _raster() -> Study:
+    return _ours(
+        name="raster",
+        title="In which order the pixels become a sequence",
+        varies="whether the operator reads the tokens row by row, column by column, or in turn from layer to layer",
+        fixed="everything else; softmax layers know no order",
+        arms=(
+            Arm(name="rows", schedule=_LINEAR),
+            Arm(name="columns", schedule=_LINEAR, change="order_columns"),
+            Arm(name="in turn", schedule=_LINEAR, change="order_in_turn"),
+            Arm(name="SoLA, rows", schedule=_SOLA),
+            Arm(name="SoLA, in turn", schedule=_SOLA, change="order_in_turn"),
+        ),
+        claims=(
+            _claim("in turn > rows in the pure linear network", "in turn", "rows"),
+            _claim("in turn > rows in SoLA", "SoLA, in turn", "SoLA, rows"),
+            _claim("rows > columns", "rows", "columns"),
+        ),
+    )
+
+
+def _bridge_source() -> Study:
+    return _ours(
+        name="bridge_source",
+        title="What a bridge carries, and from where",
+        varies="where bridges start, and whether they carry the state's read-out or the layer's output",
+        fixed="LL/LL/LLSLLS/LS",
+        arms=(
+            Arm(name="none", schedule=_SOLA),
+            Arm(name="Table 7", schedule=_SOLA, bridges=_BRIDGES),
+            Arm(name="Table 7, outputs", schedule=_SOLA, bridges=_BRIDGES, change="bridge_outputs"),
+            Arm(name="stage 1", schedule=_SOLA, bridges="1.2>3.3 1.2>3.6 1.2>4.2"),
+            Arm(name="stage 2", schedule=_SOLA, bridges="2.2>3.3 2.2>3.6 2.2>4.2"),
+        ),
+        claims=(
+            _claim("Table 7's bridges > none", "Table 7", "none"),
+            _claim("the state's read-out > the layer's output", "Table 7", "Table 7, outputs"),
+            _claim("from stage 1 > from stage 2", "stage 1", "stage 2"),
+        ),
+    )
+
+
+def _ours(
+    *,
+    name: str,
+    title: str,
+    varies: str,
+    fixed: str,
+    arms: tuple[Arm, ...],
+    claims: tuple[Claim, ...],
+    notes: tuple[str, ...] = (),
+) -> Study:
+    return Study(
+        name=name,
+        title=title,
+        varies=varies,
+        fixed=fixed,
+        network="hierarchical",
+        arms=arms,
+        claims=claims,
+        notes=(*notes, "Not in the paper: a question of this project's own."),
+    )
+
+
+def _claim(text: str, better: str, worse: str, source: str = "") -> Claim:
+    return Claim(text=text, better=(better,), worse=(worse,), source=source)
+
+
+def custom(schedules: Sequence[str], bridges: str = "") -> Study:
+    """Any schedules of one depth, each compared with the first.
+
+    bridges: for all of them, so they must end at layers that are softmax in each.
+    """
+    parsed = [parse_schedule(text) for text in schedules]
+    if len(schedules) < 2:
+        raise ValueError(
+            'custom compares schedules: give two or more, such as --schedules "LL/LL/LLSLLS/LS" "LL/LL/LLLSSS/LS"'
+        )
+    for schedule in parsed[1:]:
+        if schedule.depths != parsed[0].depths:
+            raise ValueError(
+                f"schedule {str(schedule)!r} has {_depths(schedule.depths)} layers a stage but {str(parsed[0])!r} has "
+                f"{_depths(parsed[0].depths)}: give schedules of one depth"
+            )
+    names = [str(schedule) for schedule in parsed]
+    if len(set(names)) < len(names):
+        raise ValueError(f"schedule {max(names, key=names.count)!r} is there twice: name each once")
+    return Study(
+        name="custom",
+        title="Schedules of your own",
+        varies="the schedule",
+        fixed="everything else" + (f"; bridges {bridges}" if bridges else ""),
+        network="hierarchical" if len(parsed[0].stages) > 1 else "isotropic",
+        arms=tuple(Arm(name=name, schedule=name, bridges=bridges) for name in names),
+        claims=tuple(_claim(f"{name} > {names[0]}", name, names[0]) for name in names[1:]),
+    )
+
+
+def _depths(depths: tuple[int, ...]) -> str:
+    return "/".join(map(str, depths))
+
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        _table1(),
+        _fig5(),
+        _table2(),
+        _table6(),
+        _table9(),
+        _table8(),
+        _token_shift(),
+        _decay_init(),
+        _raster(),
+        _bridge_source(),
+    )
+}
+
+
+def get_study(name: str) -> Study:
+    """A study by name; ValueError lists the names if there is none."""
+    if name not in STUDIES:
+        raise ValueError(f"study {name!r} is unknown; the studies are {', '.join(STUDIES)}, fig1a and custom")
+    return STUDIES[name]

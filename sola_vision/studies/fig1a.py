@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figure 1(a) and what belongs to it: accuracy against cost in the paper's Tables 3, 4 and 5, and in our own runs.
+
+The paper's points are its printed numbers, costs included. Ours are the finished studies of the folder, in panels of
+their own: they are of other images and networks, and no line joins them with the paper's.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sola_vision.analysis.paper import ROWS
+
+from .outcome import RESULTS, Outcome, gather
+from .pages import Block, Heading, Picture, Table, Text, write_page
+
+# (table, method) -> the paper's accuracy; methods and costs as in analysis.paper
+# fmt: off
+ACCURACY = {
+    "3": {
+        "ResNet-18": 69.9, "DeiT-T": 72.2, "PVT-T": 75.1, "EffFormer-L1": 79.2, "Vim-T": 76.1, "VRWKV-T": 75.1,
+        "EffVMamba-S": 78.7, "SoLA-T": 79.8, "ConvNeXt-T": 82.0, "DeiT-S": 79.8, "PVT-M": 81.2, "Swin-T": 81.3,
+        "Vim-S": 80.3, "VRWKV-S": 80.1, "VMamba-T": 82.6, "Agent-Swin-T": 82.6, "VGamba-L": 82.8,
+        "MambaVision-T": 82.3, "SoLA-S": 82.9, "ConvNeXt-B": 83.8, "DeiT-B": 81.8, "Swin-B": 83.4, "Vim-B": 81.9,
+        "VRWKV-B": 82.0, "VMamba-B": 83.9, "Agent-Swin-B": 84.0, "MambaVision-B": 84.2, "SoLA-B": 84.1,
+    },
+    "4": {
+        "ViT-T + adapter": 41.6, "VRWKV-T": 41.7, "SoLA-T": 43.8, "ViT-S + adapter": 44.9, "VRWKV-S": 44.8,
+        "SoLA-S": 46.6, "ViT-B + adapter": 46.8, "VRWKV-B": 46.8, "SoLA-B": 47.5,
+    },
+    "5": {
+        "ViT-T + adapter": 42.6, "VRWKV-T": 43.3, "EffVMamba-T": 38.9, "SoLA-T": 44.7, "ViT-S + adapter": 46.2,
+        "VRWKV-S": 47.2, "Swin-T": 44.5, "MambaVision-S": 46.0, "SoLA-S": 48.1, "ViT-B + adapter": 48.8,
+        "VRWKV-B": 49.2, "Swin-B": 48.1, "MambaVision-B": 49.1, "SoLA-B": 50.5,
+    },
+}
+_PANELS = {
+    "3": ("ImageNet-1K at 224 x 224", "top-1, %"),
+    "4": ("COCO, Mask R-CNN 1x, 1333 x 800", "box AP"),
+    "5": ("ADE20K, UPerNet, 512 x 512", "mIoU"),
+}
+# fmt: on
+_SOLA, _OTHERS, _OURS = "#D55E00", "#56B4E9", "#0072B2"
+
+
+def write_fig1a(folder: Path) -> None:
+    """Writes FOLDER/fig1a/report.md, report.html and accuracy.png."""
+    place = folder / "fig1a"
+    place.mkdir(parents=True, exist_ok=True)
+    outcomes = [gather(folder, path.parent.name) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    ours = [outcome for outcome in outcomes if any(row.mean is not None for row in outcome.rows)]
+    _draw(ours, place / "accuracy.png")
+    write_page(place, "Figure 1(a): accuracy against cost", _blocks(ours))
+
+
+def _draw(ours: Sequence[Outcome], out: Path) -> None:
+    lower = -(-len(ours) // 3)
+    figure = Figure(figsize=(16, 4.8 * (1 + lower)), layout="constrained")
+    panels = figure.subplots(1 + lower, 3, squeeze=False)
+    for axes in panels.flat[3 + len(ours) :]:
+        axes.axis("off")
+    for axes, (table, (title, unit)) in zip(panels[0], _PANELS.items(), strict=True):
+        for printed in ROWS:
+            accuracy = ACCURACY[table].get(printed.method)
+            if printed.table == table and accuracy is not None and printed.gmacs is not None:
+                colour = _SOLA if printed.method.startswith("SoLA") else _OTHERS
+                _point(axes, printed.method, printed.gmacs, accuracy, colour)
+        axes.set_title(f"the paper's Table {table}: {title}", fontsize=10)
+        axes.set_xlabel("GMACs, as printed")
+        axes.set_ylabel(unit)
+        axes.set_xscale("log")
+    for axes, outcome in zip(panels.flat[3:], ours, strict=False):
+        for row in outcome.rows:
+            if row.mean is not None:
+                _point(axes, row.name, row.macs / 1e9, row.mean, _OURS)
+        axes.set_title(f"here, {outcome.study.name}: scale {outcome.plan['scale']}", fontsize=10)
+        axes.set_xlabel(f"GMACs at {outcome.plan['cost_size']} pixels")
+        axes.set_ylabel(f"{outcome.study.metric}, %, on {outcome.plan['data']['name']}")
+    for axes in panels.flat[: 3 + len(ours)]:
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.15, y=0.1)
+    figure.savefig(out, dpi=100)
+
+
+def _point(axes: Axes, name: str, macs: float, accuracy: float, colour: str) -> None:
+    axes.plot(macs, accuracy, color=colour, marker="o", linestyle="none")
+    axes.annotate(name, (macs, accuracy), xytext=(4, 3), textcoords="offset points", fontsize=7)
+
+
+def _blocks(ours: Sequence[Outcome]) -> list[Block]:
+    rows = [
+        [f"Table {row.table}", row.method, "" if row.gmacs is None else f"{row.gmacs:g}", f"{accuracy:g}"]
+        for row in ROWS
+        if (accuracy := ACCURACY.get(row.table, {}).get(row.method)) is not None
+    ]
+    mine = [
+        [
+            outcome.study.name,
+            row.name,
+            f"{row.macs / 1e9:.4f}",
+            f"{row.mean:.2f} ± {row.error:.2f} ({len(row.by_seed)})",
+        ]
+        for outcome in ours
+        for row in outcome.rows
+        if row.mean is not None
+    ]
+    blocks: list[Block] = [
+        Picture("accuracy.png", "accuracy against cost"),
+        Text(
+            "Upper row: the numbers that the paper prints (arXiv 2601.11164, Tables 3 to 5), its own and quoted; "
+            "networks without a printed cost are left out of the picture. Nothing of it was measured here."
+        ),
+    ]
+    if mine:
+        blocks += [
+            Text("Lower rows: the studies that were run here; each page says with which images and how long."),
+            Heading(2, "Here"),
+            Table(["study", "arm", "GMACs", "accuracy (seeds)"], mine),
+        ]
+    else:
+        blocks.append(Text("No study has been run in this folder yet."))
+    return [*blocks, Heading(2, "The paper's numbers"), Table(["source", "method", "GMACs", "accuracy"], rows)]

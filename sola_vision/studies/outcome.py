@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A study as it stands in a folder: its plan, the finished runs, and what they say about every claim.
+
+NAME/results.json holds plan and finished runs together, so that a page can be written from that file alone; what
+FOLDER/results has beside it is newer and is taken up first.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .catalogue import STUDIES, custom
+from .definition import Claim, Study
+from .runner import stored, write_json
+from .statistics import Comparison, compare, standard_error
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of the table."""
+
+    name: str
+    schedule: str
+    bridges: str
+    paper: float | None
+    paper_gmacs: float | None
+    by_seed: dict[int, float]
+    parameters: int
+    macs: int
+    images_per_second: float | None
+
+    @property
+    def mean(self) -> float | None:
+        values = list(self.by_seed.values())
+        return sum(values) / len(values) if values else None
+
+    @property
+    def error(self) -> float:
+        return standard_error(list(self.by_seed.values()))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim, the paper's own difference and ours; None where no seed has all its arms yet."""
+
+    claim: Claim
+    paper: float | None
+    ours: Comparison | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All that a page shows."""
+
+    study: Study
+    plan: dict[str, Any]
+    results: list[dict[str, Any]]
+    rows: list[Row]
+    judged: list[Judged]
+
+    @property
+    def missing(self) -> int:
+        return len(self.plan["keys"]) - len(self.results)
+
+
+def begin(folder: Path, description: dict[str, Any]) -> None:
+    """Writes down the plan. Refuses a folder in which this study has other settings; more seeds extend it."""
+    path = folder / description["name"] / RESULTS
+    results = []
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in ("scale", "data", "epochs", "batch_size", "lr", "size", "arms"):
+            mine, theirs = _comparable(description[name]), _comparable(before["plan"][name])
+            if mine != theirs:
+                raise ValueError(
+                    f"{path.parent} holds {description['name']} with another {name}: give the same options again, "
+                    "or another --out"
+                )
+        results = before["results"]
+        if before["plan"]["seeds"] > description["seeds"]:
+            description = before["plan"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"plan": description, "results": results})
+
+
+def _comparable(value: Any) -> Any:
+    # a copied or renamed folder of images is the same by its fingerprint
+    return {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
+
+
+def gather(folder: Path, name: str) -> Outcome:
+    """What `folder` knows of a study; takes new results into its results.json."""
+    path = folder / name / RESULTS
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; run the study into this folder first (sola study {name})")
+    content = json.loads(path.read_text())
+    plan = content["plan"]
+    known = {result["key"]: result for result in content["results"]}
+    known |= {result["key"]: result for result in stored(folder, list(plan["keys"]))}
+    results = [{"arm": plan["keys"][key][0], **known[key]} for key in plan["keys"] if key in known]
+    if results != content["results"]:
+        write_json(path, {"plan": plan, "results": results})
+    study = STUDIES[name] if name in STUDIES else _custom(plan)
+    rows = [_row(study, arm, plan, results) for arm in plan["arms"]]
+    by_arm = {row.name: row.by_seed for row in rows}
+    judged = [Judged(claim, study.paper_difference(claim), _judge(claim, by_arm)) for claim in study.claims]
+    return Outcome(study, plan, results, rows, judged)
+
+
+def _custom(plan: dict[str, Any]) -> Study:
+    bridges = next(iter(plan["arms"].values()))["bridges"]
+    return custom([arm["schedule"] for arm in plan["arms"].values()], bridges)
+
+
+def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> Row:
+    mine = [result for result in results if result["arm"] == name]
+    arm, planned = study.arm(name), plan["arms"][name]
+    speeds = sorted(result["images_per_second"] for result in mine if result["images_per_second"])
+    return Row(
+        name=name,
+        schedule=arm.schedule,
+        bridges=arm.bridges,
+        paper=arm.paper,
+        paper_gmacs=arm.paper_gmacs,
+        by_seed={result["seed"]: result[study.metric] for result in mine},
+        parameters=planned["parameters"],
+        macs=planned["macs"],
+        images_per_second=speeds[len(speeds) // 2] if speeds else None,
+    )
+
+
+def _judge(claim: Claim, by_arm: dict[str, dict[int, float]]) -> Comparison | None:
+    """Over the seeds that all arms of the claim have."""
+    everyone = [by_arm[name] for name in (*claim.better, *claim.worse)]
+    seeds = sorted(set.intersection(*(set(values) for values in everyone)))
+    if not seeds:
+        return None
+
+    def mean(names: Sequence[str], seed: int) -> float:
+        return sum(by_arm[name][seed] for name in names) / len(names)
+
+    return compare([mean(claim.better, seed) - mean(claim.worse, seed) for seed in seeds])

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a few paired runs allow to say: mean difference, its interval by Student's t, and the exact sign-flip test.
+
+Runs are paired by seed: the same initial draws, order of images and augmentation. The interval takes the differences
+for normally distributed; the sign-flip test does not, but with n seeds its p is never below 2^-n (one-sided).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences over n seeds; low and high are None for a single one. p: one-sided, for a difference above zero."""
+
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        """ "holds", "reversed" or "undecided": whether the interval lies above zero, below, or around it."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+            return "undecided"
+        return "holds" if self.low > 0 else "reversed"
+
+
+def compare(differences: Sequence[float], confidence: float = 0.95) -> Comparison:
+    """One difference a seed -> what they say about their mean."""
+    n = len(differences)
+    mean = sum(differences) / n
+    p = sign_flip_p(differences)
+    if n == 1:
+        return Comparison(1, mean, None, None, p)
+    reach = t_quantile(confidence, n - 1) * standard_error(differences)
+    return Comparison(n, mean, mean - reach, mean + reach, p)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for one value, of which it cannot be known."""
+    n = len(values)
+    if n < 2:
+        return 0.0
+    mean = sum(values) / n
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The share of all 2^n ways to sign the differences whose sum is at least as large: exact, and one-sided."""
+    sizes = [abs(difference) for difference in differences]
+    seen = sum(differences) - 1e-9 * sum(sizes)  # sums in another order differ in their last bit
+    ways = itertools.product((-1, 1), repeat=len(sizes))
+    return sum(sum(s * d for s, d in zip(signs, sizes, strict=True)) >= seen for signs in ways) / 2 ** len(sizes)
+
+
+def t_quantile(confidence: float, freedom: int) -> float:
+    """The t below which |T| lies with this probability."""
+    low, high = 0.0, 1.0
+    while t_probability(high, freedom) < confidence:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_probability(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def t_probability(t: float, freedom: int) -> float:
+    """P(|T| < t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for power in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine**2 * power / (power + 1)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "engine": set(),
     "tasks": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "version"},
     "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola"},
+    "bench": {"ops", "sola", "analysis"},
     "search": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
     "studies": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
 }

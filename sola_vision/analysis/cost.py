@@ -93,15 +93,17 @@ class Cost:
         ]
 
 
-def build(name: str, size: tuple[int, int], num_classes: int = 1000, **changes: Any) -> nn.Module:
-    """A network of timm's registry on the meta device, laid out for images of `size` (height, width).
+def build(
+    name: str, size: tuple[int, int], num_classes: int = 1000, *, device: str = "meta", **changes: Any
+) -> nn.Module:
+    """A network of timm's registry, on the meta device if no other is named, for images of `size` (height, width).
 
     changes: fields of SolaConfig for sola_* names, otherwise arguments of timm's.
     """
     if not timm.is_model(name):
         raise ValueError(f"model {name!r} is unknown: sola_nano, sola_tiny, sola_small, sola_base or a timm name")
     changes["num_classes"] = num_classes
-    with torch.device("meta"):
+    with torch.device(device):
         if name.startswith("sola_"):
             return timm.create_model(name, **changes).eval()
         try:

@@ -6,14 +6,12 @@ is its own. `python -m sola_vision.analysis.scaling NETWORK SIZE` measures one p
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 
 from sola_vision import sola  # noqa: F401 - registers sola_* where this module is run on its own
+from sola_vision.analysis import memory
 from sola_vision.analysis.cost import build, count
 from sola_vision.config import tiny
 
@@ -104,42 +103,19 @@ def measure(network: str, size: int, threads: int) -> tuple[float, float]:
         changes = {**changes, "img_size": size}
     model: nn.Module = timm.create_model(name, num_classes=0, **changes).eval()
     image = torch.randn(1, 3, size, size)
-    idle = _start_memory()
+    idle = memory.start()
     seconds = [_timed(model, image)]
     if seconds[0] < LIMIT / 4:
         seconds = []
         while len(seconds) < 3 or (sum(seconds) < 1 and len(seconds) < 50):
             seconds.append(_timed(model, image))
-    return statistics.median(seconds), (_most_memory() - idle) / 1024
+    return statistics.median(seconds), (memory.peak() - idle) / 2**20
 
 
 def _timed(model: nn.Module, image: torch.Tensor) -> float:
     start = time.perf_counter()
     model(image)
     return time.perf_counter() - start
-
-
-def _start_memory() -> int:
-    """Kibibytes of this process now; from here on its peak counts."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:  # not Linux, or not allowed: the peak since the start has to do
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _most_memory() -> int:
-    try:
-        return _status("VmHWM")
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from rich.console import Console
-from rich.table import Table
 
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
+from sola_vision.commands.tables import new_table, show_table
 
 _MULTIPLE = 32  # of the sides that timm's fixed-size networks take here
 
@@ -69,14 +68,14 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def _networks(options: Namespace) -> None:
     changes = {name: getattr(options, name) for name in ("schedule", "bridges") if getattr(options, name) is not None}
-    models = [_full_name(name) for name in options.models or ["sola_tiny"]]
+    models = [full_name(name) for name in options.models or ["sola_tiny"]]
     for name in models:
         if changes and not name.startswith("sola_"):
             raise ValueError(f"{name} has no {' and no '.join(changes)}: name it under --compare, or leave these out")
     sizes = [parse_size(text) for text in options.size]
     costs = [_count(name, size, options, changes) for name in models for size in sizes]
     costs += [
-        cost for name in map(_full_name, options.compare) for size in sizes if (cost := _compared(name, size, options))
+        cost for name in map(full_name, options.compare) for size in sizes if (cost := _compared(name, size, options))
     ]
     if options.csv:
         _write_csv(options.csv, (_row(cost, row) for cost in costs for row in cost.rows))
@@ -90,7 +89,7 @@ def _networks(options: Namespace) -> None:
         _print(costs, options.by)
 
 
-def _full_name(name: str) -> str:
+def full_name(name: str) -> str:
     """swin_tiny is swin_tiny_patch4_window7_224 to timm: the shortest name that begins so."""
     if timm.is_model(name):
         return name
@@ -141,20 +140,20 @@ def _write_csv(path: str, rows: Iterable[dict[str, Any]]) -> None:
 
 def _print(costs: list[Cost], by: str) -> None:
     if by == "network":
-        table = _table(None, "network", "size", "parameters", "GMACs", "inference MiB", "training MiB")
+        table = new_table(None, "network", "size", "parameters", "GMACs", "inference MiB", "training MiB")
         for c in costs:
             numbers = (f"{c.parameters:,}", f"{c.gmacs:.3f}", _mebibytes(c.peak_bytes), _mebibytes(c.saved_bytes))
             table.add_row(c.model, f"{c.height}x{c.width}", *numbers)
-        _show(table)
+        show_table(table)
     else:
         for c in costs:
-            table = _table(f"{c.model} at {c.height}x{c.width}", by, "parameters", "GMACs", "%", "training MiB")
+            table = new_table(f"{c.model} at {c.height}x{c.width}", by, "parameters", "GMACs", "%", "training MiB")
             groups: list[Group] = getattr(c, f"{by}s")
             for g in [*groups, Group("total", c.parameters, c.macs, c.saved_bytes)]:
                 share = 100 * g.macs / max(1, c.macs)
                 numbers = (f"{g.parameters:,}", f"{g.macs / 1e9:.4f}", f"{share:.1f}", _mebibytes(g.saved_bytes))
                 table.add_row(g.name, *numbers, end_section=g is groups[-1])
-            _show(table)
+            show_table(table)
     print("MACs are multiply-adds, which papers call FLOPs; MiB of activations, the weights and the image left out.")
 
 
@@ -169,13 +168,13 @@ def _paper(options: Namespace) -> None:
     titles = {"1": "512x512", "3": "224x224", "4": "1333x800", "5": "512x512", "7": "224x224", "8": "512x512"}
     for number, size in titles.items():
         columns = ("GMACs, paper", "here", "%", "M parameters, paper", "here", "%")
-        table = _table(f"Table {number} ({size})", "network", *columns)
+        table = new_table(f"Table {number} ({size})", "network", *columns)
         for row in rows:
             if row.paper.table == number:
                 macs = _number(row.paper.gmacs, 2), _number(row.gmacs, 2), _signed(row.gmacs_difference)
                 parameters = _number(row.paper.params, 2), _number(row.params, 2), _signed(row.params_difference)
                 table.add_row(row.paper.method, *macs, *parameters)
-        _show(table)
+        show_table(table)
     print("The paper's FLOPs are MACs of the backbone; a dash: not published, or not a network that timm has.")
 
 
@@ -218,26 +217,11 @@ def _figure_1b(options: Namespace) -> None:
         print(json.dumps(listed, indent=2))
     else:
         networks = list(dict.fromkeys(point.network for point in points))
-        table = _table("Figure 1(b): GMACs without heads", "side", *networks)
+        table = new_table("Figure 1(b): GMACs without heads", "side", *networks)
         for size in dict.fromkeys(point.size for point in points):
             by_network = {p.network: p for p in points if p.size == size}
             table.add_row(str(size), *(f"{by_network[n].gmacs:,.2f}" for n in networks))
-        _show(table)
-
-
-def _table(title: str | None, first: str, *others: str) -> Table:
-    table = Table(title=title)
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _show(table: Table) -> None:
-    console = Console()
-    # a pipe or a file has no width; 80 columns would cut the names of networks short
-    console.width = max(console.width, 110)
-    console.print(table)
+        show_table(table)
 
 
 def _mebibytes(size: int) -> str:

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory over the resolution, drawn from the rows of `network.measure`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sola_vision.analysis.figures import style
+
+_CONDITION = ("dtype", "layout", "compiled")
+
+
+def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Seconds and mebibytes an image over the pixels' square root; a line for every network and condition."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    # a condition that all rows share needs no mention
+    varied = [name for name in _CONDITION if len({row[name] for row in rows}) > 1]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        words = [row["model"], *(str(row[name]) if name != "compiled" else "compiled" * row[name] for name in varied)]
+        lines.setdefault(" ".join(filter(None, words)), []).append(row)
+    step = "training step" if rows[0]["training"] else "inference"
+    quantities = (
+        (f"seconds an image, {step}", lambda row: row["seconds"] / row["batch"]),
+        (f"MiB, {step}, batch {rows[0]['batch']}: added by the network", lambda row: row.get("added_mib")),
+    )
+    for axes, (label, value) in zip(figure.subplots(1, 2), quantities, strict=True):
+        for number, (name, mine) in enumerate(lines.items()):
+            points = [((row["height"] * row["width"]) ** 0.5, value(row)) for row in mine if value(row)]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), label=name, **style(number))
+        sides = sorted({round((row["height"] * row["width"]) ** 0.5) for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sides, [str(side) for side in sides], minor=False)
+        axes.set_xlabel("side of the image, pixels")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(out, dpi=110)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved rounds: the clock of every benchmark here.
+
+In every round each job gets two calls to warm up and several timed ones, of which the shortest counts; the result is
+the median over rounds. Rounds interleave the jobs, so that what slows the machine for a while slows all of them, and a
+ratio of two jobs is the median of the ratios within rounds.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Job = Callable[[], Any]
+Name = TypeVar("Name")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How often: rounds, calls to warm up, at most `calls` timed ones of together about `seconds`.
+
+    A job whose call alone fills `seconds` warms up with one call, and one that fills three times that is timed once.
+    """
+
+    rounds: int = 7
+    warm_up: int = 2
+    calls: int = 10
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be at least 1; fewer than 5 say little about the spread")
+
+
+@dataclass(frozen=True)
+class Times:
+    """The shortest call of every round, in seconds."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def spread(self) -> float:
+        return spread(self.rounds)
+
+
+def interleave(
+    jobs: Mapping[Name, Job],
+    protocol: Protocol,
+    clock: Callable[[], float] = time.perf_counter,
+    report: Callable[[int], None] = lambda number: None,
+) -> dict[Name, Times]:
+    """Times of every job; `report` hears the number of each finished round."""
+    shortest: dict[Name, list[float]] = {name: [] for name in jobs}
+    for number in range(protocol.rounds):
+        for name, job in jobs.items():
+            shortest[name].append(_best(job, protocol, clock))
+        report(number + 1)
+    return {name: Times(tuple(times)) for name, times in shortest.items()}
+
+
+def ratio(over: Times, under: Times) -> tuple[float, float]:
+    """How many times as long the first took as the second: the median over rounds, and its spread."""
+    ratios = [a / b for a, b in zip(over.rounds, under.rounds, strict=True)]
+    return statistics.median(ratios), spread(ratios)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range over median; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    quarters = statistics.quantiles(values, n=4, method="inclusive")
+    return (quarters[2] - quarters[0]) / statistics.median(values)
+
+
+def _best(job: Job, protocol: Protocol, clock: Callable[[], float]) -> float:
+    def timed() -> float:
+        start = clock()
+        job()
+        return clock() - start
+
+    slowest = 0.0
+    for _ in range(protocol.warm_up):
+        slowest = timed()
+        if slowest >= protocol.seconds:
+            break
+    times = [timed()]
+    least = 1 if slowest >= 3 * protocol.seconds else 2
+    while len(times) < protocol.calls and (len(times) < least or sum(times) < protocol.seconds):
+        times.append(timed())
+    return min(times)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sola_vision.backbone import SolaVision
-from sola_vision.layers import LinearLayer, LinearMixer
+from sola_vision.layers import LinearLayer, LinearMixer, SoftmaxLayer
 
 
 def same_ffn(model: SolaVision) -> None:
@@ -19,10 +19,11 @@ def same_ffn(model: SolaVision) -> None:
     # a network of softmax layers alone has one for every place, initialised as it has to be
     kinds = "/".join("S" * depth for depth in model.config.parsed_schedule.depths)
     donor = SolaVision(model.config.with_changes(schedule=kinds, bridges=""), device=device)
-    for stage, lending in zip(model.stages, donor.stages, strict=True):
-        for layer, lender in zip(_layers(stage), _layers(lending), strict=True):
-            if isinstance(layer, LinearLayer):
-                layer.channel_mix = lender.mlp  # type: ignore[assignment]
+    lenders = [layer for stage in donor.stages for layer in _layers(stage)]
+    for place, (layer, lender) in enumerate(zip(_all_layers(model), lenders, strict=True)):
+        if isinstance(layer, LinearLayer):
+            assert isinstance(lender, SoftmaxLayer)
+            _replace(model, place, _WithMlp(layer, lender.mlp))
 
 
 def decay_vision_rwkv(model: SolaVision) -> None:
@@ -48,24 +49,20 @@ def decay_negative(model: SolaVision) -> None:
 
 def order_columns(model: SolaVision) -> None:
     """Linear layers read the tokens column by column."""
-    for layer in _linear_layers(model):
-        layer.mixer = _Transposed(layer.mixer)  # type: ignore[assignment]
+    _transpose_every(model, 1)
 
 
 def order_in_turn(model: SolaVision) -> None:
     """Of the linear layers, every second one reads the tokens column by column."""
-    for number, layer in enumerate(_linear_layers(model)):
-        if number % 2:
-            layer.mixer = _Transposed(layer.mixer)  # type: ignore[assignment]
+    _transpose_every(model, 2)
 
 
 def bridge_outputs(model: SolaVision) -> None:
     """Bridges carry the output of the layer they start at instead of its state's read-out."""
-    for stage in model.stages:
-        layers = stage.get_submodule("layers")
-        for place in getattr(stage, "carried"):  # noqa: B009 - to mypy a stage is any module
-            if place.stage == getattr(stage, "index"):  # noqa: B009
-                setattr(layers, str(place.layer), _OutputAsState(layers.get_submodule(str(place.layer))))
+    sources = {bridge.source for bridge in model.config.parsed_bridges.bridges}
+    for place, (name, layer) in enumerate(zip(model.config.parsed_schedule.layers, _all_layers(model), strict=True)):
+        if name in sources:
+            _replace(model, place, _OutputAsState(layer))
 
 
 CHANGES: dict[str, Callable[[SolaVision], None]] = {
@@ -82,19 +79,42 @@ CHANGES: dict[str, Callable[[SolaVision], None]] = {
 }
 
 
+class _WithMlp(nn.Module):
+    """A linear layer whose channel mix gives way to an MLP."""
+
+    def __init__(self, layer: LinearLayer, mlp: nn.Module) -> None:
+        super().__init__()
+        layer.channel_mix = _Nothing()  # type: ignore[assignment]
+        self.layer, self.mlp = layer, mlp
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, readout = self.layer(x)
+        return x + self.layer.drop_path(self.mlp(self.layer.norm2(x))), readout
+
+
+class _Nothing(nn.Module):
+    """A channel mix that adds nothing."""
+
+    def forward(self, x: Tensor, *_: nn.Module) -> Tensor:
+        return torch.zeros_like(x)
+
+    def add_to(self, x: Tensor, *_: nn.Module) -> Tensor:
+        return x
+
+
 class _Transposed(nn.Module):
-    """A mixer that sees the image with rows and columns exchanged.
+    """A linear layer that sees the image with rows and columns exchanged.
 
     The token shift's left and right become above and below, which renames groups of channels and changes nothing else.
     """
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.layer = layer
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mixed, readout = self.mixer(x.transpose(1, 2).contiguous())
-        return mixed.transpose(1, 2), readout.transpose(1, 2)
+        x, readout = self.layer(x.transpose(1, 2).contiguous())
+        return x.transpose(1, 2).contiguous(), readout.transpose(1, 2)
 
 
 class _OutputAsState(nn.Module):
@@ -109,16 +129,29 @@ class _OutputAsState(nn.Module):
         return x, x
 
 
+def _transpose_every(model: SolaVision, step: int) -> None:
+    """The last of every `step` linear layers."""
+    linear = [place for place, layer in enumerate(_all_layers(model)) if isinstance(layer, LinearLayer)]
+    for place in linear[step - 1 :: step]:
+        _replace(model, place, _Transposed(_all_layers(model)[place]))
+
+
 def _layers(stage: nn.Module) -> Iterator[nn.Module]:
     return stage.get_submodule("layers").children()
 
 
-def _linear_layers(model: SolaVision) -> list[LinearLayer]:
-    return [layer for stage in model.stages for layer in _layers(stage) if isinstance(layer, LinearLayer)]
+def _all_layers(model: SolaVision) -> list[nn.Module]:
+    return [layer for stage in model.stages for layer in _layers(stage)]
+
+
+def _replace(model: SolaVision, place: int, layer: nn.Module) -> None:
+    """`place` counts the layers of the whole network."""
+    where = model.config.parsed_schedule.layers[place]
+    setattr(model.stages[where.stage].get_submodule("layers"), str(where.layer), layer)
 
 
 def _mixers(model: SolaVision) -> Iterator[LinearMixer]:
-    return (layer.mixer for layer in _linear_layers(model))
+    return (layer.mixer for layer in _all_layers(model) if isinstance(layer, LinearLayer))
 
 
 @torch.no_grad()

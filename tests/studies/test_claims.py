@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run belongs to one living process at a time, however owners die."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from sola_vision.studies import claims
+from sola_vision.studies.claims import _STALE, claimed, owner
+
+# by its path: the package would bring torch, which takes seconds, into every process
+HOLD = (
+    "import importlib.util, sys, time; from pathlib import Path\n"
+    f"spec = importlib.util.spec_from_file_location('claims', {claims.__file__!r})\n"
+    "claims = importlib.util.module_from_spec(spec); spec.loader.exec_module(claims)\n"
+    "with claims.claimed(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(float(sys.argv[2]))"
+)
+
+
+def start(folder, seconds):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    return process, process.stdout.readline().strip()
+
+
+def test_a_living_owner_keeps_it_and_a_killed_one_does_not(tmp_path):
+    process, mine = start(tmp_path, 60)
+    try:
+        assert mine == "True"
+        with claimed(tmp_path) as free:
+            assert not free
+        assert str(process.pid) in owner(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+    assert owner(tmp_path) is None
+    with claimed(tmp_path) as free:
+        assert free
+    assert owner(tmp_path) is None
+
+
+def test_it_is_released_when_the_block_fails(tmp_path):
+    try:
+        with claimed(tmp_path):
+            raise RuntimeError
+    except RuntimeError:
+        pass
+    with claimed(tmp_path) as free:
+        assert free
+
+
+def test_of_many_at_once_one_gets_it(tmp_path):
+    dead = {"host": "elsewhere", "process": 1, "started": "0", "seen": time.time() - 2 * _STALE}
+    (tmp_path / "claim.0").write_text(json.dumps(dead))
+    started = [
+        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), "4"], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [process.communicate()[0].strip() for process in started]
+    assert sorted(said) == ["False", "False", "False", "True"]
+
+
+def test_an_owner_on_another_machine_lives_while_it_gives_signs(tmp_path):
+    elsewhere = {"host": "elsewhere", "process": os.getpid(), "started": "0", "seen": time.time()}
+    (tmp_path / "claim.0").write_text(json.dumps(elsewhere))
+    with claimed(tmp_path) as free:
+        assert not free
+    (tmp_path / "claim.0").write_text(json.dumps({**elsewhere, "seen": time.time() - _STALE - 1}))
+    with claimed(tmp_path) as free:
+        assert free
+
+
+def test_a_process_number_that_came_again_is_not_the_owner(tmp_path):
+    with claimed(tmp_path):
+        claim = json.loads((tmp_path / "claim.0").read_text())
+    (tmp_path / "claim.0").write_text(json.dumps({**claim, "started": "another time", "released": False}))
+    with claimed(tmp_path) as free:
+        assert free

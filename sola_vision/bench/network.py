@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -114,26 +115,29 @@ def measure(
 
 
 def compare(times: dict[Case, Times], gmacs: dict[Case, float], baselines: Sequence[str]) -> list[dict[str, Any]]:
-    """How many times the images (and the multiply-adds) a second of each baseline; each side in its faster layout."""
-    best: dict[tuple[Any, ...], dict[str, Case]] = {}
-    for case, taken in times.items():
+    """How many times the images (and the multiply-adds) a second of each baseline, within one condition.
+
+    "layout" is that of both sides, or "fastest": each side in the one that suits it best, where several were measured.
+    """
+    conditions: dict[tuple[Any, ...], dict[str, list[Case]]] = {}
+    for case in times:
         alike = (case.height, case.width, case.batch, case.dtype, case.training, case.compiled)
-        fastest = best.setdefault(alike, {})
-        if case.model not in fastest or taken.median < times[fastest[case.model]].median:
-            fastest[case.model] = case
+        conditions.setdefault(alike, {}).setdefault(case.model, []).append(case)
     ratios = []
-    for fastest in best.values():
-        for model, case in fastest.items():
-            for baseline in baselines:
-                if model in baselines or baseline not in fastest:
-                    continue
-                other = fastest[baseline]
+    for networks in conditions.values():
+        for model, baseline in product(networks, baselines):
+            if model in baselines or baseline not in networks:
+                continue
+            mine, theirs = ({case.layout: case for case in networks[name]} for name in (model, baseline))
+            if len(mine) > 1:
+                for layouts in (mine, theirs):
+                    layouts["fastest"] = min(layouts.values(), key=lambda case: times[case].median)
+            for layout, case in mine.items():
+                other = theirs[layout]
                 value, spread = ratio(times[other], times[case])
-                condition = asdict(case)
-                condition.pop("layout")
                 ratios.append(
-                    condition
-                    | {"baseline": baseline, "images_per_second": value, "spread": spread}
+                    asdict(case)
+                    | {"layout": layout, "baseline": baseline, "images_per_second": value, "spread": spread}
                     | {"gmacs_per_second": value * gmacs[case] / gmacs[other]}
                 )
     return ratios

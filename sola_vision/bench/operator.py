@@ -155,7 +155,8 @@ def _both(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Ten
 
 
 def _ring(key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    pairs = max(2, _RING // (2 * key.numel() * key.element_size()))
+    # a few hundred of the smallest: the other jobs of a round empty the caches too
+    pairs = min(max(2, _RING // (2 * key.numel() * key.element_size())), 300)
     return cycle([(key.clone(), value.clone()) for _ in range(pairs)])
 
 

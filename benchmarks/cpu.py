@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every measure of speed on a CPU, for a machine that does nothing else; then the list of measures, met or not.
+
+    python benchmarks/cpu.py                                # all parts, some twenty minutes on two cores
+    python benchmarks/cpu.py --part operator network224     # some of them, each in some four minutes
+    python benchmarks/cpu.py --list                         # only the list, from the files that are there
+
+A part is one or more `sola bench` commands, printed before they run; each writes benchmarks/results/<name>.json when it
+is finished, so that an interrupted run is taken up with the parts that are missing. `report.py` turns the files into
+the tables of docs/performance.md.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from measures import RESULTS, load, measures
+
+SMALL_TINY = "sola_tiny sola_small"
+LAYOUTS = "contiguous channels_last"
+# part -> name of the result -> the command behind `sola bench`
+PARTS: dict[str, dict[str, str]] = {
+    "operator": {"operator": "op"},
+    "accuracy": {
+        "operator_accuracy": "op --accuracy",
+        "operator_accuracy_triton": "op --accuracy --path triton --shape 1x300x5 1x3136x2",
+    },
+    "network224": {
+        "network_224_f32": f"model {SMALL_TINY} --batch-size 8 --layout {LAYOUTS} --rounds 5",
+        "network_224_bf16": f"model {SMALL_TINY} --batch-size 8 --layout {LAYOUTS} --dtype bfloat16 --rounds 5",
+    },
+    "network1024": {
+        "network_1024": f"model {SMALL_TINY} --compare deit_tiny deit_small swin_tiny --size 1024 --rounds 5",
+    },
+    "growth": {"growth": "model sola_tiny --compare --size 512 1024 2048 --rounds 5"},
+    "training": {"training": "model sola_tiny --compare deit_tiny --batch-size 32 --train --rounds 5"},
+    "compiled": {
+        "compiled_224": f"model {SMALL_TINY} --compare deit_tiny deit_small --batch-size 8 --dtype float32 bfloat16"
+        " --compile --no-memory --rounds 3",
+    },
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="instead of each part's own number; fewer is quicker and less sure")
+    parser.add_argument("--missing", action="store_true", help="leave out results that are there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--list", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name, command in (item for part in options.part for item in PARTS[part].items()):
+        file = options.out / f"{name}.json"
+        if not options.list and not (options.missing and file.exists()):
+            words = [*shlex.split(command), "--threads", str(options.threads), "--json", str(file)]
+            if options.rounds is not None and "--accuracy" not in words:
+                words += ["--rounds", str(options.rounds)]
+            if run(words):
+                failed.append(name)
+    show(options.out)
+    if failed:
+        print(f"benchmarks/cpu.py: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run(words: list[str]) -> int:
+    print(f"\n$ sola bench {shlex.join(words)}", flush=True)
+    start = time.monotonic()
+    # threads that inherit another number would be measured instead of the one that was asked
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    code = subprocess.run([sys.executable, "-m", "sola_vision", "bench", *words], env=kept, check=False).returncode
+    print(f"{time.monotonic() - start:.0f} s", flush=True)
+    return code
+
+
+def show(folder: Path) -> None:
+    found = measures(load(folder))
+    width = max(len(measure.what) for measure in found)
+    print(f"\n{'measure':<{width}}  {'value':>10}  {'target':>10}  met")
+    for measure in found:
+        print(f"{measure.what:<{width}}  {measure.shown:>10}  {measure.target_shown:>10}  {measure.verdict}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

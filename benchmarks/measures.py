@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the project promises of its speed on a CPU, and what the stored results say of each promise.
+
+A promise is a value that a result file contains or that follows from two of its rows, and a bound.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TINY, SMALL = "sola_tiny", "sola_small"
+SWIN, EFFICIENT, CONVNEXT = "swin_tiny_patch4_window7_224", "efficientformer_l1", "convnext_tiny"
+DEIT_TINY, DEIT_SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
+Results = dict[str, Any]  # name of the file -> its document
+
+
+@dataclass(frozen=True)
+class Measure:
+    """value: None where nothing was measured yet. source: the result file, without .json."""
+
+    what: str
+    value: float | None
+    target: float
+    at_least: bool
+    source: str
+    unit: str = "x"
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    @property
+    def shown(self) -> str:
+        return "-" if self.value is None else self._text(self.value)
+
+    @property
+    def target_shown(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self._text(self.target)}"
+
+    @property
+    def verdict(self) -> str:
+        return {None: "not measured", True: "yes", False: "NO"}[self.met]
+
+    def _text(self, value: float) -> str:
+        if self.unit == "":
+            return f"{value:.1e}"
+        return f"{value:.3g}{self.unit}" if value < 100 else f"{value:.0f}{self.unit}"
+
+
+def load(folder: Path = RESULTS) -> Results:
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def measures(results: Results) -> list[Measure]:
+    return [*_operator(results), *_accuracy(results), *_networks(results), *_growth(results), *_training(results)]
+
+
+def _operator(results: Results) -> Iterator[Measure]:
+    ratios = [row for row in results.get("operator", {}).get("ratios", []) if row["target"] is not None]
+    for row in ratios:
+        shape = "x".join(map(str, row["shape"]))
+        what = f"operator: {row['what']}, {shape} {row['dtype']}"
+        yield Measure(what, row["value"], row["target"], row["at_least"], "operator")
+    if not ratios:
+        for what, target, at_least in (
+            ("forward over a copy, in cache", 4.0, False),
+            ("forward over a copy, streamed", 2.5, False),
+            ("backward over forward", 2.2, False),
+            ("attention over forward, 3136 tokens", 120.0, True),
+            ("attention over both, 3136 tokens", 100.0, True),
+        ):
+            yield Measure(f"operator: {what}", None, target, at_least, "operator")
+
+
+def _accuracy(results: Results) -> Iterator[Measure]:
+    for source in ("operator_accuracy", "operator_accuracy_triton"):
+        rows = results.get(source, {}).get("rows", [])
+        paths = list(dict.fromkeys(row["path"] for row in rows)) or [
+            "every path" if "triton" not in source else "triton"
+        ]
+        for path in paths:
+            mine = [row for row in rows if row["path"] == path]
+            forward = max((row["forward"] for row in mine), default=None)
+            gradient = max((max(row["gradients"].values()) for row in mine), default=None)
+            yield Measure(f"accuracy: forward, {path}", forward, 5e-6, False, source, unit="")
+            yield Measure(f"accuracy: gradients, {path}", gradient, 1e-5, False, source, unit="")
+
+
+def _networks(results: Results) -> Iterator[Measure]:
+    for source, dtype in (("network_224_f32", "float32"), ("network_224_bf16", "bfloat16")):
+        find = _ratios(results, source, dtype=dtype)
+        rate = "gmacs_per_second"
+        for model, baseline in ((TINY, DEIT_TINY), (SMALL, DEIT_SMALL)):
+            what = f"224 {dtype}: multiply-add rate, {model} over {_short(baseline)}"
+            yield Measure(what, find(model, baseline, rate), 0.9, True, source)
+        # channels last makes some convolutional networks twice as fast: held against both
+        for model, baseline, target in (
+            (SMALL, SWIN, 1.5),
+            (SMALL, CONVNEXT, 1.0),
+            (TINY, EFFICIENT, 0.9 if dtype == "float32" else 1.4),
+        ):
+            for layout, words in (("contiguous", ""), ("fastest", ", each in its faster layout")):
+                what = f"224 {dtype}: images/s, {model} over {_short(baseline)}{words}"
+                yield Measure(what, find(model, baseline, layout=layout), target, True, source)
+    find = _ratios(results, "network_1024", dtype="float32")
+    for model, baseline, target in ((SMALL, DEIT_SMALL, 1.7), (SMALL, SWIN, 1.6), (TINY, DEIT_TINY, 1.5)):
+        what = f"1024 float32: images/s, {model} over {_short(baseline)}"
+        yield Measure(what, find(model, baseline), target, True, "network_1024")
+
+
+def _growth(results: Results) -> Iterator[Measure]:
+    rows = {row["height"]: row for row in results.get("growth", {}).get("rows", []) if row["model"] == TINY}
+    for small, large in ((512, 1024), (1024, 2048)):
+        value = None
+        if small in rows and large in rows:
+            time, macs = (rows[large][name] / rows[small][name] for name in ("seconds", "gmacs"))
+            value = time / macs
+        yield Measure(f"growth: time over MACs, {TINY}, {small} to {large}", value, 1.15, False, "growth")
+    peak = rows.get(2048, {}).get("peak_mib")
+    value = None if peak is None else peak * 2**20 / 1e9
+    yield Measure(f"growth: peak memory of the process, {TINY}, 2048", value, 3.0, False, "growth", unit=" GB")
+
+
+def _training(results: Results) -> Iterator[Measure]:
+    rate = _ratios(results, "training", dtype="float32")(TINY, DEIT_TINY, "gmacs_per_second")
+    yield Measure("training step: multiply-add rate, sola_tiny over deit_tiny", rate, 0.9, True, "training")
+    rows = {row["model"]: row.get("added_mib") for row in results.get("training", {}).get("rows", [])}
+    both = rows.get(TINY), rows.get(DEIT_TINY)
+    memory = both[0] / both[1] if both[0] and both[1] else None
+    yield Measure("training step: memory, sola_tiny over deit_tiny", memory, 2.3, False, "training")
+
+
+def _ratios(results: Results, source: str, **condition: Any) -> Callable[..., float | None]:
+    rows = results.get(source, {}).get("ratios", [])
+
+    def find(
+        model: str, baseline: str, quantity: str = "images_per_second", layout: str = "contiguous"
+    ) -> float | None:
+        wanted = condition | {"model": model, "baseline": baseline, "compiled": False, "layout": layout}
+        found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+        return found[0][quantity] if found else None
+
+    return find
+
+
+def _short(name: str) -> str:
+    return name.partition("_patch")[0]

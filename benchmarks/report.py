@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of docs/performance.md, from the stored results: no number there is typed by hand.
+
+    python benchmarks/report.py                              # print all tables as Markdown
+    python benchmarks/report.py --write docs/performance.md  # replace what stands between the marks of each table
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from measures import RESULTS, Results, load, measures
+
+_MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# name of a result -> the part of cpu.py that measures it
+_PARTS = {
+    "operator": "operator",
+    "operator_accuracy": "accuracy",
+    "network_224_f32": "network224",
+    "network_224_bf16": "network224",
+    "network_1024": "network1024",
+    "growth": "growth",
+    "training": "training",
+    "compiled_224": "compiled",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="fill the tables of this page")
+    options = parser.parse_args()
+    results = load(options.results)
+    if options.write is None:
+        for name, table in TABLES.items():
+            print(f"## {name}\n\n{table(results)}\n")
+    else:
+        options.write.write_text(filled(options.write.read_text(), results))
+    return 0
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with every table between its marks replaced."""
+
+    def table(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+        return f"{begin}\n{TABLES[name](results)}\n\n{end}"
+
+    return _MARKED.sub(table, page)
+
+
+def measures_table(results: Results) -> str:
+    rows = [(m.what, m.shown, m.target_shown, m.verdict) for m in measures(results)]
+    return markdown(("measure", "value", "target", "met"), rows)
+
+
+def operator_table(results: Results) -> str:
+    document = results.get("operator")
+    if document is None:
+        return missing("operator")
+    columns = {
+        "forward": ("native", "forward", "repeated"),
+        "streamed": ("native", "forward", "streamed"),
+        "backward": ("native", "backward", "repeated"),
+        "both": ("native", "both", "repeated"),
+        "portable, both": ("portable", "both", "repeated"),
+        "attention, forward": ("attention", "forward", "repeated"),
+        "attention, both": ("attention", "both", "repeated"),
+        "k + v": ("copy", "forward", "repeated"),
+        "k + v, streamed": ("copy", "forward", "streamed"),
+    }
+    cells: dict[tuple[str, str], dict[Any, str]] = {}
+    for row in document["rows"]:
+        line = cells.setdefault(("x".join(map(str, row["shape"])), row["dtype"]), {})
+        line[row["path"], row["direction"], row["data"]] = f"{row['microseconds']:,.0f}"
+    rows = [(*key, *(line.get(name, "") for name in columns.values())) for key, line in cells.items()]
+    return markdown(("shape BxNxC", "dtype", *columns), rows) + "\n\n" + provenance(document)
+
+
+def accuracy_table(results: Results) -> str:
+    documents = [results[name] for name in ("operator_accuracy", "operator_accuracy_triton") if name in results]
+    if not documents:
+        return missing("operator_accuracy")
+    worst: dict[tuple[str, str, str], list[float]] = {}
+    for row in (row for document in documents for row in document["rows"]):
+        key = ("x".join(map(str, row["shape"])), row["path"], row["referee"])
+        errors = [row["forward"], *row["gradients"].values()]
+        worst[key] = list(map(max, errors, worst.get(key, errors)))
+    rows = [(*key, *(f"{value:.1e}" for value in errors)) for key, errors in worst.items()]
+    head = ("shape BxNxC", "path", "referee", "y", "gw", "gu", "gk", "gv")
+    return markdown(head, rows) + "\n\nThe worst of all ranges. " + provenance(documents[0])
+
+
+def network_table(name: str) -> Callable[[Results], str]:
+    def table(results: Results) -> str:
+        document = results.get(name)
+        if document is None:
+            return missing(name)
+        with_memory = any(row.get("peak_mib") for row in document["rows"])
+        rows = []
+        for row in document["rows"]:
+            condition = " ".join(
+                filter(None, (row["dtype"], "compiled" * row["compiled"], row["layout"].replace("contiguous", "")))
+            )
+            line = [row["model"], f"{row['height']}x{row['width']}", str(row["batch"]), condition]
+            line += [f"{row['images_per_second']:,.2f}", f"{100 * row['spread']:.1f}"]
+            line += [f"{row['gmacs']:.2f}", f"{row['gmacs_per_second']:,.1f}"]
+            if with_memory:
+                line += ["" if row.get(x) is None else f"{row[x]:,.0f}" for x in ("peak_mib", "added_mib")]
+            rows.append(line)
+        head = ["network", "size", "batch", "condition", "images/s", "spread %", "GMACs", "GMACs/s"]
+        head += ["peak MiB", "added MiB"] if with_memory else []
+        return markdown(head, rows) + "\n\n" + provenance(document)
+
+    return table
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def missing(name: str) -> str:
+    return f"*Not measured yet:* `python benchmarks/cpu.py --part {_PARTS[name]}`"
+
+
+def provenance(document: dict[str, Any]) -> str:
+    """One line: where, with what, at which commit, by which command."""
+    rounds = f", {document['protocol']['rounds']} rounds" if "protocol" in document else ""
+    commit = (document["commit"] or "unknown")[:10] + "+" * (document["commit"] or "").endswith("+")
+    # where the file was written to says nothing
+    command = re.sub(r" --json \S+", "", document["command"])
+    where = f"{document['hardware']}, {document['threads']} threads, torch {document['torch']}, timm {document['timm']}"
+    return f"{where}, commit {commit}, kernel {document['kernel']}{rounds}: `{command}`"
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "measures": measures_table,
+    "operator": operator_table,
+    "accuracy": accuracy_table,
+    **{
+        name: network_table(name)
+        for name in ("network_224_f32", "network_224_bf16", "network_1024", "growth", "training", "compiled_224")
+    },
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of measures and the page of performance come from the stored results and from nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """benchmarks/measures.py and benchmarks/report.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import measures
+    import report
+
+    return measures, report
+
+
+def ratio(model, baseline, images, macs, dtype="float32", compiled=False, layout="contiguous"):
+    return {
+        "model": model,
+        "baseline": baseline,
+        "dtype": dtype,
+        "compiled": compiled,
+        "layout": layout,
+        "images_per_second": images,
+        "gmacs_per_second": macs,
+    }
+
+
+def test_without_results_nothing_is_met(scripts):
+    measures, report = scripts
+    listed = measures.measures({})
+    assert len(listed) > 20
+    assert all(m.value is None and m.met is None and m.shown == "-" for m in listed)
+    assert "Not measured yet" in report.TABLES["operator"]({})
+
+
+def test_measures_take_the_right_rows(scripts):
+    measures, _ = scripts
+    deit = measures.DEIT_TINY
+    rows = [
+        ratio("sola_tiny", deit, 9.0, 9.0, compiled=True),
+        ratio("sola_tiny", deit, 0.5, 0.91),
+        ratio("sola_small", measures.SWIN, 1.6, 0.1, layout="fastest"),
+        ratio("sola_small", measures.SWIN, 1.4, 0.1),
+    ]
+    growth = [
+        {"model": "sola_tiny", "height": side, "seconds": seconds, "gmacs": gmacs, "peak_mib": 2900.0}
+        for side, seconds, gmacs in ((512, 1.0, 10.0), (1024, 5.0, 50.0), (2048, 70.0, 350.0))
+    ]
+    training = {
+        "ratios": [ratio("sola_tiny", deit, 0.4, 0.89)],
+        "rows": [{"model": "sola_tiny", "added_mib": 1000.0}, {"model": deit, "added_mib": 500.0}],
+    }
+    results = {"network_224_f32": {"ratios": rows}, "growth": {"rows": growth}, "training": training}
+    found = {m.what: (m.value, m.met) for m in measures.measures(results)}
+    assert found["224 float32: multiply-add rate, sola_tiny over deit_tiny"] == (0.91, True)
+    assert found["224 float32: images/s, sola_small over swin_tiny"] == (1.4, False)
+    assert found["224 float32: images/s, sola_small over swin_tiny, each in its faster layout"] == (1.6, True)
+    assert found["224 bfloat16: multiply-add rate, sola_tiny over deit_tiny"] == (None, None)
+    assert found["growth: time over MACs, sola_tiny, 512 to 1024"] == (1.0, True)
+    assert found["growth: time over MACs, sola_tiny, 1024 to 2048"] == (2.0, False)
+    # mebibytes are more than megabytes
+    assert found["growth: peak memory of the process, sola_tiny, 2048"] == (pytest.approx(3.041, abs=1e-3), False)
+    assert found["training step: multiply-add rate, sola_tiny over deit_tiny"] == (0.89, False)
+    assert found["training step: memory, sola_tiny over deit_tiny"] == (2.0, True)
+
+
+def test_the_page_holds_what_the_files_say(scripts):
+    measures, report = scripts
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for name in report.TABLES:
+        assert f"<!-- table: {name} -->" in page
+    assert page == report.filled(page, measures.load()), "run python benchmarks/report.py --write docs/performance.md"
+
+
+def test_a_table_is_replaced_and_the_rest_stays(scripts):
+    _, report = scripts
+    page = "a\n<!-- table: growth -->\nold\n<!-- end -->\nb\n"
+    filled = report.filled(page, {})
+    assert "old" not in filled
+    assert filled.startswith("a\n<!-- table: growth -->\n\n*Not measured yet:*")
+    assert filled.endswith("\n<!-- end -->\nb\n")
+    assert report.filled(filled, {}) == filled
+    with pytest.raises(ValueError, match="no table 'grwth'"):
+        report.filled(page.replace("growth", "grwth"), {})

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola bench` from the outside: tables, JSON, and one line and exit code 2 for wrong input."""
+
+import json
+
+import pytest
+import torch
+
+MODEL = ("bench", "model", "sola_nano", "--compare", "resnet18", "--size", "32", "--rounds", "1", "--no-memory")
+
+
+def test_networks_as_a_table_and_as_a_file(sola, tmp_path):
+    file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    said = sola(*MODEL, "--dtype", "float32", "bfloat16", "--json", file, "--plot", picture)
+    assert said.code == 0
+    assert "images/s" in said.out
+    assert "round 1 of 1" in said.err
+    document = json.loads(file.read_text())
+    where = {"hardware", "cpus", "threads", "python", "torch", "timm", "commit", "command", "kernel", "protocol"}
+    assert where <= set(document)
+    assert document["what"] == "network"
+    assert document["protocol"]["rounds"] == 1
+    assert [(row["model"], row["dtype"]) for row in document["rows"]] == [
+        ("sola_nano", "float32"),
+        ("sola_nano", "bfloat16"),
+        ("resnet18", "float32"),
+        ("resnet18", "bfloat16"),
+    ]
+    assert len(document["ratios"]) == 2
+    assert picture.stat().st_size > 0
+
+
+def test_json_alone_prints_one_document(sola):
+    said = sola("bench", "op", "--shape", "1x20x32", "--dtype", "float32", "--rounds", "1", "--json")
+    document = json.loads(said.out)
+    assert document["what"] == "operator"
+    assert document["rows"][0]["shape"] == [1, 20, 32]
+    assert sola("bench", "op", "--shape", "1x20x32", "--dtype", "float32", "--rounds", "1").out.count("ratios") == 1
+
+
+def test_accuracy_as_a_table(sola):
+    said = sola("bench", "op", "--accuracy", "--shape", "1x20x3", "--path", "portable")
+    assert said.code == 0
+    assert "w -20..200, k -50..50" in said.out
+
+
+def test_threads_are_those_of_the_option_and_only_for_the_run(sola):
+    before = torch.get_num_threads()
+    said = sola("bench", "op", "--shape", "1x9x8", "--dtype", "float32", "--rounds", "1", "--threads", "2", "--json")
+    assert json.loads(said.out)["threads"] == 2
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("model", "sola_huge"), ["'sola_huge' is unknown"]),
+        (("model", "--compare", "resnet1800"), ["'resnet1800' is unknown"]),
+        (("model", "--size", "12x"), ["'12x'", "HEIGHTxWIDTH"]),
+        (("model", "--size", "0"), ["'0'"]),
+        (("model", "--rounds", "0"), ["--rounds 0", "at least 1"]),
+        (("model", "--batch-size", "-1"), ["--batch-size -1", "at least 1"]),
+        (("model", "--threads", "0"), ["--threads 0", "at least 1"]),
+        (("model", "--dtype", "int8"), ["--dtype 'int8'", "float32, bfloat16, autocast"]),
+        (("model", "--layout", "nhwc"), ["--layout 'nhwc'", "channels_last"]),
+        (("model", "--json", "/nowhere/at/all.json"), ["/nowhere/at/all.json", "folder does not exist"]),
+        (("model", "--plot", "/nowhere/at/all.png"), ["/nowhere/at/all.png", "folder does not exist"]),
+        (("op", "--dtype", "autocast"), ["--dtype 'autocast'"]),
+        (("op", "--shape", "8x3136"), ["'8x3136'", "BATCHxTOKENSxCHANNELS"]),
+        (("op", "--shape", "0x1x1"), ["'0x1x1'"]),
+        (("op", "--rounds", "-3"), ["--rounds -3"]),
+        (("op", "--accuracy", "--path", "cuda"), ["--path 'cuda'", "avx512"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(refused, words, names):
+    refused("bench", *words, names=names)

@@ -119,6 +119,11 @@ def open_segmentation(
     return SegmentationFolder(folder, split, LabelRule(len(names), ignore), transform), names
 
 
+def label_files(folder: Path) -> dict[str, Path]:
+    """Label files below a folder, by their path without suffix."""
+    return _files(folder, _LABEL_SUFFIXES)
+
+
 def _split_folder(root: Path, what: str, split: str) -> Path:
     choices = _SPLITS.get(split, (split,))
     for name in choices:

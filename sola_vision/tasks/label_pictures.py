@@ -16,14 +16,15 @@ from sola_vision.data import IGNORED, LabelRule
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _NONE = (0, 0, 0)  # pixels without a class
+_WRONG = (213, 94, 0)  # Okabe and Ito's vermilion
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image with its true and its predicted classes [H, W], and what was right of it in percent."""
+    """An image (None: not at hand) with its true and predicted classes [H, W], and what was right of it in percent."""
 
     name: str
-    image: Image.Image
+    image: Image.Image | None
     truth: NDArray[np.integer]
     predicted: NDArray[np.integer]
     right: float
@@ -99,11 +100,14 @@ def draw_worst(examples: Sequence[Example], num_classes: int, out: Path) -> None
         axes.axis("off")
     for row, example in zip(grid, examples, strict=False):
         wrong = (example.truth != IGNORED) & (example.truth != example.predicted)
-        shown = np.asarray(example.image.convert("L").convert("RGB"), dtype=np.uint8).copy()
-        shown[wrong] = (213, 94, 0)  # Okabe and Ito's vermilion
-        pictures = (example.image, paint(example.truth, num_classes), paint(example.predicted, num_classes), shown)
+        paints = paint(example.truth, num_classes), paint(example.predicted, num_classes)
+        photograph = Image.fromarray(paints[0]) if example.image is None else example.image
+        shown = np.asarray(photograph.convert("L").convert("RGB"), dtype=np.uint8).copy()
+        shown[wrong] = _WRONG
+        pictures = (example.image, *paints, shown)
         titles = (example.name, "truth", "predicted", f"{example.right:.1f} % of the pixels right")
         for axes, picture, title in zip(row, pictures, titles, strict=True):
-            axes.imshow(picture)
+            if picture is not None:
+                axes.imshow(picture)
             axes.set_title(title, fontsize=8)
     figure.savefig(out, dpi=100)

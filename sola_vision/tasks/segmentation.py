@@ -130,6 +130,13 @@ def listed(samples: list[Any]) -> list[Any]:
     return samples
 
 
+def share_right(predicted: Tensor, truth: Tensor) -> float:
+    """Percent of an image's counted pixels that got their class; nan where none counts."""
+    counted = truth != IGNORED
+    pixels = int(counted.sum())
+    return 100 * int((counted & (predicted == truth)).sum()) / pixels if pixels else float("nan")
+
+
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     """Mean over the pixels that count. A batch without any gives 0, where torch's mean would be no number."""
     total = nn.functional.cross_entropy(logits.float(), classes.long(), ignore_index=IGNORED, reduction="sum")

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a segmentation is: a checkpoint on labelled images, or any folder of label PNGs beside the true ones."""
+
+import csv
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sola_vision.commands.arguments import Arguments, plain
+from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
+from sola_vision.data.labels import read_class_names
+from sola_vision.data.segmentation import SegmentationFolder
+from sola_vision.engine import EvaluationBatches, World, distributed, gather_objects
+from sola_vision.tasks.inference import Inference
+from sola_vision.tasks.label_pictures import Example, draw_worst
+from sola_vision.tasks.label_scores import pair_folders
+from sola_vision.tasks.pictures import draw_confusion
+from sola_vision.tasks.segmentation import PixelCounts, listed, share_right
+from sola_vision.tasks.segmenter import SegmentationCheckpoint, load_segmenter
+
+_WORST = 6
+_COLUMNS = ("class", "pixels", "iou", "accuracy", "precision")
+_ROWS = 40  # a longer table shows only the classes that occur
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    if options.predictions:
+        _score_folder(options)
+    else:
+        _score_checkpoint(options)
+
+
+def add_inference(parser: Arguments) -> None:
+    """The options of inference, which eval and predict share."""
+    parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
+    parser.add_argument("--slide", type=int, help="side of sliding windows; 0 = the whole image (default: as trained)")
+    parser.add_argument("--stride", type=int, help="distance of the windows (default: two thirds of their side)")
+    parser.add_argument("--flip", action="store_true", help="look at the mirrored image as well")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to look at, such as 0.5 1 1.5")
+
+
+def inference_of(image: SegmentationConfig, options: Namespace) -> tuple[SegmentationConfig, Inference]:
+    """What the options ask for, where they do not say it what the checkpoint was trained with."""
+    if options.size is not None:
+        image = replace(image, size=options.size)
+    if options.slide is None:
+        slide, stride = image.slide, options.stride or image.stride
+    else:
+        slide, stride = options.slide or None, options.stride
+    return image, Inference(slide=slide, stride=stride, flip=options.flip, scales=tuple(options.scales))
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola eval", __doc__)
+    parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
+    parser.add_argument("--data", help="folder with images/SPLIT and annotations/SPLIT")
+    parser.add_argument("--split", default="val", help="train or val (default)")
+    parser.add_argument("--predictions", help="folder of label PNGs to score instead of a checkpoint")
+    parser.add_argument("--annotations", help="folder of the true label PNGs, of the same names and sizes")
+    parser.add_argument("--classes", type=int, help="number of classes of --predictions")
+    parser.add_argument(
+        "--ignore",
+        type=int,
+        help="label that counts nowhere; 0: the classes are the labels 1..N, any other: they are 0..N-1",
+    )
+    add_inference(parser)
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--out", help="folder for tables and pictures (default: eval/, beside the checkpoint if there is one)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    needed = ("annotations", "classes", "ignore") if options.predictions else ("checkpoint", "data")
+    missing = [f"--{name}" for name in needed if getattr(options, name) is None]
+    if missing:
+        given = "--predictions" if options.predictions else "segmentation"
+        raise ValueError(f"{' and '.join(missing)} missing: sola eval for {given} needs --{', --'.join(needed)}")
+    if options.workers < 0:
+        raise ValueError(f"--workers {options.workers} is too small")
+    return options
+
+
+def _score_folder(options: Namespace) -> None:
+    rule = LabelRule(options.classes, options.ignore)
+    annotations = Path(options.annotations)
+    pairs = pair_folders(Path(options.predictions), annotations)
+    # the names of the classes lie beside the folder of annotations, if anywhere
+    roots = [root for root in (annotations, *annotations.resolve().parents[:2]) if _has_names(root)]
+    names = read_class_names(roots[0] if roots else annotations, options.classes, options.ignore)
+    counts, images = PixelCounts.of(rule.num_classes), []
+    start = time.perf_counter()
+    with _bar(len(pairs), "scoring") as bar:
+        for pair in pairs:
+            predicted, truth = (torch.from_numpy(classes) for classes in pair.read(rule))
+            counts.add(predicted, truth)
+            images.append(share_right(predicted, truth))
+            bar.advance(bar.task_ids[0])
+    out = Path(options.out or "eval")
+    out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "predictions": options.predictions,
+        "annotations": options.annotations,
+        "rule": str(rule),
+        **_numbers(counts, names, len(pairs), time.perf_counter() - start),
+        "image_accuracy": {pair.name: _finite(right) for pair, right in zip(pairs, images, strict=True)},
+    }
+    worst = []
+    for index in _worst(images):
+        predicted_classes, true_classes = pairs[index].read(rule)
+        worst.append(Example(pairs[index].name, None, true_classes, predicted_classes, images[index]))
+    _leave(result, counts, names, worst, out, options.json)
+
+
+def _has_names(root: Path) -> bool:
+    return any((root / name).is_file() for name in ("classes.txt", "objectInfo150.csv", "objectInfo150.txt"))
+
+
+def _score_checkpoint(options: Namespace) -> None:
+    checkpoint = load_segmenter(options.checkpoint)
+    image, inference = inference_of(checkpoint.image, options)
+    dataset, _ = open_segmentation(
+        options.data, options.split, image.ignore, None, SegmentationEvalTransform(image), checkpoint.classes
+    )
+    dataset.check_labels()
+    out = Path(options.out) if options.out else _beside(options.checkpoint)
+    with distributed(options.device) as world:
+        checkpoint.model.to(world.device)
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)  # before the work, which could not be kept otherwise
+        start = time.perf_counter()
+        counts, images, skipped = _evaluate(checkpoint, dataset, inference, world, options.workers)
+        seconds = time.perf_counter() - start
+        if not world.is_main:
+            return
+        result = {
+            "checkpoint": str(options.checkpoint),
+            "data": options.data,
+            "split": options.split,
+            "model": checkpoint.name,
+            "rule": str(dataset.rule),
+            "size": image.size,
+            "inference": vars(inference),
+            **_numbers(counts, checkpoint.classes, len(images), seconds),
+            "images_skipped": skipped,
+            "image_accuracy": {dataset.names[index]: _finite(right) for index, right in images.items()},
+        }
+        worst = []
+        for index in _worst(images):
+            picture, truth = dataset.image(index), dataset.classes(index)
+            predicted = _predicted(checkpoint, inference, dataset, index, world.device)
+            worst.append(Example(dataset.names[index], picture, truth, predicted, images[index]))
+    _leave(result, counts, checkpoint.classes, worst, out, options.json)
+
+
+@torch.inference_mode()
+def _evaluate(
+    checkpoint: SegmentationCheckpoint, dataset: SegmentationFolder, inference: Inference, world: World, workers: int
+) -> tuple[PixelCounts, dict[int, float], int]:
+    """Counts over the set, percent of right pixels by image, images that could not be read; on every process alike."""
+    batches = EvaluationBatches(dataset, world, batch_size=1, workers=workers, collate=listed)
+    counts, right = PixelCounts.of(len(checkpoint.classes)), []
+    with _bar(len(range(world.rank, len(dataset), world.size)), "evaluating", world.is_main) as bar:
+        for batch in batches:
+            for image, classes in batch:
+                predicted = inference(checkpoint.model, image, (classes.shape[0], classes.shape[1]))
+                counts.add(predicted, classes)
+                right.append(share_right(predicted, classes))
+            bar.advance(bar.task_ids[0])
+    mine = [index for index in range(world.rank, len(dataset), world.size) if index not in batches.skipped.fresh]
+    batches.skipped.share(lambda text: print(f"sola: {text}", file=sys.stderr) if world.is_main else None)
+    images = dict(sorted(gather_objects(list(zip(mine, right, strict=True)))))
+    return counts.reduced(world.device), images, len(batches.skipped.known)
+
+
+@torch.inference_mode()
+def _predicted(
+    checkpoint: SegmentationCheckpoint,
+    inference: Inference,
+    dataset: SegmentationFolder,
+    index: int,
+    device: torch.device,
+) -> Any:
+    image, classes = dataset[index]
+    predicted = inference(checkpoint.model, image.to(device), (classes.shape[0], classes.shape[1]))
+    return predicted.cpu().numpy()
+
+
+def _numbers(counts: PixelCounts, names: Sequence[str], images: int, seconds: float) -> dict[str, Any]:
+    rows = zip(names, counts.pixels, counts.iou, counts.accuracy, counts.precision, strict=True)
+    return {
+        "images": images,
+        # JSON has no nan, which is what a set without a single counted pixel has
+        **{name: _finite(value) for name, value in counts.metrics.items()},
+        "classes_present": int(counts.metrics["classes_present"]),
+        "seconds": round(seconds, 2),
+        "classes": [
+            {
+                "class": name,
+                "pixels": int(pixels),
+                **{k: _finite(100 * v) for k, v in zip(_COLUMNS[2:], (iou, accuracy, precision), strict=True)},
+            }
+            for name, pixels, iou, accuracy, precision in rows
+        ],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _worst(images: Sequence[float] | dict[int, float]) -> list[int]:
+    """The images with the fewest right pixels, worst first."""
+    items = images.items() if isinstance(images, dict) else enumerate(images)
+    return [index for index, right in sorted(items, key=lambda item: item[1]) if math.isfinite(right)][:_WORST]
+
+
+def _leave(
+    result: dict[str, Any],
+    counts: PixelCounts,
+    names: Sequence[str],
+    worst: Sequence[Example],
+    out: Path,
+    as_json: bool,
+) -> None:
+    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    with (out / "classes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS)
+        writer.writeheader()
+        writer.writerows(result["classes"])
+    # percent of the true class's pixels: nobody reads seven digits in a cell
+    shares = counts.confusion[:, :-1].double()
+    shares = (100 * shares / counts.confusion.sum(1, keepdim=True).clamp(min=1)).round()
+    draw_confusion(shares, names, out / "confusion.png")
+    draw_worst(worst, len(names), out / "worst.png")
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    _print(result)
+    print(f"eval.json, classes.csv, confusion.png and worst.png are in {out}")
+
+
+def _print(result: dict[str, Any]) -> None:
+    classes = result["classes"]
+    occurring = [row for row in classes if row["iou"] is not None]
+    what = result.get("model", result.get("predictions"))
+    where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
+    table = Table(title=plain(f"{what} on {where}: {result['images']} images, {result['rule']}"))
+    for column in ("class", "pixels %", "IoU %", "accuracy %", "precision %"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    total = max(1, sum(row["pixels"] for row in classes))
+    for row in classes if len(classes) <= _ROWS else occurring:
+        numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in _COLUMNS[2:])
+        table.add_row(plain(row["class"]), f"{100 * row['pixels'] / total:.2f}", *numbers)
+    Console().print(table)
+    if result["miou"] is None:
+        print("no pixel of these images counts: every label is the ignored one")
+        return
+    print(
+        f"mIoU {result['miou']:.2f} % over the {len(occurring)} classes that occur, {result['miou_all']:.2f} % over "
+        f"all {len(classes)} (absent ones as 0, as ADE20K's script); mean accuracy {result['mean_accuracy']:.2f} %, "
+        f"pixel accuracy {result['pixel_accuracy']:.2f} %"
+    )
+    if result.get("images_skipped"):
+        print(f"{result['images_skipped']} images could not be read and are left out", file=sys.stderr)
+
+
+def _bar(total: int, what: str, main: bool = True) -> Progress:
+    console = Console(stderr=True)
+    bar = Progress(console=console, disable=not (main and console.is_terminal), transient=True)
+    bar.add_task(what, total=total)
+    return bar
+
+
+def _beside(checkpoint: str) -> Path:
+    path = Path(checkpoint)
+    return (path if path.is_dir() else path.parent) / "eval"

@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
 
+from .coco import SPLITS, CocoFolder, Objects, mask_library, read_document
+from .detection_presets import (
+    DetectionConfig,
+    DetectionEvalTransform,
+    DetectionTrainTransform,
+    collate_lists,
+    to_pixels,
+)
 from .digits import Digits
 from .folder import ImageFolder
 from .images import SUFFIXES, CorruptImage, read_image
@@ -14,14 +22,20 @@ from .segmentation_presets import SegmentationConfig, SegmentationEvalTransform,
 
 __all__ = [
     "IGNORED",
+    "SPLITS",
     "SUFFIXES",
+    "CocoFolder",
     "CorruptImage",
+    "DetectionConfig",
+    "DetectionEvalTransform",
+    "DetectionTrainTransform",
     "Digits",
     "EvalTransform",
     "ImageConfig",
     "ImageFolder",
     "LabelRule",
     "MemoryImages",
+    "Objects",
     "Scene",
     "Scenes",
     "SegmentationConfig",
@@ -30,10 +44,14 @@ __all__ = [
     "SegmentationTrainTransform",
     "TrainTransform",
     "balanced_subset",
+    "collate_lists",
     "decode",
     "fingerprint",
+    "mask_library",
     "open_classification",
     "open_segmentation",
+    "read_document",
     "read_image",
     "read_labels",
+    "to_pixels",
 ]

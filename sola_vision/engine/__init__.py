@@ -6,7 +6,7 @@ It knows a protocol, not a task, and nothing of the rest of the package. `loop` 
 
 from .checkpoint import LoadReport, load_weights, read_metadata, read_weights, save_weights
 from .config import Task, TrainConfig
-from .distributed import World, all_reduce_sum, distributed, gather_objects
+from .distributed import World, all_reduce_sum, distributed, gather_objects, on_main
 from .loading import EvaluationBatches, to_device
 from .loop import TrainingStopped, check_folder, evaluate, fit
 from .optim import lr_at
@@ -26,6 +26,7 @@ __all__ = [
     "gather_objects",
     "load_weights",
     "lr_at",
+    "on_main",
     "read_metadata",
     "read_weights",
     "save_weights",

@@ -2,6 +2,7 @@
 """Problems to train on: model, loss and metric each. Classification here; the loop is `engine.fit`."""
 
 from sola_vision.tasks.classification import Classification, Tally
+from sola_vision.tasks.detector import DetectorConfig
 from sola_vision.tasks.model import (
     Checkpoint,
     ModelConfig,
@@ -17,6 +18,7 @@ from sola_vision.tasks.upernet import UPerNetConfig
 __all__ = [
     "Checkpoint",
     "Classification",
+    "DetectorConfig",
     "ModelConfig",
     "Tally",
     "UPerNetConfig",

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection and instance segmentation data: a folder of images with annotations in COCO's format.
+
+Layouts that are known, for the splits train and val:
+    ROOT/annotations/instances_val.json      images in ROOT/val/ (COCO's own: instances_val2017.json and val2017/)
+    ROOT/val/_annotations.coco.json          images beside it (val/ may be called valid/)
+
+Labels are 1..K in the order of the category ids, which need not be contiguous; 0 is the background. Crowds are no
+training objects, the evaluation ignores what falls on them. What cannot be an object is left out, counted and named.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .images import read_image
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {
+    "train": ("train", "train2017", "train2014"),
+    "val": ("val", "val2017", "val2014", "valid", "validation", "test"),
+}
+_LAYOUT = (
+    "expected ROOT/annotations/instances_SPLIT.json with images in ROOT/SPLIT/, or ROOT/SPLIT/_annotations.coco.json"
+)
+
+
+def mask_library() -> ModuleType:
+    """COCO's polygons and run lengths, from the package that also scores them."""
+    try:
+        from faster_coco_eval.core import mask
+    except ImportError:
+        raise ImportError('COCO\'s masks and scores need faster-coco-eval: pip install "sola-vision[det]"') from None
+    return mask
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of one image of `size` (H, W), without crowds. boxes [n, 4] x0 y0 x1 y1 inside it, labels [n]."""
+
+    image_id: int
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    segmentations: Sequence[Any] | None  # as COCO writes them; None where masks are not wanted
+    names: Sequence[str]  # of the annotations, for errors
+
+    def mask(self, index: int) -> np.ndarray:
+        """Object `index` as [H, W] uint8 of 0 and 1."""
+        assert self.segmentations is not None
+        try:
+            return mask_library().decode(run_lengths(self.segmentations[index], self.size))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.names[index]}: its mask cannot be read: {error}") from None
+
+
+def run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Polygons, or run lengths compressed or not, as compressed run lengths."""
+    library = mask_library()
+    if isinstance(segmentation, list):
+        return library.merge(library.frPyObjects(segmentation, *size))
+    return library.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
+
+
+class CocoFolder(Dataset[Any]):
+    """One split; `transform(image, objects)` makes a sample of a PIL image and its Objects.
+
+    `classes` are the categories' names in the order of their ids, or the given ones (a checkpoint's), of which the
+    split may lack some but must not have others; `category_ids` are theirs here. `masks`: None = if the data has them.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        transform: Callable[[Image.Image, Objects], Any] | None = None,
+        classes: Sequence[str] | None = None,
+        *,
+        masks: bool | None = None,
+        keep_empty: bool = True,
+    ) -> None:
+        self.file, self.folder = _find(Path(root).expanduser(), split)
+        document = read_document(self.file)
+        self.transform = transform
+        images = _images(document, self.file)
+        self.categories = _categories(document, self.file)
+        names = [name for _, name in self.categories]
+        self.classes = names if classes is None else list(classes)
+        if unknown := [name for name in names if name not in self.classes]:
+            raise ValueError(
+                f"{self.file}: category {unknown[0]!r} is not among the {len(self.classes)} known classes "
+                f"({', '.join(self.classes[:5])}{', ...' if len(self.classes) > 5 else ''}): "
+                "rename or remove it, or train with it"
+            )
+        ids = {name: number for number, name in self.categories}
+        # a class that this split lacks still needs an id in results; none of its own may be taken
+        spare = max(ids.values(), default=0) + 1
+        self.category_ids = [ids.get(name, spare + label) for label, name in enumerate(self.classes)]
+        labels = {ids[name]: label for label, name in enumerate(self.classes, start=1) if name in ids}
+        by_image, dropped = _sort(document["annotations"], images, labels, self.file)
+        dropped.log(self.file, len(document["annotations"]))
+        self.masks = self._decide_masks(by_image, masks)
+        kept = [image for image in images.values() if keep_empty or any(a["object"] for a in by_image[image["id"]])]
+        if not any(annotation["object"] for image in kept for annotation in by_image[image["id"]]):
+            raise ValueError(f"{self.file} has no objects in its {len(images)} images")
+        self.image_ids = [int(image["id"]) for image in kept]
+        # one array of bytes instead of a million dictionaries: forked workers share it without copying
+        records = [json.dumps(self._record(image, by_image[image["id"]], labels)).encode() for image in kept]
+        self._bytes = np.frombuffer(b"".join(records), dtype=np.uint8)
+        self._ends = np.cumsum([len(record) for record in records])
+        self._check_files(kept)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Any:
+        image, objects = self.image(index), self.objects(index)
+        return (image, objects) if self.transform is None else self.transform(image, objects)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` upright and RGB; OSError or ValueError if it is missing, broken or of another size."""
+        image = read_image(self.folder / self._load(index)["file_name"], name=self.location(index))
+        height, width = self._load(index)["size"]
+        if image.size != (width, height):
+            raise ValueError(
+                f"{self.location(index)} is {image.height}x{image.width}, but {self.file.name} says {height}x{width}: "
+                "its boxes would lie elsewhere; write the annotations for this image again"
+            )
+        return image
+
+    def objects(self, index: int) -> Objects:
+        record = self._load(index)
+        return Objects(
+            image_id=self.image_ids[index],
+            size=(record["size"][0], record["size"][1]),
+            boxes=np.array(record["boxes"], dtype=np.float64).reshape(-1, 4),
+            labels=np.array(record["labels"], dtype=np.int64),
+            segmentations=record["segmentations"],
+            names=[f"{self.location(index)}: annotation {number}" for number in record["annotations"]],
+        )
+
+    def location(self, index: int) -> str:
+        """Where image `index` lies, for people."""
+        return str(self.folder / self._load(index)["file_name"])
+
+    def truth(self) -> dict[str, Any]:
+        """The document to score results against: all that can be used, crowds too, boxes and areas as written."""
+        document = read_document(self.file)
+        images = _images(document, self.file)
+        labels = {number: label for label, (number, _) in enumerate(self.categories)}
+        by_image, _ = _sort(document["annotations"], images, labels, self.file)
+        return {
+            "images": list(images.values()),
+            "annotations": [_complete(a, images) for some in by_image.values() for a in some],
+            "categories": document["categories"],
+        }
+
+    def _load(self, index: int) -> dict[str, Any]:
+        first = self._ends[index - 1] if index else 0
+        return json.loads(self._bytes[first : self._ends[index]].tobytes())
+
+    def _record(self, image: dict[str, Any], annotations: list[dict[str, Any]], labels: dict[int, int]) -> Any:
+        height, width = image["height"], image["width"]
+        objects = [annotation for annotation in annotations if annotation["object"]]
+        boxes = np.array([annotation["bbox"] for annotation in objects], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return {
+            "file_name": image["file_name"],
+            "size": (height, width),
+            "boxes": boxes.clip(0, [width, height, width, height]).tolist(),
+            "labels": [labels[annotation["category_id"]] for annotation in objects],
+            "segmentations": [annotation["segmentation"] for annotation in objects] if self.masks else None,
+            "annotations": [annotation["id"] for annotation in objects],
+        }
+
+    def _decide_masks(self, by_image: dict[int, list[dict[str, Any]]], wanted: bool | None) -> bool:
+        objects = [annotation for some in by_image.values() for annotation in some if annotation["object"]]
+        without = [annotation["id"] for annotation in objects if not annotation.get("segmentation")]
+        if wanted is False or (wanted is None and len(without) == len(objects)):
+            return False
+        if without:
+            raise ValueError(
+                f"{self.file}: {len(without)} of {len(objects)} objects have no mask (the first: annotation "
+                f"{without[0]}): add them, or set masks to false to train on boxes alone"
+            )
+        return True
+
+    def _check_files(self, images: list[dict[str, Any]]) -> None:
+        """Files that are missing count as unreadable images when their turn comes; all of them are a wrong folder."""
+        missing = [image["file_name"] for image in images if not (self.folder / image["file_name"]).is_file()]
+        if missing and len(missing) == len(images):
+            raise FileNotFoundError(
+                f"{self.folder / missing[0]}: not there, as none of the {len(images)} images that {self.file} names; "
+                f"put them into {self.folder}"
+            )
+        if missing:
+            logger.warning(
+                "%s: %d of %d images are missing (the first: %s)", self.file, len(missing), len(images), missing[0]
+            )
+
+
+class _Dropped:
+    """Annotations that cannot be objects, by reason."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, list[Any]] = {}
+
+    def add(self, reason: str, annotation: Any) -> None:
+        self.reasons.setdefault(reason, []).append(annotation.get("id") if isinstance(annotation, dict) else None)
+
+    def log(self, file: Path, total: int) -> None:
+        if self.reasons:
+            count = sum(map(len, self.reasons.values()))
+            why = "; ".join(f"{len(ids)} {why} (annotation {ids[0]})" for why, ids in self.reasons.items())
+            logger.warning("%s: left out %d of %d annotations: %s", file, count, total, why)
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """A COCO JSON file with its three lists, or a ValueError."""
+    try:
+        document = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(name), list):
+            raise ValueError(f"{file} has no list {name!r}: COCO's format has images, annotations and categories")
+    return document
+
+
+def _find(root: Path, split: str) -> tuple[Path, Path]:
+    """The annotations of a split and the folder of its images."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; {_LAYOUT}")
+    names = SPLITS.get(split, (split,))
+    for name in names:
+        if (file := root / "annotations" / f"instances_{name}.json").is_file():
+            folder = next((f for f in (root / name, root / "images" / name) if f.is_dir()), None)
+            if folder is None:
+                raise FileNotFoundError(f"{file} is there, but {root / name} with its images is not")
+            return file, folder
+        if (file := root / name / "_annotations.coco.json").is_file():
+            return file, root / name
+    raise ValueError(f"{root} has no annotations of the split {split} (looked for {', '.join(names)}); {_LAYOUT}")
+
+
+def _images(document: dict[str, Any], file: Path) -> dict[int, dict[str, Any]]:
+    images: dict[int, dict[str, Any]] = {}
+    for image in document["images"]:
+        sizes = [image.get("height"), image.get("width")] if isinstance(image, dict) else []
+        if not sizes or not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
+            raise ValueError(f"{file}: an image needs an integer id and a file_name, found {image!r:.80}")
+        if not all(isinstance(side, int) and side > 0 for side in sizes):
+            raise ValueError(f"{file}: image {image['id']} needs height and width above 0, found {sizes}")
+        path = Path(image["file_name"])
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{file}: image {image['id']} is {path}: a file_name must lie below the images' folder")
+        if image["id"] in images:
+            raise ValueError(f"{file}: two images have the id {image['id']}; give each its own")
+        images[image["id"]] = image
+    if not images:
+        raise ValueError(f"{file} lists no images")
+    return images
+
+
+def _categories(document: dict[str, Any], file: Path) -> list[tuple[int, str]]:
+    """(id, name) by id; a background category that nothing uses, as some programs write it, is a class like any."""
+    found: dict[int, str] = {}
+    for category in document["categories"]:
+        if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
+            raise ValueError(f"{file}: a category needs an integer id and a name, found {category!r:.80}")
+        if category["id"] in found or str(category["name"]) in found.values():
+            raise ValueError(f"{file}: the category {category['id']} {category['name']!r} is there twice")
+        found[category["id"]] = str(category["name"])
+    if not found:
+        raise ValueError(f"{file} lists no categories")
+    return sorted(found.items())
+
+
+def _sort(
+    annotations: list[Any], images: dict[int, dict[str, Any]], labels: dict[int, int], file: Path
+) -> tuple[dict[int, list[dict[str, Any]]], _Dropped]:
+    """The usable annotations of every image; "object" says that one is no crowd."""
+    by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
+    dropped = _Dropped()
+    for annotation in annotations:
+        image = images.get(annotation.get("image_id", -1)) if isinstance(annotation, dict) else None
+        if image is None:
+            dropped.add("of no image in the list", annotation)
+            continue
+        if annotation.get("category_id") not in labels:
+            raise ValueError(
+                f"{file}: annotation {annotation.get('id')} has category_id {annotation.get('category_id')!r}, which "
+                f"is not among the {len(labels)} categories: add the category, or remove the annotation"
+            )
+        reason = _unusable_box(annotation.get("bbox"), image) or _unusable_mask(annotation.get("segmentation"), image)
+        if reason:
+            dropped.add(reason, annotation)
+        else:
+            by_image[image["id"]].append({"id": None, **annotation, "object": not annotation.get("iscrowd", 0)})
+    return by_image, dropped
+
+
+def _unusable_box(box: Any, image: dict[str, Any]) -> str | None:
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        return "without a box of four numbers"
+    if not all(map(math.isfinite, box)):
+        return "with a box that is not finite"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return "with a box without area"
+    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
+        return "with a box outside the image"
+    return None
+
+
+def _unusable_mask(segmentation: Any, image: dict[str, Any]) -> str | None:
+    if not segmentation:
+        return None  # boxes alone are data as well
+    if isinstance(segmentation, dict):
+        if not isinstance(segmentation.get("counts"), str | list):
+            return "with run lengths that are none"
+        if list(segmentation.get("size") or []) != [image["height"], image["width"]]:
+            return "with a mask of another size than the image"
+        return None
+    far = 2 * max(image["height"], image["width"])
+    for polygon in segmentation if isinstance(segmentation, list) else [None]:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            return "with a polygon of fewer than three points"
+        # what is not a number would bring the library down, and so would the far end of the world
+        if not all(isinstance(v, int | float) and abs(v) <= far for v in polygon):
+            return "with a polygon far outside the image"
+    return None
+
+
+def _complete(annotation: dict[str, Any], images: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the evaluator takes for granted, where a program left it out."""
+    full = {"iscrowd": 0, **{name: value for name, value in annotation.items() if name != "object"}}
+    if "area" not in full:
+        image = images[full["image_id"]]
+        size = (image["height"], image["width"])
+        box_area = full["bbox"][2] * full["bbox"][3]
+        segmentation = full.get("segmentation")
+        full["area"] = float(mask_library().area(run_lengths(segmentation, size))) if segmentation else box_area
+    return full

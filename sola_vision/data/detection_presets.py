@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image settings of detection, and the two transforms that follow from them. Batches are lists, images differ in size.
+
+The defaults are those of the 1x schedule of Mask R-CNN: the shorter side to 800 pixels, the longer one to 1333 at
+most, mirrored half of the time. Training resizes here, where the workers are; evaluation hands out whole images, which
+the network resizes itself, so that its boxes are in the pixels of the original.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision import transforms
+
+from .coco import Objects
+
+Target = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class DetectionConfig:
+    """Sizes and augmentation of detection.
+
+    Args:
+        size: the shorter side's pixels; null = every image keeps its own size, times zoom.
+        longest: what the longer side may have at most.
+        zoom: enlarges images that keep their own size, for small objects.
+        crop: training sees a random window of so many pixels a side; null = whole images.
+        scale: smallest and largest random factor on the size of a training image.
+        hflip: probability of mirroring left and right.
+        vflip: probability of mirroring top and bottom, for images without an up.
+        color_jitter: strength of random changes of brightness, contrast and saturation.
+        mean: of the pixels of each channel, from 0 to 1.
+        std: their standard deviation.
+        masks: null = learn masks if the data has them; false = boxes alone.
+        keep_empty: whether images without objects are trained on.
+    """
+
+    size: int | None = 800
+    longest: int = 1333
+    zoom: float = 1.0
+    crop: int | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    masks: bool | None = None
+    keep_empty: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("size", "longest", "crop"):
+            value = getattr(self, name)
+            if value is not None and value < 32:
+                raise ValueError(f"{name} {value}: at least 32 pixels, or the last feature map would be empty")
+        if self.size is not None and self.zoom != 1:
+            raise ValueError(f"zoom {self.zoom}: it enlarges images that keep their own size; set size to null")
+        if not self.zoom > 0 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"zoom {self.zoom} and scale {self.scale}: factors above 0, the smaller one first")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std}: what pixels are divided by, above 0")
+        for name in ("hflip", "vflip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: a probability, from 0 to 1")
+        if self.color_jitter < 0:
+            raise ValueError(f"color_jitter {self.color_jitter}: a strength, 0 (off) or above")
+
+    def resized(self, height: int, width: int, factor: float = 1.0) -> tuple[int, int]:
+        """Height and width of what the network sees of an image, before any crop."""
+        scale = self.zoom if self.size is None else self.size / min(height, width)
+        scale = factor * min(scale, self.longest / max(height, width))
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+class DetectionTrainTransform:
+    """(image, objects) -> (uint8 [3, h, w], {"boxes", "labels", "masks" if there are any, "image_id"})."""
+
+    def __init__(self, config: DetectionConfig) -> None:
+        self.config = config
+        strength = config.color_jitter
+        self.jitter = transforms.ColorJitter(strength, strength, strength) if strength else None
+
+    def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, Target]:
+        config = self.config
+        height, width = config.resized(image.height, image.width, random.uniform(*config.scale))
+        h, w = (min(side, config.crop or side) for side in (height, width))
+        top, left = random.randint(0, height - h), random.randint(0, width - w)
+        across, down = random.random() < config.hflip, random.random() < config.vflip
+        # the window in the pixels of the original, so that images and masks are cut out and resized in one go
+        y, x = image.height / height, image.width / width
+        window = (left * x, top * y, (left + w) * x, (top + h) * y)
+
+        boxes = objects.boxes / (x, y, x, y) - (left, top, left, top)
+        inside = boxes.clip(0, (w, h, w, h))
+        kept = np.flatnonzero(((inside[:, 2:] - inside[:, :2]) >= 1).all(1))
+        target: Target = {"image_id": objects.image_id}
+        if objects.segmentations is not None:
+            kept, inside, target["masks"] = _cut_masks(objects, kept, boxes, inside, window, (w, h), across, down)
+        inside = inside[kept]
+        if across:
+            inside[:, [0, 2]] = w - inside[:, [2, 0]]
+        if down:
+            inside[:, [1, 3]] = h - inside[:, [3, 1]]
+        target["boxes"] = torch.from_numpy(inside.astype(np.float32))
+        target["labels"] = torch.from_numpy(objects.labels[kept])
+
+        image = image.resize((w, h), Image.Resampling.BILINEAR, box=window)
+        if self.jitter is not None:
+            image = self.jitter(image)
+        pixels = _mirrored(np.asarray(image), across, down)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), target
+
+
+class DetectionEvalTransform:
+    """(image, objects) -> (uint8 [3, H, W], {"image_id"}): the whole image."""
+
+    def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, Target]:
+        return to_pixels(image), {"image_id": objects.image_id}
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def collate_lists(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """A batch of images of different sizes: a list of images and a list of targets."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+def _cut_masks(
+    objects: Objects,
+    candidates: np.ndarray,
+    boxes: np.ndarray,
+    inside: np.ndarray,
+    window: tuple[float, float, float, float],
+    size: tuple[int, int],
+    across: bool,
+    down: bool,
+) -> tuple[np.ndarray, np.ndarray, Tensor]:
+    """The candidates that a pixel is left of, all boxes, those of cut objects tight around the rest, and the masks."""
+    masks, kept, inside = [], [], inside.copy()
+    for index in candidates:
+        whole = Image.fromarray(objects.mask(index) * np.uint8(255))
+        mask = np.asarray(whole.resize(size, Image.Resampling.BILINEAR, box=window)) >= 128
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if not len(rows):
+            continue
+        if (boxes[index] != inside[index]).any():
+            inside[index] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        masks.append(_mirrored(mask, across, down))
+        kept.append(index)
+    stacked = np.stack(masks) if masks else np.zeros((0, size[1], size[0]), bool)
+    return np.array(kept, dtype=np.int64), inside, torch.from_numpy(stacked.astype(np.uint8))
+
+
+def _mirrored(pixels: np.ndarray, across: bool, down: bool) -> np.ndarray:
+    pixels = pixels[:, ::-1] if across else pixels
+    return pixels[::-1] if down else pixels

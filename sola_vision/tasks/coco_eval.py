@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO's average precision of boxes or masks, by faster-coco-eval, which gives the numbers of pycocotools.
+
+`score(truth, results, "bbox" or "segm")` takes documents in COCO's formats, whoever made them. maxDets, how many
+detections of an image count, is the largest of three; COCO's own is 100.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from sola_vision.data import mask_library
+
+Kind = Literal["bbox", "segm"]
+KINDS: tuple[Kind, ...] = ("bbox", "segm")
+MAX_DETS = 100
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the overlap at which a detection counts
+RECALLS = np.linspace(0, 1, 101)
+_AREAS = {"all": (0, 1e5**2), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
+
+
+@dataclass(frozen=True)
+class Score:
+    """precision [thresholds, recalls, classes, areas, 3] and recall [thresholds, classes, areas, 3], as COCO's API has
+    them (-1 where there is no truth); the last axis is `max_dets`.
+    """
+
+    kind: Kind
+    max_dets: tuple[int, int, int]
+    classes: list[str]
+    precision: np.ndarray
+    recall: np.ndarray
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """COCO's twelve numbers from 0 to 1 in its order; nan where there is no truth, for which it writes -1."""
+        few, some, all_of_them = self.max_dets
+        return {
+            "AP": self.average(),
+            "AP50": self.average(threshold=0.5),
+            "AP75": self.average(threshold=0.75),
+            "APs": self.average(area="small"),
+            "APm": self.average(area="medium"),
+            "APl": self.average(area="large"),
+            f"AR{few}": _mean(self.recall[:, :, 0, 0]),
+            f"AR{some}": _mean(self.recall[:, :, 0, 1]),
+            f"AR{all_of_them}": _mean(self.recall[:, :, 0, 2]),
+            **{f"AR{a[0]}": _mean(self.recall[:, :, i, 2]) for i, a in enumerate(_AREAS) if i},
+        }
+
+    def average(self, *, threshold: float | None = None, area: str = "all", label: int | None = None) -> float:
+        """AP over all thresholds or at one, over all classes or of one (from 0)."""
+        values = self.precision[:, :, :, list(_AREAS).index(area), 2]
+        if threshold is not None:
+            values = values[np.isclose(THRESHOLDS, threshold)]
+        return _mean(values if label is None else values[:, :, label])
+
+    def curve(self, label: int, threshold: float = 0.5) -> np.ndarray:
+        """Precision of class `label` (from 0) at the recalls 0, 0.01, ... 1; -1 where there is no truth."""
+        return self.precision[int(np.flatnonzero(np.isclose(THRESHOLDS, threshold))[0]), :, label, 0, 2]
+
+
+def _mean(values: np.ndarray) -> float:
+    there = values[values > -1]
+    return float(there.mean()) if there.size else math.nan
+
+
+def score(
+    truth: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    kind: Kind,
+    *,
+    max_dets: int = MAX_DETS,
+    image_ids: Sequence[int] | None = None,
+) -> Score:
+    """Scores `results` on all images of the truth, or on `image_ids`; results must have passed `check_results`."""
+    mask_library()  # says what to install if it is missing
+    from faster_coco_eval import COCO
+    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+
+    wanted = set(truth_ids(truth) if image_ids is None else image_ids)
+    # a box beside a mask would be taken for the area by which results are small or large
+    fields = {"image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation"}
+    own = [
+        {name: value for name, value in result.items() if name in fields}
+        for result in results
+        if result["image_id"] in wanted
+    ]
+    # the library writes into what it is given
+    reference = COCO({name: [dict(item) for item in truth[name]] for name in ("images", "annotations", "categories")})
+    evaluation = COCOeval_faster(reference, reference.loadRes(own), kind, print_function=_silent)
+    limits = (min(1, max_dets), min(10, max_dets), max_dets)
+    evaluation.params.maxDets = list(limits)
+    evaluation.params.imgIds = sorted(wanted)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    names = {int(category["id"]): str(category["name"]) for category in truth["categories"]}
+    classes = [names[int(number)] for number in evaluation.params.catIds]
+    precision, recall = (np.asarray(evaluation.eval[name]) for name in ("precision", "recall"))
+    return Score(kind, limits, classes, precision, recall)
+
+
+def truth_ids(truth: dict[str, Any]) -> list[int]:
+    return [int(image["id"]) for image in truth["images"]]
+
+
+def check_results(results: Any, truth: dict[str, Any], kind: Kind, name: str) -> list[dict[str, Any]]:
+    """The results if they can be scored, else a ValueError that says which entry of `name` cannot and why."""
+    if not isinstance(results, list):
+        raise ValueError(f"{name} must hold a list of results, as COCO's format for them has it")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    categories = {category["id"] for category in truth["categories"]}
+    field = "bbox" if kind == "bbox" else "segmentation"
+    for index, result in enumerate(results):
+        where = f"{name}: result {index}"
+        if not isinstance(result, dict) or any(key not in result for key in ("image_id", "category_id", "score")):
+            raise ValueError(f"{where} needs image_id, category_id and score, found {result!r:.80}")
+        if result["image_id"] not in sizes:
+            raise ValueError(f"{where} is of image {result['image_id']!r}, which the annotations do not have")
+        if result["category_id"] not in categories:
+            raise ValueError(f"{where} is of category {result['category_id']!r}, which the annotations do not have")
+        if field not in result:
+            raise ValueError(f"{where} has no {field}: choose another --type, or give results of that type")
+        if not _is_number(result["score"]):
+            raise ValueError(f"{where} has the score {result['score']!r}, which is no finite number")
+        if kind == "bbox":
+            box = result["bbox"]
+            if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+                raise ValueError(f"{where} has the bbox {box!r:.80}; it takes four finite numbers x, y, width, height")
+        else:
+            _check_mask(result["segmentation"], sizes[result["image_id"]], where)
+    return results
+
+
+def _check_mask(mask: Any, size: tuple[int, int], where: str) -> None:
+    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
+        raise ValueError(f"{where} needs a mask as compressed run lengths, found {mask!r:.80}")
+    if tuple(mask.get("size") or ()) != size:
+        raise ValueError(f"{where} has a mask of size {mask.get('size')}, but its image is {list(size)}")
+    try:
+        mask_library().area(mask)
+    except ValueError as error:
+        raise ValueError(f"{where} has a mask that cannot be read: {error}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _silent(*_: object) -> None:
+    pass

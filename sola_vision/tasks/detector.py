@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A detector from its configuration, from a classifier's checkpoint, or from its own: Mask R-CNN over the backbone's
+four feature maps, or Faster R-CNN where there are no masks to learn.
+
+    images -> Pyramid (strides 4, 8, 16, 32) -> FPN -> proposals (strides 4 .. 64) -> boxes, masks (strides 4 .. 32)
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from sola_vision.data import DetectionConfig
+from sola_vision.engine import LoadReport, load_weights, read_weights
+from sola_vision.tasks.model import (
+    ModelConfig,
+    create_network,
+    foreign_metadata,
+    network_changes,
+    read_description,
+    read_network,
+    read_settings,
+)
+from sola_vision.tasks.pyramid import Pyramid
+from sola_vision.tasks.rcnn import (
+    AlignedRoIAlign,
+    FixedAnchors,
+    FloatRPNHead,
+    L1RegionProposals,
+    L1RoIHeads,
+    Preparation,
+)
+
+_STRIDES = (4, 8, 16, 32)
+_GRID = 224  # pixels a side of the position embedding, that of the classifiers; other sizes interpolate it
+
+
+@dataclass(kw_only=True)
+class DetectorConfig:
+    """Everything of a detector but its backbone, and how the backbone is trained.
+
+    Args:
+        channels: of the feature pyramid and of the mask head.
+        box_channels: of the two layers that classify a box.
+        group_norm: normalise the pyramid and the mask head, for training from scratch.
+        anchor_scale: side of a square anchor by the stride of its level; 8 gives 32 to 512 pixels.
+        proposals: boxes of an image that the second stage sees.
+        samples: of which so many train it.
+        max_detections: objects that are reported in an image at most, and maxDets of the evaluation.
+        score_threshold: what scores less is not reported.
+        nms_threshold: of two boxes of a class that overlap more, the lower score is dropped.
+        frozen_stages: the stem and so many stages keep the weights they start with; 0 = all are trained.
+        checkpointing: recompute the backbone's activations in the backward pass instead of keeping them.
+        drop_bridges: leave out the bridges of the checkpoint that training starts from.
+    """
+
+    channels: int = 256
+    box_channels: int = 1024
+    group_norm: bool = False
+    anchor_scale: float = 8.0
+    proposals: int = 1000
+    samples: int = 512
+    max_detections: int = 100
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    frozen_stages: int = 0
+    checkpointing: bool = False
+    drop_bridges: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "box_channels", "proposals", "samples", "max_detections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.group_norm and self.channels % 8:
+            raise ValueError(f"channels={self.channels} must be a multiple of 8 for group_norm")
+        if not self.anchor_scale > 0:
+            raise ValueError(f"anchor_scale={self.anchor_scale} must be above 0")
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+
+
+class FeaturePyramid(nn.Module):
+    """images [B, 3, H, W] -> {"0" .. "3": strides 4 to 32, "pool": stride 64}, each [B, channels, h, w]."""
+
+    def __init__(self, pyramid: Pyramid, channels: int, norm: partial[nn.Module] | None) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+        self.fpn = FeaturePyramidNetwork(pyramid.channels, channels, LastLevelMaxPool(), norm)
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.fpn(OrderedDict((str(level), x) for level, x in enumerate(self.pyramid(images))))
+
+
+class Detector(GeneralizedRCNN):
+    """Called with (images, targets) in training it returns losses, with images in evaluation what it found:
+    a list of {"boxes" [n, 4], "labels" [n], "scores" [n], "masks" [n, 28, 28] over the boxes}, best first.
+    Images are a list of uint8 tensors [3, H, W] of any size.
+    """
+
+    def __init__(self, body: nn.Module, num_classes: int, config: DetectorConfig, image: DetectionConfig) -> None:
+        """`num_classes` without the background; masks are learned unless image.masks is false."""
+        norm = partial(_group_norm) if config.group_norm else None
+        pyramid = Pyramid(body)
+        if tuple(pyramid.strides) != _STRIDES:
+            raise ValueError(f"its feature maps have the strides {pyramid.strides}, but Mask R-CNN needs {_STRIDES}")
+        backbone = FeaturePyramid(pyramid, config.channels, norm)
+        anchors = FixedAnchors((*_STRIDES, 64), config.anchor_scale, (0.5, 1.0, 2.0))
+        limits = {"training": config.proposals, "testing": config.proposals}
+        rpn = L1RegionProposals(
+            anchors,
+            FloatRPNHead(config.channels, 3),
+            *(0.7, 0.3, 256, 0.5),  # IoU of objects and background, anchors sampled, share of objects among them
+            pre_nms_top_n={"training": 2 * config.proposals, "testing": config.proposals},
+            post_nms_top_n=limits,
+            nms_thresh=0.7,
+        )
+        classes = num_classes + 1
+        heads = L1RoIHeads(
+            AlignedRoIAlign(7, _STRIDES),
+            TwoMLPHead(config.channels * 7**2, config.box_channels),
+            FastRCNNPredictor(config.box_channels, classes),
+            *(0.5, 0.5, config.samples, 0.25, None),  # the same for the second stage, and the usual box weights
+            config.score_threshold,
+            config.nms_threshold,
+            config.max_detections,
+        )
+        if image.masks is not False:
+            heads.mask_roi_pool = AlignedRoIAlign(14, _STRIDES)
+            heads.mask_head = MaskRCNNHeads(config.channels, [config.channels] * 4, 1, norm)
+            heads.mask_predictor = MaskRCNNPredictor(config.channels, config.channels, classes)
+        super().__init__(backbone, rpn, heads, Preparation(image))
+        nn.init.normal_(heads.box_predictor.cls_score.weight, std=0.01)
+        nn.init.normal_(heads.box_predictor.bbox_pred.weight, std=0.001)
+        for layer in (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred):
+            nn.init.zeros_(layer.bias)
+        if config.frozen_stages:
+            pyramid.freeze(config.frozen_stages)
+        if config.checkpointing:
+            pyramid.set_grad_checkpointing()
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return self.backbone.pyramid
+
+    @property
+    def has_masks(self) -> bool:
+        return self.roi_heads.has_mask()
+
+    def no_weight_decay(self) -> set[str]:
+        return self.pyramid.no_weight_decay("backbone.pyramid")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups for layer-wise decay: the backbone's own; all that is not backbone learns at the full rate."""
+        return self.pyramid.group_matcher("backbone.pyramid")
+
+
+@dataclass(frozen=True)
+class DetectorCheckpoint:
+    """A trained detector and what its file says about it; category_ids are those of its training data, by class."""
+
+    model: Detector
+    name: str
+    classes: list[str]
+    category_ids: list[int]
+    image: DetectionConfig
+    detector: DetectorConfig
+
+
+def build_detector(model: ModelConfig, detector: DetectorConfig, image: DetectionConfig, num_classes: int) -> Detector:
+    """The network with fresh weights."""
+    return _create(model.name, network_changes(model, _GRID), detector, image, num_classes)
+
+
+def _create(
+    name: str, changes: dict[str, Any], detector: DetectorConfig, image: DetectionConfig, num_classes: int
+) -> Detector:
+    try:
+        return Detector(
+            create_network(name, None, _GRID, {**changes, "features_only": True}), num_classes, detector, image
+        )
+    # networks of timm that have no feature maps, or whose classes take other arguments
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be the backbone of a detector: {error}") from None
+
+
+def load_detector(path: str | Path) -> DetectorCheckpoint:
+    """A detector of ours, or a run's folder (its best weights), ready for evaluation.
+
+    Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program or task.
+    """
+    path, values = read_description(path)
+    if values["task"] != "detection":
+        raise ValueError(f"{path} is of the task {values['task']!r}: a detector's checkpoint is needed here")
+    try:
+        image = read_settings(DetectionConfig, values["image"])
+        detector = read_settings(DetectorConfig, values["detector"])
+        classes = [str(label) for label in values["classes"]]
+        ids = [int(number) for number in values["category_ids"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise foreign_metadata(path, error) from None
+    if len(ids) != len(classes):
+        raise foreign_metadata(path, f"{len(classes)} classes have {len(ids)} ids")
+    name, network = read_network(path, values)
+    model = _create(name, network, detector, image, len(classes))
+    load_weights(model, path)
+    return DetectorCheckpoint(model.eval(), name, classes, ids, image, detector)
+
+
+def start_detector(model: Detector, path: str | Path, classes: Sequence[str], drop_bridges: bool) -> str:
+    """Start from a classifier's weights, or from a whole detector; returns what happened, in one line.
+
+    Of a detector what depends on the classes stays fresh where they differ, and masks where it has none.
+    """
+    path = Path(path)
+    path = path / "best.safetensors" if path.is_dir() else path
+    stored = read_weights(path)
+    if not any(name.startswith("backbone.pyramid.") for name in stored):
+        return model.pyramid.start_from(stored, path, drop_bridges)
+    own = model.state_dict()
+    theirs = read_description(path)[1]["classes"] if path.suffix == ".safetensors" else None
+    fresh = [name for name in own if name.startswith("roi_heads.mask_") and name not in stored]
+    if theirs != list(classes):
+        fresh += [name for name in own if ".box_predictor." in name or "mask_fcn_logits" in name]
+    stored = {name: value for name, value in stored.items() if name in own or not name.startswith("roi_heads.mask_")}
+    stored |= {name: own[name] for name in fresh}
+    report = LoadReport(
+        missing=tuple(name for name in own if name not in stored),
+        unexpected=tuple(name for name in stored if name not in own),
+        resized=tuple(name for name in stored if name in own and stored[name].shape != own[name].shape),
+    )
+    if report:
+        raise ValueError(f"{path} does not fit the detector: {report}; start from a checkpoint of the same network")
+    model.load_state_dict(stored)
+    return f"weights from {path}" + (f" ({len(set(fresh))} of {len(own)} tensors fresh)" if fresh else "")
+
+
+def _group_norm(channels: int) -> nn.Module:
+    # not in the paper: groups of 8 channels; batches of few images are too small for batch normalisation
+    return nn.GroupNorm(channels // 8, channels)
+
+
+def backbone_of(model: Detector) -> nn.Module:
+    """timm's network inside, whose configuration a checkpoint carries."""
+    inner = getattr(model.pyramid.body, "model", model.pyramid.body)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+@torch.inference_mode()
+def detect(model: Detector, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """What is in the images, one at a time: attention sees padding, so a neighbour's size would change the result."""
+    return [model([image])[0] for image in images]

@@ -131,7 +131,8 @@ def _jobs(shape: Shape, dtype: torch.dtype, native: bool) -> dict[Name, Job]:
     }
     for path, (forward, backward) in paths.items():
         jobs[Name(path, "forward")] = partial(forward, decay, bonus, key, value)
-        jobs[Name(path, "backward")] = partial(backward, decay, bonus, key, value, grad)
+        if path == "native":
+            jobs[Name(path, "backward")] = partial(backward, decay, bonus, key, value, grad)
         jobs[Name(path, "both")] = _both(forward, (decay, bonus, key, value), grad)
     if native:
         jobs[Name("native", "forward", "streamed")] = lambda: torch.ops.sola.wkv(decay, bonus, *next(ring))

@@ -20,13 +20,15 @@ Name = TypeVar("Name")
 class Protocol:
     """How often: rounds, calls to warm up, at most `calls` timed ones of together about `seconds`.
 
-    A job whose call alone fills `seconds` warms up with one call, and one that fills three times that is timed once.
+    A job whose call alone fills `seconds` warms up with one call, and one that fills three times that is timed once,
+    in the first `slow_rounds` rounds only where that is given.
     """
 
     rounds: int = 7
     warm_up: int = 2
     calls: int = 10
     seconds: float = 1.0
+    slow_rounds: int | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -58,14 +60,17 @@ def interleave(
     shortest: dict[Name, list[float]] = {name: [] for name in jobs}
     for number in range(protocol.rounds):
         for name, job in jobs.items():
-            shortest[name].append(_best(job, protocol, clock))
+            times = shortest[name]
+            slow = bool(times) and times[0] >= 3 * protocol.seconds
+            if not slow or protocol.slow_rounds is None or number < protocol.slow_rounds:
+                times.append(_best(job, protocol, clock))
         report(number + 1)
     return {name: Times(tuple(times)) for name, times in shortest.items()}
 
 
 def ratio(over: Times, under: Times) -> tuple[float, float]:
-    """How many times as long the first took as the second: the median over rounds, and its spread."""
-    ratios = [a / b for a, b in zip(over.rounds, under.rounds, strict=True)]
+    """How many times as long the first took as the second: the median over the rounds of both, and its spread."""
+    ratios = [a / b for a, b in zip(over.rounds, under.rounds, strict=False)]
     return statistics.median(ratios), spread(ratios)
 
 

@@ -67,6 +67,14 @@ def test_slow_jobs_are_called_less_often(seconds, calls):
     assert len(machine.log) == calls
 
 
+def test_very_slow_jobs_can_be_left_out_of_the_later_rounds():
+    machine = Machine()
+    jobs = {"a": machine.job("a", [3.5]), "b": machine.job("b", [2.0])}
+    times = interleave(jobs, Protocol(rounds=4, slow_rounds=2), machine.clock)
+    assert (len(times["a"].rounds), len(times["b"].rounds)) == (2, 4)
+    assert ratio(times["a"], times["b"])[0] == pytest.approx(1.75)
+
+
 def test_rounds_are_at_least_one():
     with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
         Protocol(rounds=0)

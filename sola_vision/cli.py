@@ -19,6 +19,7 @@ VERBS = {
     "cost": "count parameters, multiply-adds and activation memory before training",
     "bench": "measure the speed and memory of the operator or of networks",
     "study": "run the paper's tables and figures, and write their pages",
+    "search": "find which layers should be softmax under a budget",
 }
 _MODULES = {"eval": "evaluate"}
 

@@ -82,6 +82,17 @@ class Images:
     def val(self) -> Dataset[Any]:
         return self._open(self.val_files, self.val_indices, training=False)
 
+    def split(self, share: float) -> tuple[Dataset[Any], Dataset[Any]]:
+        """The training images in two: most to train on, and a `share` of each class, seen as held-out ones are."""
+        labels = [self.train_files.targets[index] for index in self.train_indices]
+        chosen = set(balanced_subset(labels, max(len(self.classes), round(share * len(labels)))))
+        parts = [
+            [index for at, index in enumerate(self.train_indices) if (at in chosen) == held] for held in (False, True)
+        ]
+        return self._open(self.train_files, parts[0], training=True), self._open(
+            self.train_files, parts[1], training=False
+        )
+
     def _open(self, files: ImageFolder | Digits, indices: list[int], training: bool) -> Dataset[Any]:
         label = {name: number for number, name in enumerate(self.classes)}
         targets = [label[files.classes[files.targets[index]]] for index in indices]

@@ -80,15 +80,15 @@ MEDIUM = Scale(
 # stem patch 1, so that stage 3 has 8 x 8 tokens; sized for minutes a run on one core
 SMALL = Scale(
     name="small",
-    what="networks of 0.3 to 0.7 M parameters at 32 pixels, up to 20,000 training images, few epochs",
+    what="networks of 0.3 to 0.7 M parameters at 32 pixels, up to 20,000 training images, 2 or 3 epochs",
     hierarchical=SolaConfig(schedule="LL/LL/LLSLLS/LS", dims=(16, 32, 64, 96), patch_size=1, img_size=32, head_dim=16),
     isotropic=SolaConfig(schedule="LLLLLL", dims=(64,), patch_size=4, img_size=32, head_dim=16),
     images=None,
     limit=20_000,
-    epochs={"hierarchical": 2, "isotropic": 4},
+    epochs={"hierarchical": 2, "isotropic": 3},
     train=TrainConfig(
         batch_size=32,
-        lr=3e-3,
+        lr=1.5e-3,
         min_lr=1e-5,
         warmup_epochs=0.2,
         weight_decay=0.05,

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola search --data FOLDER --budget COST`: finds which layers should be softmax, for what the network may cost.
+
+The budget is a schedule (its cost), MACs such as 43.9M or 1.9G, or milliseconds such as 12.5ms, measured here. Prints
+the schedule; leaves search.json, curve.png and recipe.yaml in --out. A stopped search goes on when repeated.
+"""
+
+import json
+import re
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sola_vision.commands.arguments import Arguments
+from sola_vision.config import SolaConfig
+from sola_vision.search import METHODS, Costs, Found, Problem, Space, latency_costs, mac_costs, search
+from sola_vision.search.figures import draw_search
+from sola_vision.studies import SCALES, Scale
+from sola_vision.studies.images import Images
+from sola_vision.tasks import ModelConfig
+
+_CHOOSE = 0.1  # of the training images, to choose by
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    scale = SCALES[options.scale]
+    space = Space(options.space)
+    if options.data is None:
+        raise ValueError("sola search needs --data: a folder with train/ and val/, or a .tar of them")
+    images = Images(options.data, scale.size, scale.images, options.limit or scale.limit, options.classes)
+    base = scale.hierarchical if "/" in options.space else scale.isotropic
+    config = _fitting(base, space, images.identity.classes)
+    costs = _costs(options, config, space)
+    budget = _budget(options, costs)
+    costs.meeting(budget)
+    problem = _problem(options, scale, images, config, costs, budget)
+    _begin(problem.out, _settings(options, images))
+
+    found = search(problem, options.method, lambda text: print(text, file=sys.stderr))
+    _write(problem, found, options, scale, images)
+    if options.json:
+        print((problem.out / "search.json").read_text(), end="")
+        return
+    print(found.schedule + (f"  bridges {found.bridges}" if found.bridges else ""))
+    print(
+        f"{costs.text(found.cost)} for a budget of {costs.text(budget)} ({100 * (found.cost / budget - 1):+.2f} %); "
+        f"the search cost {found.trainings:.2f} trainings; {problem.out} has search.json, curve.png and recipe.yaml",
+        file=sys.stderr,
+    )
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola search", __doc__)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.add_argument("--data", help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits")
+    parser.add_argument("--budget", required=True, help="a schedule, or 43.9M, 1.9G (MACs), or 12.5ms (measured)")
+    parser.add_argument("--space", default="LL/LL/??????/LL", help="a schedule with ? for open layers (%(default)s)")
+    parser.add_argument("--method", choices=METHODS, default="gates", help="default: %(default)s")
+    parser.add_argument("--bridges", action="store_true", help="gates: also choose bridges from earlier stages")
+    parser.add_argument("--size", help="HxW of the images that the cost is counted or measured at")
+    parser.add_argument("--latency", action="store_true", help="measure a budget that is a schedule, instead of MACs")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="small", help="network, images, length of a training")
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one a line")
+    parser.add_argument("--epochs", type=int, help="length of one training (default: the scale's)")
+    parser.add_argument("--limit", type=int, help="training images, evenly by class (default: the scale's)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, gates and draws")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
+    parser.add_argument("--out", default="runs/search", help="folder (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print search.json on standard output")
+    options = parser.parse_args(list(arguments))
+    for name in ("epochs", "limit"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    if options.bridges and options.method != "gates":
+        raise ValueError(f"--bridges belongs to --method gates, not to {options.method}: leave it out")
+    return options
+
+
+def _fitting(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
+    stages = space.template.count("/") + 1
+    if stages != len(base.dims):
+        raise ValueError(
+            f"space {space.template!r} has {stages} stages but the scale's network has {len(base.dims)}: give one "
+            "group of letters for each stage"
+        )
+    return base.with_changes(schedule=space.schedule("L" * space.size), bridges="", num_classes=classes)
+
+
+def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
+    size = _size(options.size) if options.size else (config.img_size, config.img_size)
+    if options.latency or options.budget.endswith("ms"):
+        device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
+        return latency_costs(config, space, size, "cpu" if device == "auto" else device)
+    return mac_costs(config, space, size)
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
+    return int(parts[0]), int(parts[-1])
+
+
+def _budget(options: Namespace, costs: Costs) -> float:
+    text = options.budget
+    if set(text) <= set("LS/"):
+        return costs.of(costs.space.kinds(text))
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)(M|G|ms)", text)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"--budget {text!r} must be a schedule, MACs such as 43.9M or 1.9G, or time such as 12.5ms")
+    if options.latency and match[2] != "ms":
+        raise ValueError(f"--budget {text} counts MACs but --latency measures time: give one of the two")
+    return float(match[1]) * {"M": 1e6, "G": 1e9, "ms": 1e-3}[match[2]]
+
+
+def _problem(
+    options: Namespace, scale: Scale, images: Images, config: SolaConfig, costs: Costs, budget: float
+) -> Problem:
+    network = "hierarchical" if len(config.dims) > 1 else "isotropic"
+    epochs = options.epochs or scale.epochs.get(network, 300)
+    train = replace(scale.train, epochs=epochs, seed=options.seed, device=options.device)
+    if train.warmup_epochs >= epochs:
+        train = replace(train, warmup_epochs=epochs / 10)
+    train_set, choose_set = images.split(_CHOOSE)
+    if len(train_set) < train.batch_size:  # type: ignore[arg-type]
+        raise ValueError(
+            f"{options.data}: {len(train_set)} training images are fewer than one batch of "  # type: ignore[arg-type]
+            f"{train.batch_size}: give more images"
+        )
+    return Problem(
+        config=config,
+        costs=costs,
+        budget=budget,
+        train=train,
+        image=images.settings,
+        train_set=train_set,
+        choose_set=choose_set,
+        out=Path(options.out),
+        bridges=options.bridges,
+    )
+
+
+def _settings(options: Namespace, images: Images) -> dict[str, Any]:
+    free = ("out", "json", "device", "data")
+    return {k: v for k, v in vars(options).items() if k not in free} | {"images": images.identity.fingerprint}
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> None:
+    """A folder belongs to one search; the same command again goes on with it."""
+    path = out / "settings.json"
+    if path.exists() and (before := json.loads(path.read_text())) != settings:
+        changed = next(name for name in settings if before.get(name) != settings[name])
+        raise ValueError(
+            f"{out} holds a search with {changed} {before.get(changed)!r}, not {settings[changed]!r}: choose another "
+            "--out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:
+    costs = problem.costs
+    document = {
+        **asdict(found),
+        "space": costs.space.template,
+        "unit": costs.unit,
+        "budget": problem.budget,
+        "off_budget_percent": round(100 * (found.cost / problem.budget - 1), 3),
+        "seed": options.seed,
+        "scale": scale.name,
+        "images": images.describe(),
+    }
+    (problem.out / "search.json").write_text(json.dumps(document, indent=1) + "\n")
+    draw_search(found, costs, problem.budget, problem.out / "curve.png")
+    (problem.out / "recipe.yaml").write_text(_recipe(problem, found, options.data, images))
+
+
+def _recipe(problem: Problem, found: Found, data: str, images: Images) -> str:
+    """What `sola train --config` takes: the found network, from scratch, on all of the training images."""
+    config = problem.config
+    model = ModelConfig(
+        name="sola_tiny",
+        schedule=found.schedule,
+        bridges=found.bridges,
+        dims=config.dims,
+        patch_size=config.patch_size,
+        head_dim=config.head_dim,
+        token_shift=config.token_shift,
+        drop_path_rate=config.drop_path_rate,
+    )
+    sections = {"model": asdict(model), "image": asdict(images.settings), "train": asdict(problem.train)}
+    content = {"recipe": "imagenet_tiny", "data": data, **sections}
+    head = (
+        f"# the schedule that sola search ({found.method}) found; train it with\n"
+        "#   sola train --config recipe.yaml --out FOLDER\n"
+    )
+    return head + yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False)

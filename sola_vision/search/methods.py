@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Four ways to a schedule under a budget: learned gates, random search, evolution, and the paper's rule.
+
+All of them choose by a part of the training images that they do not train on; held-out images stay untouched. Cost is
+counted in trainings of one network: the gates' comes from their supernet, random search and evolution get the same,
+divided among short trainings.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from sola_vision.analysis.cost import count
+from sola_vision.backbone import SolaVision
+from sola_vision.config import SolaConfig
+from sola_vision.data import ImageConfig
+from sola_vision.engine import EvaluationBatches, TrainConfig, distributed, evaluate, fit
+from sola_vision.tasks import Classification
+
+from .costs import Costs
+from .supernet import SearchTask, SuperNet
+
+METHODS = ("gates", "random", "evolution", "rule")
+_TRIALS = 6  # short trainings of random search and of evolution
+_JUDGED = 12  # schedules that the supernet is evaluated on
+_FORWARD = 1 / 3  # of a training step's cost
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched, on which images, how long one training is, and where files go."""
+
+    config: SolaConfig
+    costs: Costs
+    budget: float
+    train: TrainConfig
+    image: ImageConfig
+    train_set: Dataset[Any]
+    choose_set: Dataset[Any]
+    out: Path
+    bridges: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Of one training."""
+        size = len(self.train_set)  # type: ignore[arg-type]
+        return self.train.epochs * max(1, size // self.train.batch_size)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A schedule that was tried: its cost, its accuracy on the images to choose by, and how that was found."""
+
+    schedule: str
+    cost: float
+    top1: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with; `trainings` is what it cost, in trainings of one network."""
+
+    method: str
+    schedule: str
+    bridges: str
+    cost: float
+    trainings: float
+    points: tuple[Point, ...]
+    gates: tuple[float, ...] = ()
+
+
+def search(problem: Problem, method: str, say: Say) -> Found:
+    """Runs one of METHODS; what an interrupted search had finished is not done again."""
+    candidates = problem.costs.meeting(problem.budget)
+    budget = problem.costs.text(problem.budget)
+    say(f"{len(candidates)} of {2**problem.costs.space.size} schedules meet the budget of {budget}")
+    if method == "rule":
+        return _found(problem, method, rule(problem.costs, problem.budget), 0.0, [])
+    if method == "gates":
+        return _gates(problem, say)
+    return _evolution(problem, say) if method == "evolution" else _random(problem, say)
+
+
+def rule(costs: Costs, budget: float) -> str:
+    """The paper's: softmax after two linear layers, then every third; early ones give way where they cost too much."""
+    kinds = "".join("S" if place.layer % 3 == 2 else "L" for place in costs.space.open_layers)
+    allowed = costs.meeting(budget)
+    most = max(costs.of(each) for each in allowed)
+    while costs.of(kinds) > most and "S" in kinds:
+        kinds = kinds.replace("S", "L", 1)
+    return kinds
+
+
+def _gates(problem: Problem, say: Say) -> Found:
+    steps, costs = problem.steps, problem.costs
+    folder = problem.out / "supernet"
+    model = SuperNet(problem.config, costs, problem.budget, steps, problem.bridges, problem.train.seed)
+    task = SearchTask(problem.config.num_classes, problem.image)
+    done = _stored(folder / "points.json")
+    fit(
+        task,
+        model,
+        problem.train_set,
+        problem.choose_set,
+        replace(problem.train, steps=steps, evaluate_every=10**6),
+        folder,
+        resume=(folder / "metrics.jsonl").exists(),
+    )
+    say("gates " + " ".join(f"{logit:+.2f}" for logit in model.logits) + " (above zero: softmax)")
+    ranked = model.ranked(model.candidates)[:_JUDGED]
+    judged = ranked + _elsewhere(model, ranked)
+    for kinds in judged:
+        if kinds not in done:
+            model.choose(kinds)
+            done[kinds] = _top1(problem, task, model)
+            _write(folder / "points.json", done)
+    points = [_point(problem, kinds, done[kinds], "supernet") for kinds in judged]
+    best = max(ranked, key=lambda kinds: done[kinds])
+    found = _found(problem, "gates", best, _supernet_trainings(problem, len(judged)), points)
+    return replace(found, bridges=model.chosen_bridges(best), gates=tuple(model.logits))
+
+
+def _elsewhere(model: SuperNet, near: list[str]) -> list[str]:
+    """The gates' favourite with each number of softmax layers that costs something else: for the curve."""
+    numbers = {kinds.count("S") for kinds in model.candidates}
+    favourites: dict[int, str] = {}
+    for kinds in model.ranked([kinds for kinds in model.costs.space if kinds.count("S") not in numbers]):
+        favourites.setdefault(kinds.count("S"), kinds)
+    return [kinds for _, kinds in sorted(favourites.items()) if kinds not in near]
+
+
+def _supernet_trainings(problem: Problem, judged: int) -> float:
+    """Half of the steps take one path, the other half both kinds of every open layer; and the evaluations."""
+    costs = problem.costs
+    single = costs.of(costs.meeting(problem.budget)[0])
+    # of the network that is not open; what both kinds cost together follows from the two extremes
+    rest = _rest(problem)
+    both = costs.of("L" * costs.space.size) + costs.of("S" * costs.space.size) - rest
+    images = problem.steps * problem.train.batch_size
+    evaluated = judged * len(problem.choose_set) * _FORWARD  # type: ignore[arg-type]
+    return 0.5 + 0.5 * both / single + evaluated / images
+
+
+def _rest(problem: Problem) -> float:
+    """Cost of everything but the open layers, which only a count of MACs tells; its share holds for time as well."""
+    config = problem.config
+    schedule = problem.costs.space.schedule("L" * problem.costs.space.size)
+    model = SolaVision(config.with_changes(schedule=schedule, bridges=""), device="meta").eval()
+    cost = count(model, (config.img_size, config.img_size))
+    places = {f"{place} L" for place in problem.costs.space.open_layers}
+    inside = sum(group.macs for group in cost.layers if group.name in places)
+    return problem.costs.base * (1 - inside / cost.macs)
+
+
+def _random(problem: Problem, say: Say) -> Found:
+    draw = random.Random(problem.train.seed)
+    candidates = problem.costs.meeting(problem.budget)
+    tried = draw.sample(candidates, min(_TRIALS, len(candidates)))
+    return _best_of(problem, "random", {kinds: _trial(problem, kinds, say) for kinds in tried})
+
+
+def _evolution(problem: Problem, say: Say) -> Found:
+    """Half of the trials at random; then each is the best so far with one layer changed, or a pair exchanged."""
+    draw = random.Random(problem.train.seed)
+    candidates = problem.costs.meeting(problem.budget)
+    tried = {k: _trial(problem, k, say) for k in draw.sample(candidates, min(_TRIALS // 2, len(candidates)))}
+    while len(tried) < min(_TRIALS, len(candidates)):
+        best = max(tried, key=lambda kinds: tried[kinds])
+        distance = {k: sum(a != b for a, b in zip(k, best, strict=True)) for k in candidates if k not in tried}
+        nearest = max(2, min(distance.values()))
+        kinds = draw.choice([k for k, far in distance.items() if far <= nearest])
+        tried[kinds] = _trial(problem, kinds, say)
+    return _best_of(problem, "evolution", tried)
+
+
+def _best_of(problem: Problem, method: str, tried: dict[str, float]) -> Found:
+    points = [_point(problem, kinds, top1, f"{_share(problem):.2f} of a training") for kinds, top1 in tried.items()]
+    trainings = len(tried) * (_share(problem) + len(problem.choose_set) * _FORWARD / _images(problem))  # type: ignore[arg-type]
+    return _found(problem, method, max(tried, key=lambda kinds: tried[kinds]), trainings, points)
+
+
+def _images(problem: Problem) -> int:
+    return problem.steps * problem.train.batch_size
+
+
+def _share(problem: Problem) -> float:
+    """Of a training, for each of the trials, so that all of them cost what the gates do."""
+    return _supernet_trainings(problem, _JUDGED) / _TRIALS
+
+
+def _trial(problem: Problem, kinds: str, say: Say) -> float:
+    """Accuracy after a short training of its own."""
+    folder = problem.out / "trials" / kinds
+    done = _stored(folder / "point.json")
+    if kinds not in done:
+        steps = max(2, round(problem.steps * _share(problem)))
+        warmup = min(steps // 4, round(problem.train.warmup_epochs * problem.steps / problem.train.epochs))
+        torch.manual_seed(problem.train.seed)
+        schedule = problem.costs.space.schedule(kinds)
+        model = SolaVision(problem.config.with_changes(schedule=schedule, bridges=""))
+        task = Classification(problem.config.num_classes, problem.image)
+        train = replace(problem.train, steps=steps, warmup_steps=warmup, evaluate_every=10**6)
+        begun = (folder / "metrics.jsonl").exists()
+        summary = fit(task, model, problem.train_set, problem.choose_set, train, folder, resume=begun)
+        done = {kinds: float(summary["top1"])}
+        _write(folder / "point.json", done)
+    say(f"{problem.costs.space.schedule(kinds)}: {done[kinds]:.2f} after a short training")
+    return done[kinds]
+
+
+def _top1(problem: Problem, task: Classification, model: SuperNet) -> float:
+    with distributed(problem.train.device) as world:
+        batches = EvaluationBatches(problem.choose_set, world, batch_size=problem.train.batch_size)
+        return evaluate(task, model.to(world.device), batches, amp=problem.train.amp)["top1"]
+
+
+def _point(problem: Problem, kinds: str, top1: float, how: str) -> Point:
+    return Point(problem.costs.space.schedule(kinds), problem.costs.of(kinds), round(top1, 4), how)
+
+
+def _found(problem: Problem, method: str, kinds: str, trainings: float, points: list[Point]) -> Found:
+    schedule = problem.costs.space.schedule(kinds)
+    return Found(method, schedule, "", problem.costs.of(kinds), round(trainings, 3), tuple(points))
+
+
+def _stored(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, value: Any) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(value) + "\n")
+    beside.replace(path)

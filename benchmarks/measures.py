@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 TINY, SMALL = "sola_tiny", "sola_small"
 SWIN, EFFICIENT, CONVNEXT = "swin_tiny_patch4_window7_224", "efficientformer_l1", "convnext_tiny"
 DEIT_TINY, DEIT_SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
+ACCURACY = ("operator_accuracy", "operator_accuracy_triton", "operator_accuracy_triton_3136")
 Results = dict[str, Any]  # name of the file -> its document
 
 
@@ -78,17 +79,17 @@ def _operator(results: Results) -> Iterator[Measure]:
 
 
 def _accuracy(results: Results) -> Iterator[Measure]:
-    for source in ("operator_accuracy", "operator_accuracy_triton"):
+    for source in ACCURACY:
         rows = results.get(source, {}).get("rows", [])
-        paths = list(dict.fromkeys(row["path"] for row in rows)) or [
-            "every path" if "triton" not in source else "triton"
-        ]
+        usual = source.removeprefix("operator_accuracy").removeprefix("_").replace("_", ", ") or "every path"
+        paths = list(dict.fromkeys(row["path"] for row in rows)) or [usual]
         for path in paths:
             mine = [row for row in rows if row["path"] == path]
             forward = max((row["forward"] for row in mine), default=None)
             gradient = max((max(row["gradients"].values()) for row in mine), default=None)
-            yield Measure(f"accuracy: forward, {path}", forward, 5e-6, False, source, unit="")
-            yield Measure(f"accuracy: gradients, {path}", gradient, 1e-5, False, source, unit="")
+            label = usual if path in usual else path
+            yield Measure(f"accuracy: forward, {label}", forward, 5e-6, False, source, unit="")
+            yield Measure(f"accuracy: gradients, {label}", gradient, 1e-5, False, source, unit="")
 
 
 def _networks(results: Results) -> Iterator[Measure]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measures import RESULTS, Results, load, measures
+from measures import ACCURACY, RESULTS, Results, load, measures
 
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # name of a result -> the part of cpu.py that measures it
@@ -85,7 +85,7 @@ def operator_table(results: Results) -> str:
 
 
 def accuracy_table(results: Results) -> str:
-    documents = [results[name] for name in ("operator_accuracy", "operator_accuracy_triton") if name in results]
+    documents = [results[name] for name in ACCURACY if name in results]
     if not documents:
         return missing("operator_accuracy")
     worst: dict[tuple[str, str, str], list[float]] = {}

@@ -77,6 +77,21 @@ def test_the_page_holds_what_the_files_say(scripts):
     assert page == report.filled(page, measures.load()), "run python benchmarks/report.py --write docs/performance.md"
 
 
+def test_every_part_is_a_command_that_exists(scripts):
+    import shlex
+
+    import cpu
+
+    from sola_vision.commands import bench
+
+    _, report = scripts
+    for results in cpu.PARTS.values():
+        for command in results.values():
+            bench._check(bench._parse(shlex.split(command)))
+    parts = {name: part for part, results in cpu.PARTS.items() for name in results}
+    assert report._PARTS.items() <= parts.items()
+
+
 def test_a_table_is_replaced_and_the_rest_stays(scripts):
     _, report = scripts
     page = "a\n<!-- table: growth -->\nold\n<!-- end -->\nb\n"

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for segmentation: what each pixel of an image shows.
+
+Leaves labels/NAME.png (by the rule of the data that the checkpoint was trained on), pictures/NAME.jpg (the classes'
+colours over the image, with a legend) and, for a folder, index.html to browse them.
+"""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sola_vision.commands.arguments import Arguments, image_files, plain
+from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
+from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
+from sola_vision.engine import distributed
+from sola_vision.tasks.gallery import Card, write_gallery
+from sola_vision.tasks.label_pictures import draw_overlay, write_labels
+from sola_vision.tasks.segmenter import SegmentationCheckpoint, load_segmenter
+
+_SHOWN = 3  # classes of an image that the table names
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image, its files below the output folder, and each class's share of its pixels, largest first."""
+
+    image: str
+    labels: str
+    picture: str
+    shares: dict[str, float]
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    source, out = Path(options.source), Path(options.out)
+    files = image_files(source)
+    checkpoint = load_segmenter(options.checkpoint)
+    with distributed(options.device) as world:
+        checkpoint.model.to(world.device)
+        unreadable: list[str] = []
+        rows = list(_predict(files, checkpoint, options, world.device, unreadable))
+    if not rows:
+        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
+        raise ValueError(unreadable[0] + more)
+    for reason in unreadable:
+        print(f"sola: left out: {reason}", file=sys.stderr)
+    if source.is_dir():
+        cards = [
+            Card(row.image, row.picture, [f"{name} {100 * share:.1f} %" for name, share in row.shares.items()])
+            for row in rows
+        ]
+        write_gallery(out / "index.html", f"{checkpoint.name}: {len(rows)} images of {source.name}", cards)
+    if options.json:
+        images = [asdict(row) for row in rows]
+        document = {"model": checkpoint.name, "rule": str(checkpoint.rule), "out": str(out), "images": images}
+        print(json.dumps(document | {"unreadable": unreadable}, indent=2))
+    else:
+        _print(rows)
+        page = "index.html to browse, " if source.is_dir() else ""
+        print(f"{page}labels/ ({checkpoint.rule}) and pictures/ are in {out}")
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola predict", __doc__)
+    parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
+    parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
+    parser.add_argument("--out", default="predictions", help="folder for labels and pictures (default: predictions)")
+    parser.add_argument("--opacity", type=float, default=0.55, help="of the colours over the image, 0 to 1")
+    add_inference(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    if not 0 <= options.opacity <= 1:
+        raise ValueError(f"--opacity {options.opacity} must lie between 0 (the image alone) and 1 (colours alone)")
+    return options
+
+
+@torch.inference_mode()
+def _predict(
+    files: list[Path],
+    checkpoint: SegmentationCheckpoint,
+    options: Namespace,
+    device: torch.device,
+    unreadable: list[str],
+) -> Iterator[Prediction]:
+    image_config, inference = inference_of(checkpoint.image, options)
+    transform = SegmentationEvalTransform(image_config)
+    source, out = Path(options.source), Path(options.out)
+    stems = Counter(file.with_suffix("") for file in files)
+    console = Console(stderr=True)
+    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+        name = file.relative_to(source).as_posix() if source.is_dir() else file.name
+        try:
+            image = read_image(file)
+        except (CorruptImage, OSError) as error:
+            unreadable.append(str(error))
+            continue
+        pixels = transform.image(image).to(device)
+        classes = inference(checkpoint.model, pixels, (image.height, image.width)).cpu().numpy()
+        # both have the names that annotations have, unless a.jpg and a.png lie side by side
+        stem = name if stems[file.with_suffix("")] > 1 else os.path.splitext(name)[0]
+        labels, picture = Path("labels") / f"{stem}.png", Path("pictures") / f"{stem}.jpg"
+        for below in (labels, picture):
+            (out / below).parent.mkdir(parents=True, exist_ok=True)
+        write_labels(out / labels, classes, checkpoint.rule)
+        drawn = draw_overlay(image, classes, checkpoint.classes, options.opacity)
+        drawn.save(out / picture, quality=90)
+        counts = np.bincount(classes.ravel(), minlength=len(checkpoint.classes))
+        order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+        shares = {checkpoint.classes[index]: counts[index].item() / classes.size for index in order}
+        yield Prediction(name, labels.as_posix(), picture.as_posix(), shares)
+
+
+def _print(rows: list[Prediction]) -> None:
+    table = Table()
+    table.add_column("image", overflow="fold")
+    most = min(_SHOWN, max(len(row.shares) for row in rows))
+    for rank in range(most):
+        table.add_column("largest class" if rank == 0 else f"{rank + 1}.")
+    for row in rows:
+        named = [f"{name} {100 * share:.1f} %" for name, share in list(row.shares.items())[:_SHOWN]]
+        table.add_row(plain(row.image), *(plain(text) for text in named))
+    Console().print(table)

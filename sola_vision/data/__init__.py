@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
 
-from .coco import SPLITS, CocoFolder, Objects, mask_library, read_document
+from .coco import SPLITS, CocoFolder, Objects, mask_library, read_truth
 from .detection_presets import (
     DetectionConfig,
     DetectionEvalTransform,
@@ -50,8 +50,8 @@ __all__ = [
     "mask_library",
     "open_classification",
     "open_segmentation",
-    "read_document",
     "read_image",
     "read_labels",
+    "read_truth",
     "to_pixels",
 ]

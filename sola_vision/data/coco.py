@@ -154,16 +154,8 @@ class CocoFolder(Dataset[Any]):
         return str(self.folder / self._load(index)["file_name"])
 
     def truth(self) -> dict[str, Any]:
-        """The document to score results against: all that can be used, crowds too, boxes and areas as written."""
-        document = read_document(self.file)
-        images = _images(document, self.file)
-        labels = {number: label for label, (number, _) in enumerate(self.categories)}
-        by_image, _ = _sort(document["annotations"], images, labels, self.file)
-        return {
-            "images": list(images.values()),
-            "annotations": [_complete(a, images) for some in by_image.values() for a in some],
-            "categories": document["categories"],
-        }
+        """The document to score results against."""
+        return read_truth(self.file)
 
     def _load(self, index: int) -> dict[str, Any]:
         first = self._ends[index - 1] if index else 0
@@ -239,6 +231,18 @@ def read_document(file: Path) -> dict[str, Any]:
     return document
 
 
+def read_truth(file: Path) -> dict[str, Any]:
+    """A COCO JSON file to score results against: boxes, areas and crowds as written, without what nothing can match."""
+    document = read_document(file)
+    images = _images(document, file)
+    labels = dict.fromkeys((number for number, _ in _categories(document, file)), 0)
+    by_image, _ = _sort(document["annotations"], images, labels, file, scoring=True)
+    annotations = [annotation for some in by_image.values() for annotation in some]
+    # what was matched is marked by its id, so that none may be missing, twice there or 0
+    complete = [_complete(annotation, images) | {"id": number} for number, annotation in enumerate(annotations, 1)]
+    return {"images": list(images.values()), "annotations": complete, "categories": document["categories"]}
+
+
 def _find(root: Path, split: str) -> tuple[Path, Path]:
     """The annotations of a split and the folder of its images."""
     if not root.is_dir():
@@ -289,9 +293,17 @@ def _categories(document: dict[str, Any], file: Path) -> list[tuple[int, str]]:
 
 
 def _sort(
-    annotations: list[Any], images: dict[int, dict[str, Any]], labels: dict[int, int], file: Path
+    annotations: list[Any],
+    images: dict[int, dict[str, Any]],
+    labels: dict[int, int],
+    file: Path,
+    *,
+    scoring: bool = False,
 ) -> tuple[dict[int, list[dict[str, Any]]], _Dropped]:
-    """The usable annotations of every image; "object" says that one is no crowd."""
+    """The usable annotations of every image; "object" says that one is no crowd.
+
+    In `scoring` a box without area or outside the image counts, as an object that nobody finds: COCO's API has it so.
+    """
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     dropped = _Dropped()
     for annotation in annotations:
@@ -304,7 +316,9 @@ def _sort(
                 f"{file}: annotation {annotation.get('id')} has category_id {annotation.get('category_id')!r}, which "
                 f"is not among the {len(labels)} categories: add the category, or remove the annotation"
             )
-        reason = _unusable_box(annotation.get("bbox"), image) or _unusable_mask(annotation.get("segmentation"), image)
+        reason = _unusable_box(annotation.get("bbox"), image, scoring) or _unusable_mask(
+            annotation.get("segmentation"), image
+        )
         if reason:
             dropped.add(reason, annotation)
         else:
@@ -312,12 +326,14 @@ def _sort(
     return by_image, dropped
 
 
-def _unusable_box(box: Any, image: dict[str, Any]) -> str | None:
+def _unusable_box(box: Any, image: dict[str, Any], scoring: bool) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
         return "without a box of four numbers"
     if not all(map(math.isfinite, box)):
         return "with a box that is not finite"
     x, y, width, height = box
+    if scoring:
+        return None
     if width <= 0 or height <= 0:
         return "with a box without area"
     if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:

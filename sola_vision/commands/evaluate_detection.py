@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a detector is on annotated images, or how good any file of results in COCO's format is.
+
+Leaves eval.json, classes.csv, precision_recall.png and, of a checkpoint, its results as COCO's server takes them
+(results.bbox.json, results.segm.json) and worst.png.
+"""
+
+import csv
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sola_vision.commands.arguments import Arguments, plain
+from sola_vision.data import CocoFolder, DetectionEvalTransform, collate_lists, mask_library, read_truth
+from sola_vision.engine import EvaluationBatches, World, distributed
+from sola_vision.tasks.box_pictures import Shape, draw_curves, draw_worst, matches
+from sola_vision.tasks.coco_eval import KINDS, MAX_DETS, Kind, Score, check_results, score
+from sola_vision.tasks.detection import NAMES, Detection, Findings
+from sola_vision.tasks.detector import DetectorCheckpoint, load_detector
+
+_WORST = 6
+_ROWS = 100  # a longer table is left to the CSV file
+_SURE = 0.5  # detections below this score are not held against an image
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    if options.results:
+        _score_file(options)
+    else:
+        _score_checkpoint(options)
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola eval", __doc__)
+    parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
+    parser.add_argument("--data", help="folder with annotations/instances_SPLIT.json and images in SPLIT/")
+    parser.add_argument("--split", default="val", help="train or val (default)")
+    parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
+    parser.add_argument("--results", help="JSON of results to score instead of a checkpoint")
+    parser.add_argument("--annotations", help="JSON of the truth for --results")
+    parser.add_argument("--type", choices=KINDS, help="score boxes or masks of --results (default: all they have)")
+    parser.add_argument(
+        "--max-dets",
+        type=int,
+        help=f"detections of an image that count (default: {MAX_DETS} as in COCO, or what the checkpoint reports)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", help="folder for tables and pictures (default: eval/, beside the checkpoint)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    needed = ("annotations",) if options.results else ("checkpoint", "data")
+    if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
+        given = "--results RESULTS.json" if options.results else "a detector"
+        raise ValueError(f"{' and '.join(missing)} missing: sola eval of {given} needs --{' and --'.join(needed)}")
+    if options.type and not options.results:
+        raise ValueError("--type chooses what to score of --results; a checkpoint is scored by all it finds")
+    for name, least in (("max_dets", 1), ("workers", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is too small: at least {least}")
+    return options
+
+
+def _score_file(options: Namespace) -> None:
+    mask_library()
+    truth = read_truth(Path(options.annotations))
+    path = Path(options.results)
+    try:
+        results = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--results {path}: no such file") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"--results {path} is not JSON: {error}") from None
+    kinds = [options.type] if options.type else _kinds_of(results)
+    if "segm" in kinds and (bare := [a for a in truth["annotations"] if not a.get("segmentation")]):
+        if options.type:
+            raise ValueError(f"{options.annotations}: {len(bare)} annotations have no mask: use --type bbox")
+        kinds.remove("segm")
+    for kind in kinds:
+        check_results(results, truth, kind, str(path))
+    max_dets = options.max_dets or MAX_DETS
+    scores = [score(truth, results, kind, max_dets=max_dets) for kind in kinds]
+    out = Path(options.out or "eval")
+    out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "results": options.results,
+        "annotations": options.annotations,
+        "images": len(truth["images"]),
+        **_numbers(scores, truth),
+    }
+    _leave(result, scores, out, options.json, "")
+
+
+def _kinds_of(results: Any) -> list[Kind]:
+    """What all results have; boxes where there are none, for the check to speak about."""
+    entries = [result for result in results if isinstance(result, dict)] if isinstance(results, list) else []
+    fields: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
+    return [kind for kind in KINDS if entries and all(fields[kind] in entry for entry in entries)] or ["bbox"]
+
+
+def _score_checkpoint(options: Namespace) -> None:
+    checkpoint = load_detector(options.checkpoint)
+    model = checkpoint.model
+    if options.size:
+        model.transform.config = replace(checkpoint.image, size=options.size, zoom=1.0)
+    if options.max_dets:
+        model.roi_heads.detections_per_img = options.max_dets
+    max_dets = int(model.roi_heads.detections_per_img)
+    masks = model.has_masks
+    dataset = CocoFolder(
+        options.data, options.split, DetectionEvalTransform(), checkpoint.classes, masks=None if masks else False
+    )
+    # a detector with masks may be asked about data with boxes alone
+    task = Detection(dataset, max_dets, masks=masks and dataset.masks)
+    out = Path(options.out) if options.out else _beside(options.checkpoint)
+    with distributed(options.device) as world:
+        model.to(world.device)
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)  # before the work, which could not be kept otherwise
+        batches = EvaluationBatches(dataset, world, batch_size=1, workers=options.workers, collate=collate_lists)
+        start = time.perf_counter()
+        findings = task.find(model, _watched(batches, len(range(world.rank, len(dataset), world.size)), world))
+        batches.skipped.share(lambda text: print(f"sola: {text}", file=sys.stderr) if world.is_main else None)
+        seconds = time.perf_counter() - start
+        scores = task.scores(findings)
+        if not world.is_main:
+            return
+    for kind in task.kinds:
+        (out / f"results.{kind}.json").write_text(json.dumps(findings.of(kind)) + "\n")
+    result = {
+        "checkpoint": str(options.checkpoint),
+        "data": options.data,
+        "split": options.split,
+        "model": checkpoint.name,
+        "images": len(findings.image_ids),
+        "images_skipped": len(batches.skipped.known),
+        "seconds": round(seconds, 2),
+        **_numbers(scores, task.truth),
+    }
+    _draw_worst(checkpoint, dataset, findings, out / "worst.png")
+    _leave(result, scores, out, options.json, "results.*.json, worst.png, ")
+
+
+def _watched(batches: EvaluationBatches, total: int, world: World) -> Iterator[Any]:
+    console = Console(stderr=True)
+    shown = world.is_main and console.is_terminal
+    with Progress(console=console, disable=not shown, transient=True) as bar:
+        yield from bar.track(batches, total=total, description="evaluating")
+
+
+def _numbers(scores: Sequence[Score], truth: dict[str, Any]) -> dict[str, Any]:
+    counts: dict[int, int] = {}
+    for annotation in truth["annotations"]:
+        if not annotation["iscrowd"]:
+            counts[annotation["category_id"]] = counts.get(annotation["category_id"], 0) + 1
+    classes = []
+    for label, category in enumerate(sorted(truth["categories"], key=lambda category: category["id"])):
+        row = {"class": str(category["name"]), "category_id": category["id"], "objects": counts.get(category["id"], 0)}
+        for one in scores:
+            row[f"{NAMES[one.kind]}_ap"] = _percent(one.average(label=label))
+            row[f"{NAMES[one.kind]}_ap50"] = _percent(one.average(label=label, threshold=0.5))
+        classes.append(row)
+    return {
+        "max_dets": scores[0].max_dets[2],
+        **{one.kind: {name: _percent(value) for name, value in one.numbers.items()} for one in scores},
+        "classes": classes,
+    }
+
+
+def _percent(value: float) -> float | None:
+    return 100 * value if math.isfinite(value) else None  # JSON has no nan
+
+
+def _draw_worst(checkpoint: DetectorCheckpoint, dataset: CocoFolder, findings: Findings, out: Path) -> None:
+    """The images with the smallest share of right boxes among true objects and sure detections, at IoU 0.5."""
+    by_image: dict[int, list[Shape]] = {number: [] for number in findings.image_ids}
+    labels = {number: label for label, number in enumerate(dataset.category_ids)}
+    for result in findings.results:
+        if result["score"] >= _SURE:
+            x, y, width, height = result["bbox"]
+            mask = result.get("segmentation")
+            shape = Shape((x, y, x + width, y + height), labels[result["category_id"]], result["score"], mask)
+            by_image[result["image_id"]].append(shape)
+    judged = []
+    for index, number in enumerate(dataset.image_ids):
+        if number in by_image:
+            truth, found = _true_shapes(dataset, index), by_image[number]
+            right = matches(truth, found)
+            if truth or found:
+                judged.append((2 * right / (len(truth) + len(found)), index, right))
+    examples = []
+    for _, index, right in sorted(judged)[:_WORST]:
+        truth, found = _true_shapes(dataset, index, masks=True), by_image[dataset.image_ids[index]]
+        drawn = [s if s.mask is None else replace(s, mask=mask_library().decode(s.mask)) for s in found]
+        says = f"{right} right, {len(found) - right} wrong, {len(truth) - right} missed"
+        name = Path(dataset.location(index)).name
+        examples.append((name, dataset.image(index), truth, drawn, says))
+    draw_worst(examples, checkpoint.classes, out)
+
+
+def _true_shapes(dataset: CocoFolder, index: int, masks: bool = False) -> list[Shape]:
+    objects = dataset.objects(index)
+    with_masks = masks and objects.segmentations is not None
+    return [
+        Shape((x0, y0, x1, y1), int(label) - 1, None, objects.mask(number) if with_masks else None)
+        for number, ((x0, y0, x1, y1), label) in enumerate(zip(objects.boxes.tolist(), objects.labels, strict=True))
+    ]
+
+
+def _leave(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: bool, more: str) -> None:
+    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    with (out / "classes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(result["classes"][0]))
+        writer.writeheader()
+        writer.writerows(result["classes"])
+    draw_curves(scores, out / "precision_recall.png")
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    _print(result, scores)
+    print(f"eval.json, classes.csv, {more}precision_recall.png are in {out}")
+
+
+def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
+    what = result.get("model", result.get("results"))
+    where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
+    console = Console()
+    classes = [row for row in result["classes"] if row["objects"]]
+    if len(classes) <= _ROWS:
+        table = Table(title=plain(f"{what} on {where}: {result['images']} images"))
+        names = [name for name in result["classes"][0] if name not in ("class", "category_id", "objects")]
+        table.add_column("class")
+        for column in ("objects", *(f"{name.replace('_', ' ').replace('ap', 'AP')} %" for name in names)):
+            table.add_column(column, justify="right")
+        for row in classes:
+            table.add_row(plain(row["class"]), str(row["objects"]), *(_shown(row[name]) for name in names))
+        console.print(table)
+    totals = Table(title=f"percent at maxDets {result['max_dets']}")
+    totals.add_column("")
+    for one in scores:
+        totals.add_column("boxes" if one.kind == "bbox" else "masks", justify="right")
+    for name in scores[0].numbers:
+        totals.add_row(name, *(_shown(result[one.kind][name]) for one in scores))
+    console.print(totals)
+    if result.get("images_skipped"):
+        print(f"{result['images_skipped']} images could not be read and are left out", file=sys.stderr)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _beside(checkpoint: str) -> Path:
+    path = Path(checkpoint)
+    return (path if path.is_dir() else path.parent) / "eval"

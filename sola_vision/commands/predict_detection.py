@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for detection: boxes, and masks if the detector has learned them.
+
+Leaves pictures/NAME.jpg (boxes, masks, labels), results.json (COCO's results; image_id is the place in its list of
+images, from 1, which images.json holds) and, for a folder, index.html to browse them.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from sola_vision.commands.arguments import Arguments, image_files, plain
+from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
+from sola_vision.engine import distributed
+from sola_vision.tasks.box_pictures import Shape, draw_shapes
+from sola_vision.tasks.detection import to_results
+from sola_vision.tasks.detector import DetectorCheckpoint, detect, load_detector
+from sola_vision.tasks.gallery import Card, write_gallery
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An image, its drawn picture below the output folder, how many objects of each class, and COCO's results."""
+
+    image_id: int
+    image: str
+    height: int
+    width: int
+    picture: str
+    objects: dict[str, int]
+    results: list[dict[str, Any]]
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    source, out = Path(options.source), Path(options.out)
+    files = image_files(source)
+    mask_library()
+    checkpoint = load_detector(options.checkpoint)
+    if options.size:
+        checkpoint.model.transform.config = replace(checkpoint.image, size=options.size, zoom=1.0)
+    checkpoint.model.roi_heads.score_thresh = options.threshold
+    if options.max_dets:
+        checkpoint.model.roi_heads.detections_per_img = options.max_dets
+    with distributed(options.device) as world:
+        checkpoint.model.to(world.device)
+        unreadable: list[str] = []
+        rows = list(_predict(files, checkpoint, options, world.device, unreadable))
+    if not rows:
+        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
+        raise ValueError(unreadable[0] + more)
+    for reason in unreadable:
+        print(f"sola: left out: {reason}", file=sys.stderr)
+    _leave(rows, checkpoint, source, out)
+    if options.json:
+        images = [asdict(row) for row in rows]
+        document = {"model": checkpoint.name, "classes": checkpoint.classes, "out": str(out), "images": images}
+        print(json.dumps(document | {"unreadable": unreadable}, indent=2))
+    else:
+        _print(rows)
+        page = "index.html to browse, " if source.is_dir() else ""
+        print(f"{page}pictures/, results.json and images.json are in {out}")
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola predict", __doc__)
+    parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
+    parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
+    parser.add_argument("--out", default="predictions", help="folder for results and pictures (default: predictions)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="objects below this score are not shown or kept")
+    parser.add_argument("--max-dets", type=int, help="objects of an image at most (default: as in training)")
+    parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold {options.threshold} must lie between 0 and 1")
+    if options.max_dets is not None and options.max_dets < 1:
+        raise ValueError(f"--max-dets {options.max_dets} must be at least 1")
+    return options
+
+
+def _predict(
+    files: list[Path],
+    checkpoint: DetectorCheckpoint,
+    options: Namespace,
+    device: torch.device,
+    unreadable: list[str],
+) -> Iterator[Prediction]:
+    source, out = Path(options.source), Path(options.out)
+    labels = {number: label for label, number in enumerate(checkpoint.category_ids)}
+    console = Console(stderr=True)
+    number = 0
+    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+        name = file.relative_to(source).as_posix() if source.is_dir() else file.name
+        try:
+            image = read_image(file)
+        except (CorruptImage, OSError) as error:
+            unreadable.append(str(error))
+            continue
+        number += 1
+        found = detect(checkpoint.model, [to_pixels(image).to(device)])[0]
+        results = to_results(found, number, (image.height, image.width), checkpoint.category_ids)
+        shapes = []
+        for result in results:
+            x, y, width, height = result["bbox"]
+            mask = mask_library().decode(result["segmentation"]) if "segmentation" in result else None
+            shapes.append(Shape((x, y, x + width, y + height), labels[result["category_id"]], result["score"], mask))
+        picture = Path("pictures") / f"{name}.jpg"
+        (out / picture).parent.mkdir(parents=True, exist_ok=True)
+        draw_shapes(image, shapes, checkpoint.classes).save(out / picture, quality=90)
+        counts = Counter(checkpoint.classes[shape.label] for shape in shapes)
+        objects = dict(counts.most_common())
+        yield Prediction(number, name, image.height, image.width, picture.as_posix(), objects, results)
+
+
+def _leave(rows: list[Prediction], checkpoint: DetectorCheckpoint, source: Path, out: Path) -> None:
+    results = [result for row in rows for result in row.results]
+    (out / "results.json").write_text(json.dumps(results) + "\n")
+    images = [{"id": r.image_id, "file_name": r.image, "height": r.height, "width": r.width} for r in rows]
+    categories = [
+        {"id": number, "name": name} for number, name in zip(checkpoint.category_ids, checkpoint.classes, strict=True)
+    ]
+    (out / "images.json").write_text(json.dumps({"images": images, "categories": categories}) + "\n")
+    if source.is_dir():
+        cards = [
+            Card(row.image, row.picture, [f"{count} {name}" for name, count in row.objects.items()]) for row in rows
+        ]
+        write_gallery(out / "index.html", f"{checkpoint.name}: {len(rows)} images of {source.name}", cards)
+
+
+def _print(rows: list[Prediction]) -> None:
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("objects", justify="right")
+    table.add_column("of which")
+    for row in rows:
+        named = ", ".join(f"{count} {name}" for name, count in row.objects.items())
+        table.add_row(plain(row.image), str(sum(row.objects.values())), plain(named))
+    Console().print(table)

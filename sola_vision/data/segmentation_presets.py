@@ -119,7 +119,7 @@ class SegmentationTrainTransform:
         """top, left, bottom, right of a crop that no class fills beyond cat_max_ratio, if a few tries find one."""
         crop = self.config.crop
         height, width = classes.shape
-        for _ in range(_TRIES):
+        for _ in range(_TRIES if self.config.cat_max_ratio < 1 else 1):
             top = int(torch.randint(max(0, height - crop) + 1, ()))
             left = int(torch.randint(max(0, width - crop) + 1, ()))
             window = (top, left, min(height, top + crop), min(width, left + crop))

@@ -17,6 +17,7 @@ VERBS = {
     "predict": "say what is in an image or in a folder of images",
     "explain": "show what each layer does with an image",
     "cost": "count parameters, multiply-adds and activation memory before training",
+    "export": "write a network as a file for other programs: ONNX, torch.export, AOTInductor",
     "bench": "measure the speed and memory of the operator or of networks",
     "study": "run the paper's tables and figures, and write their pages",
     "search": "find which layers should be softmax under a budget",

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola"},
     "bench": {"ops", "sola", "analysis"},
     "search": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
+    "export": {"ops"},
     "studies": {"config", "schedule", "layers", "ops", "backbone", "data", "engine", "tasks", "analysis"},
 }
 WITHOUT_TORCH = ("schedule", "config", "version")

@@ -45,7 +45,8 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> x plus its positions."""
         weight: Tensor = self.weight
-        if weight.shape[-2:] != x.shape[1:3]:
+        # an exported graph takes images of any size, so it always interpolates; on the grid itself that changes nothing
+        if torch.compiler.is_exporting() or weight.shape[-2:] != x.shape[1:3]:
             size = (x.shape[1], x.shape[2])
             weight = nn.functional.interpolate(weight.float(), size, mode="bicubic", align_corners=False)
         return x + weight.to(x.dtype).permute(0, 2, 3, 1)

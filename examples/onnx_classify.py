@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in a picture? `python onnx_classify.py model.onnx PICTURE.jpg`, with onnxruntime, NumPy and Pillow only.
+
+The file comes from `sola export runs/few_images --format onnx --out model.onnx`; it knows its classes and how pictures
+are prepared.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def prepare(picture, how):
+    """The shorter side to `resize`, the square in the middle, minus mean, over std: [1, 3, crop, crop]."""
+    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    short = min(picture.size)
+    size = [how["resize"] * side // short for side in picture.size]
+    picture = picture.resize(size, Image.Resampling[how["interpolation"].upper()])
+    left, top = (round((side - how["crop"]) / 2) for side in size)
+    picture = picture.crop((left, top, left + how["crop"], top + how["crop"]))
+    pixels = (np.asarray(picture, np.float32) / 255 - how["mean"]) / how["std"]
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def classify(model, picture):
+    """Pairs (class, probability), the most likely first."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    (logits,) = session.run(None, {"images": prepare(picture, about["preprocess"])})
+    weights = np.exp(logits[0] - logits[0].max())
+    ranked = np.argsort(-weights)
+    return [(about["classes"][i], float(weights[i] / weights.sum())) for i in ranked]
+
+
+if __name__ == "__main__":
+    for name, probability in classify(sys.argv[1], Image.open(sys.argv[2]))[:3]:
+        print(f"{100 * probability:5.1f} %  {name}")

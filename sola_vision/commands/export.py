@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola export CHECKPOINT-OR-NAME --format onnx --out FILE`: a network as a file that runs without this package.
+
+A classifier gives its logits, a segmentation network the logits of every pixel, a detector its backbone and feature
+pyramid; --features gives the maps of a classifier's stages. Every format takes images of any size and number. The file
+is compared with PyTorch before it takes its place.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import timm
+import torch
+
+from sola_vision.commands.arguments import Arguments
+from sola_vision.commands.cost import parse_size
+from sola_vision.commands.tables import new_table, show_table
+from sola_vision.data import EvalTransform, ImageConfig
+from sola_vision.export import Exportable, Format, Precision, Report, classifier, detector_pyramid, export, segmenter
+from sola_vision.export import features as feature_maps
+from sola_vision.tasks import ModelConfig, build_model, load_checkpoint, read_description, takes_one_size
+
+
+def run(arguments: Sequence[str]) -> int:
+    options = _parse(arguments)
+    network, size, metadata = _network(options)
+    sizes = [parse_size(text) for text in options.check] if options.check else _sizes(network, size)
+    report = export(
+        network,
+        options.out,
+        options.format,
+        precision=options.precision,
+        sizes=sizes,
+        batches=options.batch,
+        metadata=metadata,
+    )
+    if options.json:
+        print(json.dumps(asdict(report) | {"ok": report.ok}, indent=2))
+    else:
+        _print(report)
+    if not report.ok:
+        worst = max(report.comparisons, key=lambda comparison: comparison.error)
+        print(
+            f"sola: {options.out} was not written: at {worst.height}x{worst.width} its results differ by "
+            f"{worst.error:.1e}, more than the {report.tolerance:g} that {report.precision} is allowed",
+            file=sys.stderr,
+        )
+    return 0 if report.ok else 1
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola export", __doc__)
+    parser.add_argument("source", metavar="CHECKPOINT-OR-NAME", help="a checkpoint, a run's folder, or sola_tiny, ...")
+    parser.add_argument("--format", required=True, choices=get_args(Format), help="kind of file")
+    parser.add_argument("--out", required=True, metavar="FILE", help="*.onnx, or *.pt2 for the other two")
+    parser.add_argument("--features", action="store_true", help="feature maps instead of a classifier's logits")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of weights, with onnx")
+    parser.add_argument("--schedule", help="with a name: layers of every stage, such as LL/LL/LLLLLL/LL")
+    parser.add_argument("--bridges", help='with a name: Hidden State Bridges, such as "1.2>3.3", or the word paper')
+    parser.add_argument("--classes", type=int, default=1000, help="with a name: outputs of the head")
+    parser.add_argument("--check", nargs="+", metavar="HxW", help="sizes to compare at (default: three)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 3], help="numbers of images to compare with")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    options = parser.parse_args(list(arguments))
+    if min(options.batch) < 1 or options.classes < 1:
+        raise ValueError(f"--batch {min(options.batch)} and --classes {options.classes} must be at least 1")
+    return options
+
+
+def _network(options: Namespace) -> tuple[Exportable, int, dict[str, str]]:
+    """The network, the side of the images that it is made for, and what the file says about it."""
+    changes = {name: getattr(options, name) for name in ("schedule", "bridges") if getattr(options, name) is not None}
+    if timm.is_model(options.source) and not Path(options.source).exists():
+        torch.manual_seed(0)
+        cfg: Any = timm.get_pretrained_cfg(options.source)
+        size = cfg.input_size[-1] if cfg else 224
+        model = build_model(ModelConfig(name=options.source, **changes), options.classes, size)
+        values = {
+            "task": "classification",
+            "model": {"name": options.source, **changes},
+            "classes": [str(label) for label in range(options.classes)],
+            "preprocess": _preprocess(ImageConfig(size=size)),
+        }
+        return _classifier(model, options.source, size, options), size, _strings(values)
+    if not Path(options.source).exists():
+        raise FileNotFoundError(
+            f"{options.source}: neither a checkpoint nor a network's name (sola_nano, sola_tiny, sola_small, sola_base)"
+        )
+    if changes:
+        raise ValueError(f"--{next(iter(changes))} goes with a network's name: a checkpoint knows its own")
+    _, description = read_description(options.source)
+    metadata = _strings(description)
+    task = description["task"]
+    if task == "classification":
+        checkpoint = load_checkpoint(options.source)
+        size = checkpoint.image.size
+        metadata |= _strings({"preprocess": _preprocess(checkpoint.image)})
+        return _classifier(checkpoint.model, checkpoint.name, size, options), size, metadata
+    if options.features:
+        raise ValueError(f"--features: {options.source} is of the task {task}; export a classifier's features")
+    if task == "segmentation":
+        from sola_vision.tasks.segmenter import load_segmenter
+
+        return segmenter(load_segmenter(options.source).model), 224, metadata
+    if task == "detection":
+        from sola_vision.tasks.detector import load_detector
+
+        return detector_pyramid(load_detector(options.source).model.backbone), 224, metadata
+    raise ValueError(f"{options.source} is of the task {task!r}, which this version does not know")
+
+
+def _classifier(model: torch.nn.Module, name: str, size: int, options: Namespace) -> Exportable:
+    fixed = (size, size) if takes_one_size(name) else None
+    return feature_maps(model, fixed) if options.features else classifier(model, fixed)
+
+
+def _preprocess(image: ImageConfig) -> dict[str, Any]:
+    """EvalTransform for programs that have it not: the shorter side to `resize`, the centre of `crop`, mean, std."""
+    whole, *_ = EvalTransform(image).pipeline.transforms
+    return {
+        "resize": whole.size,
+        "crop": image.size,
+        "interpolation": whole.interpolation.value,
+        "mean": image.mean,
+        "std": image.std,
+    }
+
+
+def _strings(values: dict[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+def _sizes(network: Exportable, size: int) -> list[tuple[int, int]]:
+    """The size that it is made for, a wider one that strides divide, and one that nothing divides."""
+    if network.fixed_size is not None:
+        return [network.fixed_size]
+    return [(size, size), (size + 32, size + 96), (97, 131)]
+
+
+def _print(report: Report) -> None:
+    table = new_table(f"{report.path}: against PyTorch", "images", "worst result", "relative error")
+    for c in report.comparisons:
+        table.add_row(f"{c.batch} x {c.height}x{c.width}", c.output, f"{c.error:.1e}")
+    show_table(table)
+    print(f"{report.format}, {report.precision}, {report.bytes / 2**20:.1f} MiB; allowed error {report.tolerance:g}")
+    print("images [batch, 3, height, width], normalised -> " + ", ".join(f"{n} {s}" for n, s in report.outputs.items()))
+    if report.operators:
+        kinds = len(report.operators)
+        print(f"{sum(report.operators.values())} nodes of {kinds} standard operators, none of another domain")
+    print(f"needs {report.needs}")

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks as files that run without this package: ONNX, torch.export archives, AOTInductor packages.
+
+`networks.py` says what a network puts out, `trace.py` records it for images of any size, `graph.py` and `wkv.py` write
+ONNX's standard operators, `archive.py` torch's own files. `export` does it all and compares the file with the network
+before it takes its place.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from sola_vision.export import archive, check, graph
+from sola_vision.export.check import Comparison
+from sola_vision.export.networks import Exportable, classifier, detector_pyramid, features, segmenter
+
+__all__ = [
+    "Comparison",
+    "Exportable",
+    "Format",
+    "Precision",
+    "Report",
+    "classifier",
+    "detector_pyramid",
+    "export",
+    "features",
+    "segmenter",
+]
+
+Format = Literal["onnx", "torch-export", "aoti"]
+Precision = Literal["float32", "float16", "int8"]
+
+# largest difference over largest value; below float32 it is the precision that differs and not the graph
+TOLERANCE: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "int8": 0.2}
+
+
+@dataclass(frozen=True)
+class Report:
+    """An exported file and how it compares with the network; `ok` if every comparison is within `tolerance`."""
+
+    path: str
+    format: str
+    precision: str
+    bytes: int
+    outputs: dict[str, str]
+    comparisons: list[Comparison]
+    tolerance: float
+    operators: dict[str, int] = field(default_factory=dict)  # of an ONNX file, by how often they occur
+    needs: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return all(comparison.error <= self.tolerance for comparison in self.comparisons)
+
+
+def export(
+    network: Exportable,
+    path: str | Path,
+    format: Format = "onnx",
+    *,
+    precision: Precision = "float32",
+    sizes: Sequence[tuple[int, int]] = ((224, 224), (97, 131)),
+    batches: Sequence[int] = (1, 3),
+    metadata: Mapping[str, str] | None = None,
+) -> Report:
+    """Writes the network to `path` and compares it with PyTorch on images of all `sizes` (height, width) and `batches`.
+
+    A file that differs by more than the tolerance is not kept (`report.ok` is false); an older one then stays.
+    Raises ValueError for what does not fit together, OSError where nothing can be written, ImportError for packages
+    that are not installed.
+    """
+    path = Path(path)
+    _refuse(path, format, precision)
+    draft = _draft(path)
+    try:
+        operators: dict[str, int] = {}
+        if format == "onnx":
+            operators = graph.write(network, draft, precision, metadata or {})
+            run = graph.session(draft)
+        elif format == "torch-export":
+            archive.save(network, draft, metadata or {})
+            run = archive.load(draft)
+        else:
+            archive.compile_package(network, draft, metadata or {})
+            run = archive.load_package(draft)
+        report = Report(
+            str(path),
+            format,
+            precision,
+            draft.stat().st_size,
+            network.outputs,
+            [check.compare(network, run, batch, size) for size in sizes for batch in batches],
+            TOLERANCE[precision],
+            operators,
+            archive.needs(format),
+        )
+        if report.ok:
+            os.replace(draft, path)
+        return report
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _refuse(path: Path, format: str, precision: str) -> None:
+    if format not in get_args(Format):
+        raise ValueError(f"format {format!r} is unknown: {', '.join(get_args(Format))}")
+    suffix = ".onnx" if format == "onnx" else ".pt2"
+    if path.suffix != suffix:
+        raise ValueError(f"{path}: a file of the format {format} is named *{suffix}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision {precision!r} is unknown: {', '.join(get_args(Precision))}")
+    if precision != "float32" and format != "onnx":
+        raise ValueError(f"precision {precision}: the format {format} has float32 only; onnx has all")
+
+
+def _draft(path: Path) -> Path:
+    """An empty file beside `path`, so that a place that cannot be written is known before the work."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    draft = path.with_name(f".new-{path.name}")
+    try:
+        draft.touch()
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written: {error.strerror}") from None
+    return draft

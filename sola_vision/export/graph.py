@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network as one ONNX file: standard operators, any batch, height and width, cost linear in the number of tokens."""
+
+import ast
+import importlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sola_vision.export.check import Run
+from sola_vision.export.networks import Exportable
+from sola_vision.export.trace import trace
+
+OPSET = 20  # the first with Gelu; attention is spelled out, as many runtimes want it
+_DOMAIN = "sola"  # of the placeholder for the Bi-WKV operator, until it is spelled out
+
+
+def write(network: Exportable, path: Path, precision: str, metadata: Mapping[str, str]) -> dict[str, int]:
+    """Writes the file; returns how often each operator occurs in it."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise ImportError(
+                f"the format onnx needs {package}, which is not installed: pip install 'sola-vision[export]'"
+            ) from None
+    import onnx
+
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    model = _graph(network.prepared(dtype))
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    model.producer_name = "sola-vision"
+    from onnx_ir import save
+
+    save(model, path)
+    if precision == "int8":
+        _quantise(path)
+    stored = onnx.load(path)
+    onnx.checker.check_model(stored, full_check=True)
+    return dict(Counter(node.op_type for node in stored.graph.node).most_common())
+
+
+def session(path: Path) -> Run:
+    """Runs the file in onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(x) for x in running.run(None, {"images": images.numpy()})]
+
+    return run
+
+
+def _graph(network: Exportable) -> Any:
+    from onnx_ir.passes import Sequential, common
+
+    from sola_vision.export import wkv
+
+    placeholder = wkv.placeholder(_DOMAIN)
+    program = torch.onnx.export(
+        trace(network, plain=True),
+        (),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["images"],
+        output_names=list(network.names),
+        custom_translation_table={
+            torch.ops.sola.wkv_portable.default: placeholder,
+            torch.ops.sola.wkv.default: placeholder,
+        },
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    program.optimize()
+    model = program.model
+    wkv.expand(model, _DOMAIN)
+    Sequential(
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )(model)
+    _name_sizes(model)
+    _name_nodes(model)
+    common.NameFixPass()(model)
+    return model
+
+
+def _name_sizes(model: Any) -> None:
+    """batch, height and width where the tracer has numbered symbols."""
+    import onnx_ir as ir
+
+    (images,) = model.graph.inputs
+    names = {str(dim): name for dim, name in zip(images.shape, ("batch", "channels", "height", "width"), strict=True)}
+    symbols = {symbol: name for symbol, name in names.items() if not symbol.isdigit()}
+    if not symbols:
+        return
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            dims = [
+                dim if isinstance(dim, int) else pattern.sub(lambda match: symbols[match[0]], str(dim.value))
+                for dim in value.shape
+            ]
+            value.shape = ir.Shape(dims)
+
+
+def _name_nodes(model: Any) -> None:
+    """stages.2.layers.1.mixer/MatMul and so on: the module that a node comes from."""
+    counts: Counter[str] = Counter()
+    scope = ""
+    for node in model.graph:
+        stored = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+        if stored is not None:  # nodes that others were rewritten to have none, and stand beside their origin
+            scopes = [name for name in ast.literal_eval(stored)[:-1] if name]
+            scope = scopes[-1].removeprefix("network.") if scopes else ""
+        name = f"{scope}/{node.op_type}" if scope else node.op_type
+        counts[name] += 1
+        node.name = f"{name}_{counts[name]}" if counts[name] > 1 else name
+        node.metadata_props.clear()
+        node.doc_string = None
+
+
+def _quantise(path: Path) -> None:
+    """Weights of matrix products as int8, their inputs quantised while it runs; the operator stays in float32."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    whole = onnx.load(path)
+    del whole.graph.value_info[:]  # the quantiser turns matrices round, and stored shapes would contradict it
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # advice to prepare the file, which has been prepared
+    try:
+        quantize_dynamic(
+            whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QInt8
+        )
+    finally:
+        logging.disable(level)

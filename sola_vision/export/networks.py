@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an exported network is: a function of normalised images alone, with named results.
+
+classifier          logits [B, classes]
+features            stride4, stride8, ... [B, C_i, ceil(H / 4), ceil(W / 4)], ...
+segmenter           logits [B, classes, H, W]
+detector_pyramid    p2 ... p6 [B, channels, h, w]: a detector's backbone and feature pyramid
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Exportable(nn.Module):
+    """images [B, 3, H, W] in float32 -> a tuple of float32 tensors, named as `names` says.
+
+    fixed_size is (height, width) for a network that takes no other.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        names: Sequence[str],
+        call: Callable[[Any, Tensor], Sequence[Tensor]],
+        fixed_size: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.network = network.eval()
+        self.names = tuple(names)
+        self.fixed_size = fixed_size
+        self._call = call
+        self._dtype = dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.float() for x in self._call(self.network, images.to(self._dtype)))
+
+    @property
+    def channels(self) -> int:
+        """Of an image."""
+        return next(p.shape[1] for p in self.network.parameters() if p.ndim == 4 and p.shape[0] != 1)
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The results' names with their shapes for an image of 64 x 96 pixels, or of the only size that there is."""
+        height, width = self.fixed_size or (64, 96)
+        with torch.inference_mode():
+            results = self(torch.zeros(1, self.channels, height, width))
+        return {
+            name: f"[batch, {', '.join(map(str, result.shape[1:]))}]"
+            for name, result in zip(self.names, results, strict=True)
+        }
+
+    def prepared(self, dtype: torch.dtype) -> "Exportable":
+        """A copy that computes in `dtype` and from whose operators graphs of any size can be made."""
+        network = copy.deepcopy(self.network).requires_grad_(False).to(dtype)
+        for module in list(network.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size not in (1, (1, 1)):
+                    setattr(module, name, _AveragePool(child.output_size))
+        return Exportable(network, self.names, self._call, self.fixed_size, dtype)
+
+
+def classifier(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:
+    """Logits of a classifier."""
+    return Exportable(model, ["logits"], lambda network, images: [network(images)], fixed_size)
+
+
+def features(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:
+    """Feature maps of a hierarchical network, sola_* or another of timm's, without its head."""
+    info: Any = getattr(model, "feature_info", ())
+    strides = [level["reduction"] for level in info]
+    if not strides or len(set(strides)) < len(strides) or not hasattr(model, "forward_intermediates"):
+        raise ValueError(f"{type(model).__name__} has no feature maps at several strides: export it as a classifier")
+    backbone: Any = copy.deepcopy(model)
+    backbone.prune_intermediate_layers(list(range(len(strides))), prune_norm=True)
+
+    def call(network: Any, images: Tensor) -> list[Tensor]:
+        return network.forward_intermediates(images, indices=len(strides), intermediates_only=True)
+
+    return Exportable(backbone, [f"stride{stride}" for stride in strides], call, fixed_size)
+
+
+def segmenter(model: nn.Module) -> Exportable:
+    """Logits of every pixel."""
+    return Exportable(model, ["logits"], lambda network, images: [network(images)])
+
+
+def detector_pyramid(backbone: nn.Module) -> Exportable:
+    """The part of a detector that is the same for every image: its backbone and feature pyramid."""
+    return Exportable(backbone, [f"p{level}" for level in range(2, 7)], lambda net, images: list(net(images).values()))
+
+
+class _AveragePool(nn.Module):
+    """nn.AdaptiveAvgPool2d as two matrix products: exporters know it for fixed sizes only."""
+
+    def __init__(self, output_size: Any) -> None:
+        super().__init__()
+        self.size = output_size if isinstance(output_size, tuple) else (output_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _means(self.size[0], x.shape[-2], x) @ x @ _means(self.size[1], x.shape[-1], x).mT
+
+
+def _means(count: int, length: int, like: Tensor) -> Tensor:
+    """[count, length]: row i averages the places from floor(i length / count) up to ceil((i + 1) length / count)."""
+    part = torch.arange(count, device=like.device)[:, None] * length
+    place = torch.arange(length, device=like.device) * count
+    inside = ((place > part - count) & (place < part + length)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)

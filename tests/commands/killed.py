@@ -7,18 +7,22 @@ import sys
 
 from sola_vision.cli import main
 from sola_vision.tasks import Classification
+from sola_vision.tasks.segmentation import Segmentation
 
 steps = int(sys.argv[1])
-loss = Classification.loss
 
 
-def die(self, model, batch):
-    global steps
-    steps -= 1
-    if steps == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return loss(self, model, batch)
+def dying(loss):
+    def die(self, model, batch):
+        global steps
+        steps -= 1
+        if steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(self, model, batch)
+
+    return die
 
 
-Classification.loss = die  # type: ignore[method-assign]
+for task in (Classification, Segmentation):
+    task.loss = dying(task.loss)  # type: ignore[method-assign]
 sys.exit(main(sys.argv[2:]))

@@ -123,7 +123,7 @@ def test_names_of_the_classes(root):
     assert open_segmentation(root, "val", 4, None)[1] == ["ground", "disc", "square", "triangle"]
     (root / "classes.txt").write_text("\ufeffa b\nc\n\n", encoding="utf-8")
     assert open_segmentation(root, "val", 255, 2)[1] == ["a b", "c"]
-    with pytest.raises(ValueError, match=r"names 2 classes, but image\.num_classes is 3"):
+    with pytest.raises(ValueError, match=r"names 2 classes, but the number of classes given is 3"):
         open_segmentation(root, "val", 255, 3)
     (root / "classes.txt").write_text("0 a\n2 c\n")
     with pytest.raises(ValueError, match="without a gap"):

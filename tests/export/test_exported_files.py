@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import build
+from few_layers import build
 from torch import nn
 
 from sola_vision import export as exports
@@ -21,6 +21,11 @@ SIZES = [(64, 64), (97, 131), (32, 32), (8, 8), (20, 64)]
 def has(*packages):
     for package in packages:
         pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return build()
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,7 @@ def test_lower_precision(small, tmp_path, precision, limit, onnx_file):
     assert ("MatMulInteger" in report.operators) == (precision == "int8")
 
 
+@pytest.mark.slow
 def test_archive_is_the_network_and_calls_the_operator(tmp_path):
     path = tmp_path / "small.pt2"
     small = build(schedule="L/S", bridges="")

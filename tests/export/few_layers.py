@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network with everything in it and few layers, since tracing takes a second a layer."""
 
-import pytest
 import timm
 import torch
 
@@ -12,8 +11,3 @@ def build(**changes):
     torch.manual_seed(0)
     small = {"schedule": "L/LS", "dims": (8, 32), "bridges": "1.1>2.2", "num_classes": 5, "img_size": 64}
     return timm.create_model("sola_nano", **{**small, **changes}).eval()
-
-
-@pytest.fixture(scope="session")
-def small():
-    return build()

@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,34 @@ class Plan:
     study: Study
     scale: Scale
     images: Images
-    seeds: tuple[int, ...]
+    seeds: int
     epochs: int
+    train: TrainConfig
     runs: tuple[Run, ...]
-    description: dict[str, Any]
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What results.json keeps of the plan; the costs of all arms are counted for it."""
+        study, scale = self.study, self.scale
+        size = study.cost_size if scale.name == "paper" else scale.size
+        return {
+            "name": study.name,
+            "scale": scale.name,
+            "what": scale.what,
+            "data": self.images.describe(),
+            "epochs": self.epochs,
+            "batch_size": self.train.batch_size,
+            "steps": self.epochs * (self.images.identity.train // self.train.batch_size),
+            "lr": self.train.lr,
+            "size": scale.size,
+            "cost_size": size,
+            "seeds": self.seeds,
+            "arms": {
+                arm.name: {"schedule": arm.schedule, "bridges": arm.bridges, **_cost(run, size)}
+                for arm, run in zip(study.arms, self.runs, strict=False)
+            },
+            "keys": {run.key: [run.arm, run.seed] for run in self.runs},
+        }
 
 
 def plan(
@@ -121,26 +146,7 @@ def plan(
         for seed in range(number)
         for arm in study.arms
     )
-    size = study.cost_size if scale.name == "paper" else scale.size
-    description = {
-        "name": study.name,
-        "scale": scale.name,
-        "what": scale.what,
-        "data": images.describe(),
-        "epochs": epochs,
-        "batch_size": train.batch_size,
-        "steps": epochs * (images.identity.train // train.batch_size),
-        "lr": train.lr,
-        "size": scale.size,
-        "cost_size": size,
-        "seeds": number,
-        "arms": {
-            arm.name: {"schedule": arm.schedule, "bridges": arm.bridges, **_cost(run, size)}
-            for arm, run in zip(study.arms, runs, strict=False)
-        },
-        "keys": {run.key: [run.arm, run.seed] for run in runs},
-    }
-    return Plan(study, scale, images, tuple(range(number)), epochs, runs, description)
+    return Plan(study, scale, images, number, epochs, train, runs)
 
 
 def _config(base: SolaConfig, arm: Arm, classes: int) -> SolaConfig:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages come from results.json alone, and say no more than the runs do."""
+
+import json
+import shutil
+
+import pytest
+from little import LITTLE
+
+from sola_vision.analysis.paper import ROWS
+from sola_vision.studies import STUDIES, plan, write_report
+from sola_vision.studies.fig1a import ACCURACY, write_fig1a
+from sola_vision.studies.outcome import RESULTS, begin, gather
+from sola_vision.studies.runner import write_json
+
+
+def invent(folder, name, data, values):
+    """A study whose runs were never trained: `values` are accuracies by arm, a list over seeds."""
+    study = STUDIES[name]
+    seeds = max(map(len, values.values()))
+    made = plan(study, LITTLE if study.network == "isotropic" else _four_stages(), data, seeds=seeds)
+    begin(folder, made.description)
+    (folder / "results").mkdir()
+    for run in made.runs:
+        if run.seed < len(values[run.arm]):
+            result = {
+                **{"key": run.key, "seed": run.seed, "top1": values[run.arm][run.seed], "images_per_second": 10.0},
+                **{"seconds": 3600.0, "hardware": "an abacus", "commit": "abc", "command": "sola study", "threads": 1},
+            }
+            write_json(folder / "results" / f"{run.key}.json", result)
+
+
+def _four_stages():
+    from dataclasses import replace
+
+    from sola_vision.studies.scales import SMALL
+
+    network = SMALL.hierarchical.with_changes(dims=(8, 8, 16, 16), img_size=8, head_dim=8)
+    return replace(SMALL, hierarchical=network, train=LITTLE.train, limit=36)
+
+
+TABLE_6 = {
+    "Alternating": [50.0, 51.0, 49.0],
+    "Stacked-Last": [52.0, 53.1, 51.0],
+    "SoLA": [54.0, 55.0, 53.1],
+    "SoLA + bridges": [53.0, 56.5, 52.0],
+}
+
+
+def test_verdicts_follow_from_the_numbers(data, tmp_path):
+    invent(tmp_path, "table6", data, TABLE_6)
+    outcome = write_report(tmp_path, "table6")
+    by_text = {judged.claim.text: judged for judged in outcome.judged}
+    assert by_text["SoLA > Alternating"].ours.verdict == "holds"
+    assert by_text["SoLA > Alternating"].ours.mean == pytest.approx(4.0333, abs=1e-3)
+    assert by_text["bridges > none"].ours.verdict == "undecided"
+    assert by_text["bridges > none"].paper == pytest.approx(0.15)
+    page = (tmp_path / "table6" / "report.md").read_text()
+    assert "- bridges > none: **not decided by 3 seeds" in page
+    assert "| Alternating | `LL/LL/LSLSLS/LS` | 79.12 | 50.00 ± 0.58 (3) |" in page
+
+
+def test_the_reverse_is_called_so(data, tmp_path):
+    invent(tmp_path, "table6", data, {**TABLE_6, "SoLA": [48.0, 49.1, 47.0]})
+    page = write_report(tmp_path, "table6") and (tmp_path / "table6" / "report.md").read_text()
+    assert "SoLA > Alternating: **does not hold here, the reverse does" in page
+
+
+def test_one_seed_decides_nothing_and_an_unfinished_study_says_so(data, tmp_path):
+    invent(tmp_path, "table6", data, {**{name: values[:1] for name, values in TABLE_6.items()}, "Alternating": [9, 9]})
+    page = write_report(tmp_path, "table6") and (tmp_path / "table6" / "report.md").read_text()
+    assert "Unfinished: 5 of 8 runs" in page
+    assert "SoLA > Alternating: **not decided: one seed, +45.00**" in page
+    assert (
+        " holds" not in page.split("## Does the order hold here?")[1].split("## Every run")[0].split("Differences")[0]
+    )
+
+
+def test_pages_are_the_same_from_results_json_alone(data, tmp_path):
+    invent(tmp_path, "table6", data, TABLE_6)
+    write_report(tmp_path, "table6")
+    page = (tmp_path / "table6" / "report.html").read_bytes()
+    alone = tmp_path / "elsewhere"
+    alone.mkdir()
+    (alone / "table6").mkdir()
+    shutil.copy(tmp_path / "table6" / RESULTS, alone / "table6")
+    write_report(alone, "table6")
+    assert (alone / "table6" / "report.html").read_bytes() == page
+
+
+def test_the_page_has_all_that_a_reader_needs_to_run_it_again(finished):
+    write_report(finished, "custom")
+    page = (finished / "custom" / "report.md").read_text()
+    for text in ("Hardware: ", "Commit of this project: ", "torch 2", "2 seeds an arm", "fingerprint", "sign-flip"):
+        assert text in page
+    html = (finished / "custom" / "report.html").read_text()
+    assert "data:image/png;base64," in html
+    assert html.count("<table>") == 3
+    raw = json.loads((finished / "custom" / RESULTS).read_text())
+    assert {run["seed"] for run in raw["results"]} == {0, 1}
+
+
+def test_a_study_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the study into this folder first"):
+        gather(tmp_path, "table2")
+
+
+def test_figure_1a_has_every_accuracy_once(tmp_path):
+    names = {(row.table, row.method) for row in ROWS}
+    assert all((table, method) in names for table, methods in ACCURACY.items() for method in methods)
+    assert {(row.table, row.method) for row in ROWS if row.table in ACCURACY} == {
+        (table, method) for table, methods in ACCURACY.items() for method in methods
+    }
+    write_fig1a(tmp_path)
+    assert "No study has been run" in (tmp_path / "fig1a" / "report.md").read_text()
+
+
+def test_the_papers_own_differences():
+    table2 = STUDIES["table2"]
+    differences = {claim.text: table2.paper_difference(claim) for claim in table2.claims}
+    assert differences["equal budget: LLSLLS > SSLLLL"] == pytest.approx(0.47)
+    assert differences["softmax late > early, one to three layers"] == pytest.approx(0.1233, abs=1e-3)
+    assert STUDIES["fig5"].paper_difference(STUDIES["fig5"].claims[0]) is None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
 
-from .coco import SPLITS, CocoFolder, Objects, mask_library, read_truth
+from .coco import SPLITS, CocoFolder, Objects, read_truth
 from .detection_presets import (
     DetectionConfig,
     DetectionEvalTransform,
@@ -16,6 +16,7 @@ from .labels import IGNORED, LabelRule, read_labels
 from .memory import MemoryImages, balanced_subset, decode, fingerprint
 from .open import open_classification
 from .presets import EvalTransform, ImageConfig, TrainTransform
+from .run_lengths import encode_mask, mask_library, unusable_mask
 from .scenes import Scene, Scenes
 from .segmentation import SegmentationFolder, open_segmentation
 from .segmentation_presets import SegmentationConfig, SegmentationEvalTransform, SegmentationTrainTransform
@@ -46,6 +47,7 @@ __all__ = [
     "balanced_subset",
     "collate_lists",
     "decode",
+    "encode_mask",
     "fingerprint",
     "mask_library",
     "open_classification",
@@ -54,4 +56,5 @@ __all__ = [
     "read_labels",
     "read_truth",
     "to_pixels",
+    "unusable_mask",
 ]

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .images import read_image
+from .run_lengths import mask_library, run_lengths, unusable_mask
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,6 @@ SPLITS = {
 _LAYOUT = (
     "expected ROOT/annotations/instances_SPLIT.json with images in ROOT/SPLIT/, or ROOT/SPLIT/_annotations.coco.json"
 )
-
-
-def mask_library() -> ModuleType:
-    """COCO's polygons and run lengths, from the package that also scores them."""
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError:
-        raise ImportError('COCO\'s masks and scores need faster-coco-eval: pip install "sola-vision[det]"') from None
-    return mask
 
 
 @dataclass(frozen=True)
@@ -62,14 +53,6 @@ class Objects:
             return mask_library().decode(run_lengths(self.segmentations[index], self.size))
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.names[index]}: its mask cannot be read: {error}") from None
-
-
-def run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Polygons, or run lengths compressed or not, as compressed run lengths."""
-    library = mask_library()
-    if isinstance(segmentation, list):
-        return library.merge(library.frPyObjects(segmentation, *size))
-    return library.frPyObjects(segmentation, *size) if isinstance(segmentation["counts"], list) else segmentation
 
 
 class CocoFolder(Dataset[Any]):
@@ -316,8 +299,9 @@ def _sort(
                 f"{file}: annotation {annotation.get('id')} has category_id {annotation.get('category_id')!r}, which "
                 f"is not among the {len(labels)} categories: add the category, or remove the annotation"
             )
-        reason = _unusable_box(annotation.get("bbox"), image, scoring) or _unusable_mask(
-            annotation.get("segmentation"), image
+        size = (image["height"], image["width"])
+        reason = _unusable_box(annotation.get("bbox"), image, scoring) or unusable_mask(
+            annotation.get("segmentation"), size
         )
         if reason:
             dropped.add(reason, annotation)
@@ -338,25 +322,6 @@ def _unusable_box(box: Any, image: dict[str, Any], scoring: bool) -> str | None:
         return "with a box without area"
     if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
         return "with a box outside the image"
-    return None
-
-
-def _unusable_mask(segmentation: Any, image: dict[str, Any]) -> str | None:
-    if not segmentation:
-        return None  # boxes alone are data as well
-    if isinstance(segmentation, dict):
-        if not isinstance(segmentation.get("counts"), str | list):
-            return "with run lengths that are none"
-        if list(segmentation.get("size") or []) != [image["height"], image["width"]]:
-            return "with a mask of another size than the image"
-        return None
-    far = 2 * max(image["height"], image["width"])
-    for polygon in segmentation if isinstance(segmentation, list) else [None]:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            return "with a polygon of fewer than three points"
-        # what is not a number would bring the library down, and so would the far end of the world
-        if not all(isinstance(v, int | float) and abs(v) <= far for v in polygon):
-            return "with a polygon far outside the image"
     return None
 
 

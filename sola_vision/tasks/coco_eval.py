@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sola_vision.data import mask_library
+from sola_vision.data import mask_library, unusable_mask
 
 Kind = Literal["bbox", "segm"]
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
@@ -138,12 +138,8 @@ def check_results(results: Any, truth: dict[str, Any], kind: Kind, name: str) ->
 def _check_mask(mask: Any, size: tuple[int, int], where: str) -> None:
     if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
         raise ValueError(f"{where} needs a mask as compressed run lengths, found {mask!r:.80}")
-    if tuple(mask.get("size") or ()) != size:
-        raise ValueError(f"{where} has a mask of size {mask.get('size')}, but its image is {list(size)}")
-    try:
-        mask_library().area(mask)
-    except ValueError as error:
-        raise ValueError(f"{where} has a mask that cannot be read: {error}") from None
+    if reason := unusable_mask(mask, size):
+        raise ValueError(f"{where} is {reason}, which is {size[0]}x{size[1]}")
 
 
 def _is_number(value: Any) -> bool:

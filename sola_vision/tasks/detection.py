@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sola_vision.data import CocoFolder, mask_library
+from sola_vision.data import CocoFolder, encode_mask, mask_library
 from sola_vision.engine import gather_objects, on_main
 from sola_vision.tasks.coco_eval import KINDS, Kind, Score, score
 from sola_vision.tasks.detector import Detector, detect
@@ -105,12 +105,7 @@ def to_results(
             "score": value,
         }
         if masks is not None:
-            run_lengths = mask_library().encode(np.asfortranarray(paste_mask(masks[index], box, size)))
-            counts = run_lengths["counts"]
-            result["segmentation"] = {
-                "size": list(size),
-                "counts": counts.decode() if isinstance(counts, bytes) else counts,
-            }
+            result["segmentation"] = encode_mask(paste_mask(masks[index], box, size))
         results.append(result)
     return results
 

@@ -145,9 +145,7 @@ def _supernet_trainings(problem: Problem, judged: int) -> float:
     # of the network that is not open; what both kinds cost together follows from the two extremes
     rest = _rest(problem)
     both = costs.of("L" * costs.space.size) + costs.of("S" * costs.space.size) - rest
-    images = problem.steps * problem.train.batch_size
-    evaluated = judged * len(problem.choose_set) * _FORWARD  # type: ignore[arg-type]
-    return 0.5 + 0.5 * both / single + evaluated / images
+    return 0.5 + 0.5 * both / single + judged * _evaluation(problem)
 
 
 def _rest(problem: Problem) -> float:
@@ -184,17 +182,22 @@ def _evolution(problem: Problem, say: Say) -> Found:
 
 def _best_of(problem: Problem, method: str, tried: dict[str, float]) -> Found:
     points = [_point(problem, kinds, top1, f"{_share(problem):.2f} of a training") for kinds, top1 in tried.items()]
-    trainings = len(tried) * (_share(problem) + len(problem.choose_set) * _FORWARD / _images(problem))  # type: ignore[arg-type]
+    trainings = len(tried) * (_share(problem) + _evaluation(problem))
     return _found(problem, method, max(tried, key=lambda kinds: tried[kinds]), trainings, points)
 
 
-def _images(problem: Problem) -> int:
-    return problem.steps * problem.train.batch_size
-
-
 def _share(problem: Problem) -> float:
-    """Of a training, for each of the trials, so that all of them cost what the gates do."""
-    return _supernet_trainings(problem, _JUDGED) / _TRIALS
+    """Of a training, for each of the trials, so that all of them with their evaluations cost what the gates do."""
+    candidates = problem.costs.meeting(problem.budget)
+    elsewhere = problem.costs.space.size + 1 - len({kinds.count("S") for kinds in candidates})
+    judged = min(_JUDGED, len(candidates)) + elsewhere
+    return _supernet_trainings(problem, judged) / _TRIALS - _evaluation(problem)
+
+
+def _evaluation(problem: Problem) -> float:
+    """One look at the images to choose by, in trainings."""
+    size = len(problem.choose_set)  # type: ignore[arg-type]
+    return size * _FORWARD / (problem.steps * problem.train.batch_size)
 
 
 def _trial(problem: Problem, kinds: str, say: Say) -> float:

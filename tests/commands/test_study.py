@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola study` and `sola search` as commands: what they print, and what they refuse in one line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from sola_vision.studies.scales import SCALES
+
+
+@pytest.fixture(autouse=True)
+def _little(monkeypatch):
+    """The small scale, smaller."""
+    small = SCALES["small"]
+    network = small.hierarchical.with_changes(dims=(8, 8, 16, 16), img_size=8, head_dim=8)
+    stack = small.isotropic.with_changes(dims=(16,), img_size=8, head_dim=8)
+    train = replace(small.train, batch_size=7, warmup_epochs=0.2)
+    monkeypatch.setitem(
+        SCALES, "small", replace(small, hierarchical=network, isotropic=stack, train=train, epochs={"hierarchical": 1})
+    )
+
+
+CUSTOM = ("study", "custom", "--schedules", "L/L/LL/L", "L/L/LS/L", "--seeds", "1", "--device", "cpu")
+
+
+def test_a_custom_study_then_all_pages_again(sola, data, tmp_path):
+    said = sola(*CUSTOM, "--data", data, "--out", tmp_path / "s", "--json")
+    assert said.code == 0, said.err
+    (document,) = json.loads(said.out)
+    assert document["missing"] == 0
+    assert [row["name"] for row in document["rows"]] == ["L/L/LL/L", "L/L/LS/L"]
+    page = tmp_path / "s" / "custom" / "report.md"
+    before = page.read_text()
+    page.unlink()
+    said = sola("study", "all", "--report", "--out", tmp_path / "s")
+    assert said.code == 0, said.err
+    assert page.read_text() == before
+    assert (tmp_path / "s" / "fig1a" / "report.html").exists()
+
+
+def test_weights_of_a_study_are_checkpoints_of_sola(sola, data, tmp_path):
+    assert sola(*CUSTOM, "--data", data, "--out", tmp_path / "s").code == 0
+    result = json.loads(next((tmp_path / "s" / "results").iterdir()).read_text())
+    run = tmp_path / "s" / "runs" / result["key"]
+    said = sola("eval", "--checkpoint", run, "--data", data, "--json", "--device", "cpu", "--out", tmp_path / "e")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["top1"] == pytest.approx(result["top1"], abs=1e-3)
+
+
+def test_list_runs_nothing(sola, data, tmp_path):
+    said = sola("study", "table2", "--data", data, "--out", tmp_path / "s", "--list")
+    assert (said.code, said.out.count("seed")) == (0, 30)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("table3",), ["'table3' is unknown", "table2", "custom"]),
+        (("table2",), ["needs --data"]),
+        (("table2", "--data", "nowhere"), ["nowhere: no such folder"]),
+        (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes are too few"]),
+        (("table2", "--data", "DATA", "--seeds", "0"), ["--seeds 0"]),
+        (("table2", "--data", "DATA", "--schedules", "L"), ["belong to custom"]),
+        (("table2", "--data", "DATA", "--scale", "huge"), ["--scale", "huge"]),
+        (("table8", "--data", "DATA"), ["segmentation"]),
+        (("all",), ["--report"]),
+        (("table2", "--report"), ["run the study into this folder first"]),
+        (
+            ("custom", "--data", "DATA", "--schedules", "L/L/LL/L", "L/L/L/L"),
+            ["1/1/1/1", "give schedules of one depth"],
+        ),
+        (("custom", "--data", "DATA", "--schedules", "L/X", "L/L"), ["'X' is not a layer"]),
+        (("custom", "--data", "DATA", "--schedules", "L/L", "L/S"), ["has 2 stages", "has 4"]),
+        (
+            ("custom", "--data", "DATA", "--schedules", "L/L/LL/L", "L/L/LS/L", "--bridges", "1.1>3.2"),
+            ["must end at a softmax layer"],
+        ),
+    ],
+)
+def test_a_study_refuses(refused, data, tmp_path, words, names):
+    refused("study", *(str(data) if word == "DATA" else word for word in words), "--out", tmp_path / "s", names=names)
+
+
+SEARCH = ("search", "--space", "L/L/???/L", "--limit", "42", "--device", "cpu")
+
+
+def test_a_search_prints_a_schedule_and_leaves_a_recipe_that_trains(sola, data, tmp_path):
+    words = (*SEARCH, "--budget", "L/L/LLS/L", "--size", "128", "--data", data, "--out", tmp_path / "s")
+    said = sola(*words)
+    assert said.code == 0, said.err
+    schedule = said.out.split()[0]
+    assert (len(schedule), schedule.count("S")) == (9, 1)
+    document = json.loads((tmp_path / "s" / "search.json").read_text())
+    assert document["schedule"] == schedule
+    assert abs(document["off_budget_percent"]) <= 2
+    assert (tmp_path / "s" / "curve.png").exists()
+    recipe = tmp_path / "s" / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["model"]["schedule"] == schedule
+    said = sola("train", "--config", recipe, "--out", tmp_path / "t", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["epochs"] == 1
+
+    before = (tmp_path / "s" / "search.json").read_text()
+    assert sola(*words).out.split()[0] == schedule
+    assert (tmp_path / "s" / "search.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--budget", "1G"), ["no schedule of L/L/???/L meets it", "L/L/LLL/L"]),
+        (("--budget", "0.01M"), ["no schedule of L/L/???/L meets it"]),
+        (("--budget", "cheap"), ["'cheap'", "such as"]),
+        (("--budget", "L/L/LL/L"), ["does not fit the space"]),
+        (("--budget", "1M", "--space", "L/???"), ["has 2 stages"]),
+        (("--budget", "1M", "--space", "L/L/LL/L"), ["0 open layers"]),
+        (("--budget", "1M", "--latency"), ["--latency"]),
+        (("--budget", "1M", "--method", "rule", "--bridges"), ["--bridges belongs to --method gates"]),
+        (("--budget", "L/L/LLS/L", "--size", "0x3"), ["--size"]),
+        (("--budget", "L/L/LLS/L", "--limit", "7"), ["too few"]),
+        ((), ["--budget"]),
+    ],
+)
+def test_a_search_refuses(refused, data, tmp_path, words, names):
+    refused(*SEARCH, "--data", data, "--out", tmp_path / "s", *words, names=names)

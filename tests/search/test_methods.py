@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method finds a schedule that meets the budget, says what it cost, and finds the same again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sola_vision import SolaConfig
+from sola_vision.data import ImageConfig, MemoryImages
+from sola_vision.engine import TrainConfig
+from sola_vision.search import METHODS, Problem, Space, mac_costs, search
+
+CONFIG = SolaConfig(schedule="L/LLL/L", dims=(8, 16, 16), patch_size=1, img_size=8, head_dim=8, num_classes=2)
+
+
+def problem(out, seed=0, bridges=False, budget="LSL"):
+    space = Space("L/???/L")
+    # at 64 pixels softmax costs so much more that one number of softmax layers meets the budget
+    costs = mac_costs(CONFIG, space, (64, 64))
+    labels = [index % 2 for index in range(48)]
+    noise = torch.randint(0, 90, (48, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = noise + 120 * torch.tensor(labels, dtype=torch.uint8)[:, None, None, None]
+    return Problem(
+        config=CONFIG,
+        costs=costs,
+        budget=costs.of(budget),
+        train=TrainConfig(
+            epochs=2, batch_size=8, lr=2e-3, warmup_epochs=0.2, workers=0, device="cpu", seed=seed, save_steps=3
+        ),
+        image=ImageConfig(size=8, mixup=0, cutmix=0),
+        train_set=MemoryImages(pixels[:32], labels[:32], augment=True),
+        choose_set=MemoryImages(pixels[32:], labels[32:], augment=False),
+        out=Path(out),
+        bridges=bridges,
+    )
+
+
+def quiet(_):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_meets_the_budget_and_says_its_cost(method, tmp_path):
+    given = problem(tmp_path)
+    found = search(given, method, quiet)
+    assert found.schedule.count("S") == 1
+    assert abs(found.cost / given.budget - 1) <= 0.02
+    assert 0 <= found.trainings <= 3
+    assert all(0 <= point.top1 <= 100 for point in found.points)
+    if method in ("random", "evolution"):
+        gates = search(problem(tmp_path / "gates"), "gates", quiet)
+        # six trials cost what the gates do; here there are fewer schedules
+        assert found.trainings == pytest.approx(gates.trainings * len(found.points) / 6, abs=2e-3)
+
+
+def test_the_curve_of_the_gates_has_other_costs_too(tmp_path):
+    found = search(problem(tmp_path), "gates", quiet)
+    assert len({point.cost for point in found.points}) == 4
+    best = max(point.top1 for point in found.points if point.schedule.count("S") == 1)
+    assert next(point.top1 for point in found.points if point.schedule == found.schedule) == best
+
+
+def test_a_search_repeats_by_its_seed_and_goes_on_after_a_stop(tmp_path):
+    first = search(problem(tmp_path / "a", bridges=True), "gates", quiet)
+    assert search(problem(tmp_path / "b", bridges=True), "gates", quiet) == first
+    # as a kill between the training and the evaluations leaves it
+    (tmp_path / "b" / "supernet" / "points.json").unlink()
+    (tmp_path / "b" / "supernet" / "summary.json").unlink()
+    assert search(problem(tmp_path / "b", bridges=True), "gates", quiet) == first
+
+
+def test_trials_that_are_done_are_not_done_again(tmp_path):
+    first = search(problem(tmp_path), "random", quiet)
+    for folder in (tmp_path / "trials").iterdir():
+        (folder / "last" / "state.safetensors").unlink()  # training one of them again would change its folder
+        (folder / "metrics.jsonl").unlink()
+    assert search(problem(tmp_path), "random", quiet) == first
+    assert not list(tmp_path.glob("trials/*/metrics.jsonl"))

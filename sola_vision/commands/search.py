@@ -6,6 +6,7 @@ the schedule; leaves search.json, curve.png and recipe.yaml in --out. A stopped 
 """
 
 import json
+import os
 import re
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -30,6 +31,8 @@ _CHOOSE = 0.1  # of the training images, to choose by
 
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("sola search runs in one process: start it without torchrun")
     scale = SCALES[options.scale]
     space = Space(options.space)
     if options.data is None:

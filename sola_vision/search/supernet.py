@@ -40,7 +40,9 @@ class MixedLayer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         if isinstance(self.share, float):
             return (self.softmax if self.share else self.linear)(x)[0], None
-        return torch.lerp(self.linear(x)[0], self.softmax(x)[0], self.share), None
+        linear, softmax = self.linear(x)[0], self.softmax(x)[0]
+        # lerp would refuse the kinds of numbers that autocast mixes
+        return linear + self.share.to(linear.dtype) * (softmax - linear), None
 
 
 class GatedBridge(nn.Module):

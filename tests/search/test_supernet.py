@@ -94,6 +94,15 @@ def test_gates_find_the_layer_that_pays():
     assert model.ranked(model.candidates)[0] == "LSL"
 
 
+def test_both_halves_run_in_bfloat16():
+    model = supernet(steps=4, bridges=True).train()
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images())
+        (out.float().square().sum() + model.penalty()).backward()
+        assert out.isfinite().all()
+
+
 def test_the_same_seed_draws_the_same():
     draws = []
     for _ in range(2):

@@ -114,7 +114,9 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
             f"they are {', '.join(map(str, sorted(named)[:8]))}{', ...' if len(named) > 8 else ''}"
         )
     if num_classes is not None and num_classes != len(names):
-        raise ValueError(f"{path} names {len(names)} classes, but the number of classes given is {num_classes}: change one")
+        raise ValueError(
+            f"{path} names {len(names)} classes, but the number of classes given is {num_classes}: change one"
+        )
     return names
 
 

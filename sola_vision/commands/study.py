@@ -127,6 +127,5 @@ def _tell(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
         return
     for outcome in outcomes:
         for row in outcome.rows:
-            here = "no run yet" if row.mean is None else f"{row.mean:.2f} ± {row.error:.2f} ({len(row.by_seed)})"
-            print(f"{row.name:<24} {here}")
+            print(f"{row.name:<24} {row.text or 'no run yet'}")
         print(f"{folder / outcome.study.name / 'report.html'}")

@@ -100,7 +100,7 @@ def _blocks(ours: Sequence[Outcome]) -> list[Block]:
             outcome.study.name,
             row.name,
             f"{row.macs / 1e9:.4f}",
-            f"{row.mean:.2f} ± {row.error:.2f} ({len(row.by_seed)})",
+            row.text,
         ]
         for outcome in ours
         for row in outcome.rows

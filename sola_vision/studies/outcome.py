@@ -42,6 +42,14 @@ class Row:
     def error(self) -> float:
         return standard_error(list(self.by_seed.values()))
 
+    @property
+    def text(self) -> str:
+        """Mean, standard error and number of seeds, as far as there are any: one run has no error."""
+        if self.mean is None:
+            return ""
+        n = len(self.by_seed)
+        return f"{self.mean:.2f} ± {self.error:.2f} ({n})" if n > 1 else f"{self.mean:.2f} (1)"
+
 
 @dataclass(frozen=True)
 class Judged:

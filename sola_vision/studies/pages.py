@@ -127,14 +127,9 @@ def _table(outcome: Outcome) -> Table:
     for row in outcome.rows:
         schedule = f"`{row.schedule}`" + (f" `{row.bridges}`" if row.bridges else "")
         paper = [_number(row.paper, 2)] if with_paper else []
-        here = "" if row.mean is None else _mean(row.mean, row.error, len(row.by_seed))
         speed = _number(row.images_per_second, 0)
-        rows.append([row.name, schedule, *paper, here, f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}", speed])
+        rows.append([row.name, schedule, *paper, row.text, f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}", speed])
     return Table(header, rows)
-
-
-def _mean(mean: float, error: float, n: int) -> str:
-    return f"{mean:.2f} ± {error:.2f} ({n})" if n > 1 else f"{mean:.2f} (1)"
 
 
 def _claims(outcome: Outcome) -> list[Block]:

@@ -28,11 +28,16 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 
 
 def kernel_sources() -> dict[str, list[str]]:
-    """Object file -> arguments: the kernel once for each instruction set, the registration once."""
+    """Object file -> arguments: the kernels once for each instruction set, the registration once."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = {"generic": []} | ({"avx2": AVX2, "avx512": AVX512} if x86 else {})
-    objects = {name: ["csrc/wkv.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags] for name, flags in sets.items()}
-    objects["register"] = ["csrc/register.cpp", *(["-DSOLA_X86"] if x86 else [])]
+    objects = {
+        f"{source}_{name}": [f"csrc/{source}.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags]
+        for source in ("wkv", "passes")
+        for name, flags in sets.items()
+    }
+    for source in ("register", "register_passes"):
+        objects[source] = [f"csrc/{source}.cpp", *(["-DSOLA_X86"] if x86 else [])]
     return objects
 
 

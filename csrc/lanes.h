@@ -185,17 +185,44 @@ inline F widen(const float* a) {
 
 inline void narrow(float* a, F f) { memcpy(a, &f, sizeof f); }
 
-inline F widen(const bfloat16* a) {
+inline D widen(const double* a) {
+  D d;
+  memcpy(&d, a, sizeof d);
+  return d;
+}
+
+inline void narrow(double* a, D d) { memcpy(a, &d, sizeof d); }
+
+// bits of a bfloat16 in the low half of each lane -> to and from memory; GCC 12 makes scalar code of the generic form
+#if defined(__AVX512F__)
+inline U spread(const bfloat16* a) { return (U)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)a)); }
+inline void gather(bfloat16* a, U bits) {
+  _mm256_storeu_si256((__m256i*)a, _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)bits));
+}
+#elif defined(__AVX2__)
+inline U spread(const bfloat16* a) { return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)a)); }
+inline void gather(bfloat16* a, U bits) {
+  const __m256i pairs = _mm256_packus_epi32((__m256i)bits, (__m256i)bits);  // within each half
+  _mm_storeu_si128((__m128i*)a, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0b1000)));
+}
+#else
+inline U spread(const bfloat16* a) {
   H h;
   memcpy(&h, a, sizeof h);
-  return as_float(__builtin_convertvector(h, U) << 16);
+  return __builtin_convertvector(h, U);
 }
+inline void gather(bfloat16* a, U bits) {
+  const H h = __builtin_convertvector(bits, H);
+  memcpy(a, &h, sizeof h);
+}
+#endif
+
+inline F widen(const bfloat16* a) { return as_float(spread(a) << 16); }
 
 inline void narrow(bfloat16* a, F f) {
   const U bits = as_bits(f), even = (bits >> 16) & 1u;
   const U rounded = (bits + 0x7fffu + even) >> 16;
-  const H h = __builtin_convertvector(f == f ? rounded : U{} + 0x7fc0u, H);
-  memcpy(a, &h, sizeof h);
+  gather(a, f == f ? rounded : U{} + 0x7fc0u);
 }
 
 #if defined(__AVX512F__)

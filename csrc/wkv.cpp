@@ -31,6 +31,7 @@
 #include <cstdlib>
 
 #include "lanes.h"
+#include "passes.h"
 #include "robust.h"
 
 namespace sola::SOLA_ISA {
@@ -491,11 +492,11 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
   const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
   if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
-  // Registers side by side, so that long pieces of a row are read at once: as many as stay in the cache from one phase to
-  // the next, if that is two at least; else the rows are streamed.
-  const int64_t cache = 3 << 19, widest = 8, fitting = cache / (p.tokens * register_bytes * Op::arrays);
-  const bool streamed = fitting < 2;
-  const int64_t tile = streamed || fitting > widest ? widest : fitting;
+  // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
+  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
+  const int64_t cache = 3 << 19, widest = 8, columns = (p.channels + W - 1) / W;
+  const bool streamed = (columns < widest ? columns : widest) * p.tokens * register_bytes * Op::arrays > cache;
+  const int64_t tile = widest;
   parallel(loop, count, 1 + 1024 / p.tokens,
            [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, streamed, chunks); });
 }
@@ -535,6 +536,6 @@ void backward(const Problem& p, Type type, ParallelFor loop) {
 
 }  // namespace
 
-extern const Kernel kernel = {SOLA_TEXT(SOLA_ISA), W, forward, backward};
+extern const Kernel kernel = {SOLA_TEXT(SOLA_ISA), W, forward, backward, &passes};
 
 }  // namespace sola::SOLA_ISA

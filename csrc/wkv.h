@@ -26,11 +26,14 @@ struct Problem {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
+struct Passes;  // passes.h
+
 struct Kernel {
   const char* name;
   int lanes;
   void (*forward)(const Problem&, Type, ParallelFor);
   void (*backward)(const Problem&, Type, ParallelFor);
+  const Passes* passes;
 };
 
 namespace generic {

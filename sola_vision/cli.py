@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments[0]
     if verb not in VERBS:
         return _refuse(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
+    from sola_vision.engine import keep_heap
+
+    keep_heap()
     command = importlib.import_module(f"sola_vision.commands.{_MODULES.get(verb, verb)}")
     try:
         return command.run(arguments[1:]) or 0

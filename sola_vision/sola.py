@@ -8,18 +8,16 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
     register_notrace_module,
 )
 
-from sola_vision import config, layers, ops
+from sola_vision import config, layers
 from sola_vision.backbone import SolaVision
 
 # what looks at sizes is a leaf for torch.fx, as timm's own models have it
 register_notrace_module(layers.PositionEmbedding)
 register_notrace_module(layers.HiddenStateBridge)
-register_notrace_function(layers.token_shift)
-register_notrace_function(ops.wkv)
+register_notrace_module(layers.LinearLayer)
 
 
 def _cfg(**changes: Any) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sola_vision import ops
 from sola_vision.backbone import SolaVision, Stage
-from sola_vision.layers import LinearLayer, SoftmaxLayer, token_shift
+from sola_vision.layers import LinearLayer, SoftmaxLayer
 from sola_vision.ops import reference
 from sola_vision.schedule import Bridge, Layer
 
@@ -91,10 +92,11 @@ def nearest_token(point: tuple[float, float], image: tuple[int, int], grid: tupl
 def keys(step: Step) -> Tensor:
     """The keys k_i of a linear layer [B, N, C]."""
     assert isinstance(step.layer, LinearLayer)
-    mixer = step.layer.mixer
-    x = step.layer.norm1(step.input)
+    mixer, norm = step.layer.mixer, step.layer.norm1
     if mixer.token_shift:
-        (x,) = token_shift(x, mixer.mix_key)
+        (x,) = ops.norm_shift(step.input, norm.weight, norm.bias, norm.eps, mixer.mix_key[None])
+    else:
+        x = norm(step.input)
     return mixer.key(x).flatten(1, 2)
 
 

@@ -9,6 +9,7 @@ from .config import Task, TrainConfig
 from .distributed import World, all_reduce_sum, distributed, gather_objects, on_main
 from .loading import EvaluationBatches, to_device
 from .loop import TrainingStopped, check_folder, evaluate, fit
+from .memory import keep_heap
 from .optim import lr_at
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "fit",
     "gather_objects",
+    "keep_heap",
     "load_weights",
     "lr_at",
     "on_main",

@@ -5,7 +5,6 @@ from sola_vision.layers.bridge import HiddenStateBridge
 from sola_vision.layers.linear import ChannelMix, LinearLayer, LinearMixer
 from sola_vision.layers.patches import PatchMerging, PositionEmbedding, Stem
 from sola_vision.layers.softmax import ConvMlp, SoftmaxLayer, SoftmaxMixer
-from sola_vision.layers.token_shift import quad_shift, token_shift
 
 __all__ = [
     "ChannelMix",
@@ -18,6 +17,4 @@ __all__ = [
     "SoftmaxLayer",
     "SoftmaxMixer",
     "Stem",
-    "quad_shift",
-    "token_shift",
 ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear layer (L): spatial mix by Bi-WKV attention, then channel mix, two residuals (section 4.4, Fig. 4c).
 
-    spatial mix   r, k, v = linear(token shift(x));   out = linear(sigmoid(r) * wkv(w, u, k, v))       4 C^2
-    channel mix   r, k    = linear(token shift(x));   out = sigmoid(r) * linear(relu(k)^2)             9 C^2
+    spatial mix   r, k, v = linear(token shift(norm(x)));   x + linear(sigmoid(r) * wkv(w, u, k, v))       4 C^2
+    channel mix   r, k    = linear(token shift(norm(x)));   x + sigmoid(r) * linear(relu(k)^2)             9 C^2
 
 [B, H, W, C] throughout; tokens are the pixels in raster order, N = H W.
 """
@@ -13,8 +13,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.token_shift import token_shift
-from sola_vision.ops import wkv
+from sola_vision.layers.bands import bands, in_bands
+from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
+from sola_vision.ops import gate, gated_sum, wkv
 
 
 def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
@@ -62,14 +63,18 @@ class LinearMixer(nn.Module):
         zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1
         self.bonus.copy_(-1.2 + 0.5 * zigzag)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] -> the same, and the read-out wkv_t before the gate [B, H, W, C]."""
-        xr = xk = xv = x
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] before its norm -> the same, and the read-out wkv_t before the gate [B, H, W, C]."""
+        projections = (self.receptance, self.key, self.value)
         if self.token_shift:
-            xr, xk, xv = token_shift(x, self.mix_receptance, self.mix_key, self.mix_value)
-        key, value = self.key(xk).flatten(1, 2), self.value(xv).flatten(1, 2)  # [B, N, C]
-        readout = wkv(self.decay, self.bonus, key, value).unflatten(1, x.shape[1:3])
-        return self.output(torch.sigmoid(self.receptance(xr)) * readout), readout
+            mixes = torch.stack((self.mix_receptance, self.mix_key, self.mix_value))
+            receptance, key, value = shift_linear(x, norm.weight, norm.bias, norm.eps, mixes, projections)
+        else:
+            n = norm(x)
+            receptance, key, value = (projection(n) for projection in projections)
+        readout = wkv(self.decay, self.bonus, key.flatten(1, 2), value.flatten(1, 2)).view(receptance.shape)
+        del key, value  # the largest moment of an inference is near
+        return gate_linear(receptance, readout, self.output), readout
 
 
 class ChannelMix(nn.Module):
@@ -94,12 +99,35 @@ class ChannelMix(nn.Module):
             self.mix_key = _interpolation(dim, 1.0, **dd)
             self.mix_receptance = _interpolation(dim, 1.0, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] -> the same."""
-        xk = xr = x
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x [B, H, W, C] before its norm -> the same."""
+        return gate(*self.project(x, norm))
+
+    def project(self, x: Tensor, norm: nn.LayerNorm, top: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] before its norm -> the gate's receptance and what it lets through, without the outermost rows
+        of x, which lend their tokens only.
+        """
+        projections = (self.key, self.receptance)
         if self.token_shift:
-            xk, xr = token_shift(x, self.mix_key, self.mix_receptance)
-        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+            mixes = torch.stack((self.mix_key, self.mix_receptance))
+            hidden, receptance = shift_linear(
+                x, norm.weight, norm.bias, norm.eps, mixes, projections, top=top, bottom=bottom
+            )
+        else:
+            n = norm(x[:, top : x.shape[1] - bottom])
+            hidden, receptance = (projection(n) for projection in projections)
+        return receptance, squared_relu_linear(hidden, self.value)
+
+    def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + forward(x, norm), in bands where gradients are not asked for."""
+        if not in_bands(x):
+            return gated_sum(x, *self.project(x, norm))
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        for band in bands(x, self.key.out_features):
+            receptance, value = self.project(band.with_neighbours(x), norm, band.top, band.bottom)
+            gated_sum(band.of(x), receptance, value, out=band.of(out))
+        return out
 
 
 class LinearLayer(nn.Module):
@@ -124,6 +152,8 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the same, and the hidden state's read-out [B, H, W, C] for bridges."""
-        mixed, readout = self.mixer(self.norm1(x))
+        mixed, readout = self.mixer(x, self.norm1)
         x = x + self.drop_path(mixed)
-        return x + self.drop_path(self.channel_mix(self.norm2(x))), readout
+        if self.training and self.drop_path.drop_prob:
+            return x + self.drop_path(self.channel_mix(x, self.norm2)), readout
+        return self.channel_mix.add_to(x, self.norm2), readout

@@ -30,6 +30,8 @@ class Stem(nn.Module):
         # not in the paper: sizes that the patch does not divide are padded with zeros on the right and at the bottom
         height, width = image.shape[-2:]
         image = nn.functional.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        # channels last in memory, so that the tokens need no copy
+        image = image.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
@@ -44,7 +46,7 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> x plus its positions."""
-        weight: Tensor = self.weight
+        weight = self.weight.contiguous(memory_format=torch.channels_last)  # as x lies in memory
         # an exported graph takes images of any size, so it always interpolates; on the grid itself that changes nothing
         if torch.compiler.is_exporting() or weight.shape[-2:] != x.shape[1:3]:
             size = (x.shape[1], x.shape[2])

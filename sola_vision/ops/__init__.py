@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Bi-WKV operator: `wkv` is eq. 9, `use` pins the path that computes it.
+"""The Bi-WKV operator and the passes around it: `wkv` is eq. 9, `use` pins the path that computes it.
 
 The paths: "reference" is the definition (`reference.py`, O(N^2)), "portable" is plain torch at linear cost
 (`portable.py`), "native" the compiled kernels (`cpu.py`, `gpu.py`). Without `use`, torch's dispatcher takes the kernel
@@ -7,40 +7,30 @@ of the tensors' device, and the portable form where there is none. A backward ta
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sola_vision.ops import cpu, gpu, reference, register
+from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
+from sola_vision.ops.path import Path, pinned, use
 
-__all__ = ["Path", "missing_kernel", "use", "wkv"]
+__all__ = [
+    "Path",
+    "gate",
+    "gated_sum",
+    "missing_kernel",
+    "norm_shift",
+    "pinned",
+    "quad_shift",
+    "squared_relu",
+    "use",
+    "wkv",
+]
 
 cpu.load()
 gpu.register(register.library)
-
-Path = Literal["reference", "portable", "native"]
-
-_pinned: Path | None = None
-
-
-@contextmanager
-def use(path: Path) -> Iterator[None]:
-    """Pin the path of every `wkv` call inside the block (for the whole process).
-
-    Raises ValueError for another name and, with "native", RuntimeError at the call if no kernel exists for its device.
-    """
-    global _pinned
-    if path not in get_args(Path):
-        raise ValueError(f"ops.use({path!r}): the path is one of {', '.join(map(repr, get_args(Path)))}")
-    before, _pinned = _pinned, path
-    try:
-        yield
-    finally:
-        _pinned = before
 
 
 def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -54,11 +44,11 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
     """
     _check(decay, bonus, key, value)
-    if _pinned == "reference":
+    if pinned() == "reference":
         return reference.wkv(decay, bonus, key, value)
-    if _pinned == "portable":
+    if pinned() == "portable":
         return torch.ops.sola.wkv_portable(decay, bonus, key, value)
-    if _pinned == "native":
+    if pinned() == "native":
         reason = missing_kernel(key.device.type)
         if reason is not None:
             raise RuntimeError(f'ops.use("native"): {reason}')

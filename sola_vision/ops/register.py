@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import portable
+from sola_vision.ops import passes, portable
 
 library = torch.library.Library("sola", "DEF")
 
@@ -88,3 +88,4 @@ def _autocast(forward: Any, device: str) -> Any:
 
 for _name in ("wkv", "wkv_portable"):
     _define(_name)
+passes.register(library)

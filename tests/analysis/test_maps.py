@@ -92,7 +92,7 @@ def test_readout_is_the_weights_times_the_values():
         step = next(iter(walk(build(token_shift=False), IMAGE)))
         mixer = step.layer.mixer
         x = step.layer.norm1(step.input)
-        _, readout = mixer(x)
+        _, readout = mixer(step.input, step.layer.norm1)
         channel = 3
         read = wkv_weights(step, (2, 4), [channel])[0, 0]
         value = mixer.value(x)[0, ..., channel].double()

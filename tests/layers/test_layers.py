@@ -4,31 +4,14 @@
 import pytest
 import torch
 
-from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, quad_shift, token_shift
+from sola_vision import ops
+from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, bands
 from sola_vision.layers.bridge import sample
 from sola_vision.ops import reference
 
 
-def test_quad_shift_moves_each_quarter_one_pixel():
-    x = torch.arange(2 * 3 * 4 * 9, dtype=torch.float32).reshape(2, 3, 4, 9) + 1
-    out = quad_shift(x)
-    torch.testing.assert_close(out[:, :, 1:, 0:2], x[:, :, :-1, 0:2])  # from the left
-    torch.testing.assert_close(out[:, :, :-1, 2:4], x[:, :, 1:, 2:4])  # from the right
-    torch.testing.assert_close(out[:, 1:, :, 4:6], x[:, :-1, :, 4:6])  # from above
-    torch.testing.assert_close(out[:, :-1, :, 6:8], x[:, 1:, :, 6:8])  # from below
-    torch.testing.assert_close(out[..., 8], x[..., 8])
-    outside = (out[:, :, 0, 0:2], out[:, :, -1, 2:4], out[:, 0, :, 4:6], out[:, -1, :, 6:8])
-    assert all((edge == 0).all() for edge in outside)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4, 33])
-def test_token_shift_blends_between_neighbour_and_token(channels):
-    x = torch.randn(1, 5, 1, channels)
-    mixes = torch.zeros(channels), torch.ones(channels), torch.full((channels,), 0.25)
-    neighbour, token, blend = token_shift(x, *mixes)
-    torch.testing.assert_close(neighbour, quad_shift(x))
-    torch.testing.assert_close(token, x)
-    torch.testing.assert_close(blend, 0.25 * x + 0.75 * quad_shift(x))
+def token_shift(x, *mixes):
+    return tuple(mix * x + (1 - mix) * ops.quad_shift(x) for mix in mixes)
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -49,6 +32,63 @@ def test_linear_layer_is_the_formula(shift):
     n, c = layer.norm2(y), layer.channel_mix
     k, r = token_shift(n, c.mix_key, c.mix_receptance) if shift else (n, n)
     torch.testing.assert_close(out, y + torch.sigmoid(c.receptance(r)) * c.value(torch.relu(c.key(k)) ** 2))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("budget", [1, 7_000, 30_000])  # a row, some rows, some images
+def test_bands_change_nothing(monkeypatch, shift, budget):
+    torch.manual_seed(0)
+    layer = LinearLayer(12, token_shift=shift)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(3, 9, 7, 12)
+    expected, readout = layer(x)
+    monkeypatch.setattr(bands, "_BYTES", budget)
+    with torch.no_grad():
+        out, same = layer(x)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(same, readout)
+        out, _ = layer(x.transpose(1, 2).contiguous().transpose(1, 2))
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("height", [1, 2, 9])
+def test_bands_cover_an_image_once_with_their_neighbours(monkeypatch, height):
+    monkeypatch.setattr(bands, "_BYTES", 2 * 5 * 3 * 4)
+    x = torch.arange(2 * height).view(2, height, 1, 1).expand(2, height, 5, 3).float()
+    found = list(bands.bands(x, 3))
+    assert torch.cat([band.of(x).flatten(0, 1) for band in found]).equal(x.flatten(0, 1))
+    for band in found:
+        near = band.with_neighbours(x)[0, :, 0, 0]
+        first = band.rows.start + height * band.images.start
+        assert near[0] == first - (band.rows.start > 0)
+        assert near.numel() == band.of(x).shape[1] + band.top + band.bottom
+        assert (band.top, band.bottom) == (int(band.rows.start > 0), int(band.rows.stop < height))
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_gradients_are_those_of_the_plain_form(shift):
+    torch.manual_seed(0)
+    layer = LinearLayer(12, token_shift=shift).double()
+    x = torch.randn(2, 3, 5, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    tensors = [x, *layer.parameters()]
+    fused = torch.autograd.grad((layer(x)[0] * weight).sum(), tensors)
+    with ops.use("portable"):
+        plain = torch.autograd.grad((layer(x)[0] * weight).sum(), tensors)
+    torch.testing.assert_close(fused, plain)
+
+
+def test_a_linear_layer_keeps_little_for_the_backward():
+    """Thirteen maps of the input's size, and no more: inputs, products and the hidden units, none of the passes."""
+    layer = LinearLayer(16)
+    x = torch.randn(2, 8, 8, 16, requires_grad=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer(x)
+    weights = {p.data_ptr() for p in layer.parameters()}
+    maps = sum(t.numel() for at, t in kept.items() if at not in weights and t.ndim > 2) / x.numel()
+    assert maps <= 13
 
 
 def test_softmax_mixer_is_eq_1_for_every_head():

@@ -268,4 +268,4 @@ def test_use_refuses_unknown_paths_and_restores_the_path():
         pass
     with pytest.raises(KeyError), ops.use("reference"):
         raise KeyError
-    assert ops._pinned is None
+    assert ops.pinned() is None

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// The element-wise passes around the operator, as problems in plain data (see wkv.h): what a kernel reads and writes.
+#pragma once
+#include <cstdint>
+
+#include "wkv.h"
+
+namespace sola {
+
+// out_m = mix_m n + (1 - mix_m) shift(n) with n the layer norm of x over its channels
+struct Shift {
+  int64_t images = 0, height = 0, width = 0, channels = 0, mixes = 0;
+  int64_t top = 0, bottom = 0;  // rows of x at its edges that only lend their tokens
+  double eps = 0.0;
+  const double *weight = nullptr, *bias = nullptr, *mix = nullptr;  // [channels], [channels], [mixes, channels]
+  const void* x = nullptr;  // [images, height, width, channels]
+  void* out = nullptr;      // [mixes, images, height - top - bottom, width, channels]
+  // in the backward, where no row is lent:
+  const void* grad = nullptr;  // like out
+  void* grad_x = nullptr;      // like x
+  double* partial = nullptr;   // [bands, 2 + mixes, channels]: of weight, bias and mix, one a band
+};
+
+// Images are cut into bands of rows, whatever the number of threads, so that sums over tokens always add up alike.
+constexpr int64_t band_rows = 16;
+inline int64_t bands(const Shift& s) { return s.images * ((s.height - s.top - s.bottom + band_rows - 1) / band_rows); }
+
+// flat arrays; what a pass does not have is null
+struct Pointwise {
+  int64_t count = 0;
+  const void *residual = nullptr, *receptance = nullptr, *value = nullptr, *grad = nullptr;
+  void *out = nullptr, *grad_receptance = nullptr, *grad_value = nullptr;
+};
+
+struct Passes {
+  void (*shift)(const Shift&, Type, ParallelFor);
+  void (*shift_backward)(const Shift&, Type, ParallelFor);
+  void (*gate)(const Pointwise&, Type, ParallelFor);           // out = [residual +] sigmoid(receptance) value
+  void (*gate_backward)(const Pointwise&, Type, ParallelFor);  // grad_receptance, grad_value
+  void (*squared_relu)(const Pointwise&, Type, ParallelFor);   // out = max(value, 0)^2
+  void (*squared_relu_backward)(const Pointwise&, Type, ParallelFor);
+};
+
+namespace generic {
+extern const Passes passes;
+}
+namespace avx2 {
+extern const Passes passes;
+}
+namespace avx512 {
+extern const Passes passes;
+}
+
+}  // namespace sola

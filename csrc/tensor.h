@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// A tensor of torch's, owned through its stable C ABI, and what the operators ask of one.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "torch_shim.h"
+#include "wkv.h"
+
+namespace sola {
+
+using torch::check;
+using torch::Handle;
+using torch::shim;
+using torch::Value;
+
+inline std::array<int32_t, 4> dtypes;  // torch's numbers, in the order of Type
+
+class Tensor {
+  Handle handle_ = nullptr;
+
+ public:
+  explicit Tensor(Handle handle) : handle_(handle) {}
+  explicit Tensor(Value value) { memcpy(&handle_, &value, sizeof handle_); }
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_ != nullptr) shim.aoti_torch_delete_tensor_object(handle_);
+  }
+
+  static Tensor empty(const std::vector<int64_t>& sizes, Type type) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+    Handle made = nullptr;
+    check(shim.aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                        dtypes[static_cast<size_t>(type)], shim.aoti_torch_device_type_cpu(), 0, &made),
+          "allocate a tensor");
+    return Tensor(made);
+  }
+
+  std::vector<int64_t> sizes() const { return {sizes_pointer(), sizes_pointer() + dim()}; }
+  int64_t dim() const {
+    int64_t dim = 0;
+    check(shim.aoti_torch_get_dim(handle_, &dim), "read a rank");
+    return dim;
+  }
+  const int64_t* sizes_pointer() const {
+    int64_t* sizes = nullptr;
+    check(shim.aoti_torch_get_sizes(handle_, &sizes), "read sizes");
+    return sizes;
+  }
+  const int64_t* strides() const {
+    int64_t* strides = nullptr;
+    check(shim.aoti_torch_get_strides(handle_, &strides), "read strides");
+    return strides;
+  }
+  bool contiguous() const {
+    int64_t next = 1;
+    for (int64_t i = dim() - 1; i >= 0; --i) {
+      const int64_t size = sizes_pointer()[i];
+      if (size != 1 && strides()[i] != next) return false;
+      next *= size;
+    }
+    return true;
+  }
+  bool on_cpu() const {
+    int32_t device = 0;
+    check(shim.aoti_torch_get_device_type(handle_, &device), "read a device");
+    return device == shim.aoti_torch_device_type_cpu();
+  }
+  Type type(const char* name) const {
+    int32_t dtype = 0;
+    check(shim.aoti_torch_get_dtype(handle_, &dtype), "read a dtype");
+    for (size_t i = 0; i < dtypes.size(); ++i) {
+      if (dtypes[i] == dtype) return static_cast<Type>(i);
+    }
+    throw std::invalid_argument(std::string(name) +
+                                " must be float64, float32, bfloat16 or float16; convert it");
+  }
+  // a new contiguous tensor of this type
+  Tensor copy(Type type) const {
+    Tensor made = empty(sizes(), type);
+    check(shim.aoti_torch_copy_(made.handle_, handle_, 0), "copy a tensor");
+    return made;
+  }
+  const void* read() const {
+    const void* data = nullptr;
+    check(shim.torch_get_const_data_ptr(handle_, &data), "read a tensor");
+    return data;
+  }
+  void* write() const {
+    void* data = nullptr;
+    check(shim.torch_get_mutable_data_ptr(handle_, &data), "write a tensor");
+    return data;
+  }
+  Array array(void* data) const { return {data, strides()[0], strides()[1]}; }
+  Value release() {
+    Value value = 0;
+    memcpy(&value, &handle_, sizeof handle_);
+    handle_ = nullptr;
+    return value;
+  }
+};
+
+inline std::string text(const std::vector<int64_t>& sizes) {
+  std::string all = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
+  return all + "]";
+}
+
+inline void expect(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes, const char* like) {
+  if (!tensor.on_cpu()) throw std::invalid_argument(std::string(name) + " is not on the CPU");
+  const std::vector<int64_t> found = tensor.sizes();
+  if (found == sizes) return;
+  throw std::invalid_argument(std::string(name) + " is " + text(found) + ", expected " + like + " = " + text(sizes));
+}
+
+// a small tensor of any strides, as float64
+inline std::vector<double> parameter(const Tensor& tensor, const char* name) {
+  int64_t count = 1;
+  for (int64_t size : tensor.sizes()) count *= size;
+  std::vector<double> out(static_cast<size_t>(count));
+  if (tensor.type(name) == Type::float32 && tensor.contiguous()) {
+    std::copy_n(static_cast<const float*>(tensor.read()), count, out.begin());
+  } else {
+    const Tensor wide = tensor.copy(Type::float64);
+    std::copy_n(static_cast<const double*>(wide.read()), count, out.begin());
+  }
+  return out;
+}
+
+inline void parallel_for(int64_t count, int64_t grain, Body body, void* context) {
+  check(shim.torch_parallel_for(0, count, grain, body, context), "run in parallel");
+}
+
+}  // namespace sola

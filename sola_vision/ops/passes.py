@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The element-wise passes around the operator: each is one operator in which a value crosses memory once.
+
+What a pass computes is its plain form here, the underscored function of the same name: it is the default kernel of
+`sola::NAME`, what `ops.use("portable")` runs and what `torch.compile` fuses on a GPU. On a CPU the C++ kernel takes
+over (`csrc/passes.cpp`). The backwards read the inputs again; nothing else is kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sola_vision.ops.path import pinned
+
+
+def norm_shift(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, *, top: int = 0, bottom: int = 0
+) -> Tensor:
+    """mix * n + (1 - mix) * quad_shift(n) with n the layer norm of x, for each row of mixes.
+
+    x [B, H, W, C], weight and bias [C], mixes [M, C] -> [M, B, H - top - bottom, W, C]: the outermost rows of a part of
+    an image only lend their tokens to their neighbours.
+    """
+    if _plain(x):
+        return _norm_shift(x, weight, bias, eps, mixes, top, bottom)
+    return torch.ops.sola.norm_shift(x, weight, bias, eps, mixes, top, bottom)
+
+
+def gate(receptance: Tensor, value: Tensor) -> Tensor:
+    """sigmoid(receptance) * value, of one shape."""
+    if _plain(value) or receptance.dtype != value.dtype:
+        return _gate(receptance, value)
+    return torch.ops.sola.gate(receptance, value)
+
+
+def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
+    """residual + sigmoid(receptance) * value, of one shape; written to a contiguous `out` if there is one, without
+    gradients then.
+    """
+    if _plain(value) or not residual.dtype == receptance.dtype == value.dtype:
+        result = _gated_sum(residual, receptance, value)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return torch.ops.sola.gated_sum(residual, receptance, value)
+    torch.ops.sola.gated_sum_(residual, receptance, value, out)
+    return out
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2."""
+    return _squared_relu(x) if _plain(x) else torch.ops.sola.squared_relu(x)
+
+
+def quad_shift(x: Tensor) -> Tensor:
+    """Each quarter of the channels comes from another neighbour: left, right, above, below; zero outside the image.
+
+    x [B, H, W, C] -> [B, H, W, C]. Channels beyond four times C // 4 stay where they are.
+
+    # not in the paper: Vision-RWKV's mixes begin with it (Q-Shift, worth 3.6 points there) and SoLA-Vision takes its
+    # linear layer from Vision-RWKV, while its own text never names the shift. One argument of the network turns it off.
+    """
+    quarter = x.shape[-1] // 4
+    left, right, above, below, rest = x.split([quarter] * 4 + [x.shape[-1] - 4 * quarter], dim=-1)
+    pad = torch.nn.functional.pad
+    return torch.cat(
+        (
+            pad(left[:, :, :-1], (0, 0, 1, 0)),
+            pad(right[:, :, 1:], (0, 0, 0, 1)),
+            pad(above[:, :-1], (0, 0, 0, 0, 1, 0)),
+            pad(below[:, 1:], (0, 0, 0, 0, 0, 1)),
+            rest,
+        ),
+        dim=-1,
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether plain torch is to be seen: pinned, or by a compiler that fuses it better than it calls a kernel."""
+    return pinned() in ("reference", "portable") or (torch.compiler.is_compiling() and x.device.type != "cpu")
+
+
+# ---- the definitions
+
+
+def _norm_shift(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int) -> Tensor:
+    n = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    shifted, height = quad_shift(n), x.shape[1]
+    n, shifted = n[:, top : height - bottom], shifted[:, top : height - bottom]
+    return torch.lerp(shifted, n, mixes.to(n.dtype)[:, None, None, None])
+
+
+def _gate(receptance: Tensor, value: Tensor) -> Tensor:
+    return torch.sigmoid(receptance) * value
+
+
+def _gated_sum(residual: Tensor, receptance: Tensor, value: Tensor) -> Tensor:
+    return residual + torch.sigmoid(receptance) * value
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return torch.relu(x).square()
+
+
+# ---- their backwards
+
+
+def _norm_shift_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, mixes)]
+        out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
+        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad)
+    return gx.contiguous(), gw, gb, gm
+
+
+def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    opened = torch.sigmoid(receptance)
+    through = grad * opened
+    return through * (1 - opened) * value, through
+
+
+def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
+    return 2 * torch.relu(x) * grad
+
+
+# ---- registration
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_norm_shift(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int
+) -> Tensor:
+    batch, height, width, channels = x.shape
+    return x.new_empty((mixes.shape[0], batch, height - top - bottom, width, channels))
+
+
+def _fake_norm_shift_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(x), _like(weight), _like(bias), _like(mixes)
+
+
+def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
+
+
+def _differentiate_norm_shift(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, mixes = ctx.saved_tensors
+    eps, top, bottom = ctx.numbers
+    grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
+    gx, gw, gb, gm = torch.ops.sola.norm_shift_backward(x, weight, bias, eps, mixes, grad)
+    return gx, gw, gb, None, gm, None, None
+
+
+def _differentiate_gate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.sola.gate_backward(*ctx.saved_tensors, grad)
+
+
+def _differentiate_gated_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _, receptance, value = ctx.saved_tensors
+    return grad, *torch.ops.sola.gate_backward(receptance, value, grad)
+
+
+def _differentiate_squared_relu(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.sola.squared_relu_backward(*ctx.saved_tensors, grad)
+
+
+def _gated_sum_out(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor) -> None:
+    out.copy_(_gated_sum(residual, receptance, value))
+
+
+def register(library: torch.library.Library) -> None:
+    """Defines the passes with their plain forms as default kernels."""
+
+    def define(schema: str, kernel: Any, fake: Any, differentiate: Any = None) -> None:
+        name = schema.partition("(")[0]
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sola::{name}", fake, lib=library)
+        if differentiate is not None:
+            torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_tensors, lib=library)
+
+    shift = "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, "
+    define(f"norm_shift{shift}int top, int bottom) -> Tensor", _norm_shift, _fake_norm_shift, _differentiate_norm_shift)
+    define(
+        f"norm_shift_backward{shift}Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
+        _norm_shift_backward,
+        _fake_norm_shift_backward,
+    )
+    define("gate(Tensor receptance, Tensor value) -> Tensor", _gate, _like, _differentiate_gate)
+    define(
+        "gate_backward(Tensor receptance, Tensor value, Tensor grad) -> (Tensor, Tensor)",
+        _gate_backward,
+        lambda receptance, value, grad: (_like(receptance), _like(value)),
+    )
+    define(
+        "gated_sum(Tensor residual, Tensor receptance, Tensor value) -> Tensor",
+        _gated_sum,
+        _like,
+        _differentiate_gated_sum,
+    )
+    define(
+        "gated_sum_(Tensor residual, Tensor receptance, Tensor value, Tensor(a!) out) -> ()",
+        _gated_sum_out,
+        lambda *_: None,
+    )
+    define("squared_relu(Tensor x) -> Tensor", _squared_relu, _like, _differentiate_squared_relu)
+    define("squared_relu_backward(Tensor x, Tensor grad) -> Tensor", _squared_relu_backward, _like)

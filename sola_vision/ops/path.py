@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which path computes an operator: torch's dispatcher decides, unless `use` has pinned one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+Path = Literal["reference", "portable", "native"]
+
+_pinned: Path | None = None
+
+
+@contextmanager
+def use(path: Path) -> Iterator[None]:
+    """Pin the path of every operator inside the block (for the whole process): "reference" and "portable" are plain
+    torch, "native" the compiled kernels.
+
+    Raises ValueError for another name and, with "native", RuntimeError at the call if no kernel exists for its device.
+    """
+    global _pinned
+    if path not in get_args(Path):
+        raise ValueError(f"ops.use({path!r}): the path is one of {', '.join(map(repr, get_args(Path)))}")
+    before, _pinned = _pinned, path
+    try:
+        yield
+    finally:
+        _pinned = before
+
+
+def pinned() -> Path | None:
+    return _pinned

@@ -238,6 +238,9 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
         "steps": summary["steps"],
         **{name: summary.get(name) for name in kept},
     }
+    # results are published, and where folders lie on somebody's machine is nobody's business
+    words = str(summary.get("command", "")).split(" ")
+    result["command"] = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
     path = folder / "results" / f"{run.key}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)

@@ -43,6 +43,13 @@ def test_a_study_runs_every_arm_with_every_seed(finished):
     assert all(result["train"]["seed"] == result["seed"] for result in outcome.results)
 
 
+def test_results_tell_no_folders_of_the_machine(finished, data):
+    for result in results(finished).values():
+        assert str(finished) not in json.dumps(result)
+        assert data not in json.dumps(result)
+        assert not any(word.startswith("/") for word in result["command"].split())
+
+
 def test_killed_studies_go_on_and_end_with_the_same_results(finished, data, tmp_path):
     # in the first run before any checkpoint, and within the second run
     for step in (1, 12):

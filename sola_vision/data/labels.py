@@ -113,6 +113,8 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
             f"{path}: its labels must be {first}, {first + 1}, ... without a gap apart from the ignored {ignore}; "
             f"they are {', '.join(map(str, sorted(named)[:8]))}{', ...' if len(named) > 8 else ''}"
         )
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{path}: two classes are called {twice!r}; a name has to tell one class")
     if num_classes is not None and num_classes != len(names):
         raise ValueError(
             f"{path} names {len(names)} classes, but the number of classes given is {num_classes}: change one"
@@ -126,11 +128,17 @@ def _names_by_label(path: Path, first: int) -> dict[int, str]:
         rows = list(csv.reader(text.splitlines()[1:], delimiter="\t" if path.suffix == ".txt" else ","))
         try:
             # synonyms are separated by ; in one file and by , in the other
-            return {int(row[0]): re.split("[;,]", row[-1])[0].strip() for row in rows if row}
+            synonyms = {int(row[0]): [word.strip() for word in re.split("[;,]", row[-1])] for row in rows if row}
         except (ValueError, IndexError):
             raise ValueError(
                 f"{path} is not ADE20K's table: Idx, Ratio, Train, Val, Stuff, Name are its columns"
             ) from None
+        # the first synonym, unless it is the first of two classes, as "screen" is
+        first_words = [words[0] for words in synonyms.values()]
+        return {
+            label: words[0] if first_words.count(words[0]) == 1 else ", ".join(words)
+            for label, words in synonyms.items()
+        }
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     numbered = [re.fullmatch(r"(\d+)[\s:,]+(.+)", line) for line in lines]
     if lines and all(numbered):

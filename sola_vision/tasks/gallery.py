@@ -26,8 +26,8 @@ def write_gallery(out: Path, title: str, cards: Sequence[Card]) -> None:
     data = [{"name": card.name, "picture": quote(card.picture), "facts": list(card.facts)} for card in cards]
     # "</" would end the script element that holds the data
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    head, _, tail = _PAGE.replace("__TITLE__", html.escape(title)).partition("__DATA__")
-    out.write_text(head + text + tail, encoding="utf-8", errors="replace")
+    head, _, tail = _PAGE.partition("__DATA__")
+    out.write_text(head.replace("__TITLE__", html.escape(title)) + text + tail, encoding="utf-8", errors="replace")
 
 
 _PAGE = """<!doctype html>

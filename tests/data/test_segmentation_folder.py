@@ -125,6 +125,9 @@ def test_names_of_the_classes(root):
     assert open_segmentation(root, "val", 255, 2)[1] == ["a b", "c"]
     with pytest.raises(ValueError, match=r"names 2 classes, but the number of classes given is 3"):
         open_segmentation(root, "val", 255, 3)
+    (root / "classes.txt").write_text("a\nb\na\n")
+    with pytest.raises(ValueError, match="two classes are called 'a'"):
+        open_segmentation(root, "val", 255, None)
     (root / "classes.txt").write_text("0 a\n2 c\n")
     with pytest.raises(ValueError, match="without a gap"):
         open_segmentation(root, "val", 255, None)

@@ -139,6 +139,7 @@ def _parser(name: str, recipe: AnyRecipe) -> ArgumentParser:
         prog="sola train",
         usage="sola train RECIPE --data FOLDER [--out FOLDER] [--config FILE] [--resume] [--SECTION.FIELD VALUE ...]",
         exit_on_error=False,
+        allow_abbrev=False,
         description=f"Train a network by a recipe. The recipes:\n{lines}\n\nDefaults below are those of {name}.",
         formatter_class=_Help,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sola_vision.ops import pinned
 
-_BYTES = 8 << 20  # of intermediates in a band
+BAND_BYTES = 8 << 20  # of intermediates in a band
 
 
 class Band(NamedTuple):
@@ -47,12 +47,12 @@ def bands(x: Tensor, width: int) -> Iterator[Band]:
     """Covers x [B, H, W, C]; `width` is the number of intermediate values that a token has."""
     batch, height, columns, _ = x.shape
     row = max(1, columns * width * x.element_size())
-    images = _BYTES // (row * max(1, height))
+    images = BAND_BYTES // (row * max(1, height))
     if images:
         for b in range(0, batch, images):
             yield Band(slice(b, min(b + images, batch)), slice(0, height), 0, 0)
         return
-    rows = max(1, _BYTES // row)
+    rows = max(1, BAND_BYTES // row)
     for b in range(batch):
         for h in range(0, height, rows):
             stop = min(h + rows, height)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from sola_vision import ops
-from sola_vision.layers.bands import bands, in_bands
+from sola_vision.layers.bands import BAND_BYTES, bands, in_bands
 
 # from the pass's inputs and the gradient of its result to the gradients of the inputs
 Backward = Callable[..., tuple[Tensor, ...]]
@@ -44,7 +44,7 @@ def shift_linear(
         grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
         return torch.ops.sola.norm_shift_backward(x, weight, bias, eps, mixes, grad)
 
-    return _linear(shift, backward, (x, weight, bias, mixes), projections)
+    return _linear(shift, backward, (x,), (weight, bias, mixes), projections)
 
 
 def _shift_linear_in_bands(
@@ -75,7 +75,7 @@ def gate_linear(receptance: Tensor, value: Tensor, projection: nn.Linear) -> Ten
     def backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.sola.gate_backward(receptance, value, grad[0])
 
-    return _linear(gate, backward, (receptance, value), (projection,))[0]
+    return _linear(gate, backward, (receptance, value), (), (projection,))[0]
 
 
 def squared_relu_linear(hidden: Tensor, projection: nn.Linear) -> Tensor:
@@ -87,41 +87,98 @@ def squared_relu_linear(hidden: Tensor, projection: nn.Linear) -> Tensor:
     def backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return (torch.ops.sola.squared_relu_backward(hidden, grad[0]),)
 
-    return _linear(square, backward, (hidden,), (projection,))[0]
+    return _linear(square, backward, (hidden,), (), (projection,))[0]
 
 
 def _linear(
-    make: Callable[..., Tensor], backward: Backward, inputs: tuple[Tensor, ...], projections: Sequence[nn.Linear]
+    make: Callable[..., Tensor],
+    backward: Backward,
+    inputs: tuple[Tensor, ...],
+    parameters: tuple[Tensor, ...],
+    projections: Sequence[nn.Linear],
 ) -> tuple[Tensor, ...]:
     # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.pinned() in (None, "native"):
-        return _Linear.apply(make, backward, len(inputs), *inputs, *(projection.weight for projection in projections))
-    return tuple(projection(part) for part, projection in zip(make(*inputs), projections, strict=True))
+        weights = (projection.weight for projection in projections)
+        return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
+    return tuple(projection(part) for part, projection in zip(make(*inputs, *parameters), projections, strict=True))
 
 
 class _Linear(torch.autograd.Function):
-    """Matrix i applied to part i of what `make` makes of the inputs."""
+    """Matrix i applied to part i of what `make` makes of inputs [B, H, W, C] and parameters.
+
+    On a CPU a few images at a time, so that what is made is still in the cache when it is multiplied.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, make: Callable[..., Tensor], backward: Backward, count: int, *tensors: Tensor
+        ctx: Any,
+        make: Callable[..., Tensor],
+        backward: Backward,
+        num_inputs: int,
+        num_parameters: int,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.make, ctx.backward_of_make, ctx.count = make, backward, count
+        ctx.make, ctx.backward_of_make = make, backward
+        ctx.counts = num_inputs, num_parameters
         ctx.save_for_backward(*tensors)
-        made = make(*tensors[:count])
-        return tuple(linear(part, weight) for part, weight in zip(made, tensors[count:], strict=True))
+        inputs, parameters, weights = _split(tensors, ctx.counts)
+        device = inputs[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs[0].dtype
+        weights = [weight.to(dtype) for weight in weights]
+        parts = _images(inputs[0])
+        if len(parts) == 1:
+            made = make(*inputs, *parameters)
+            return tuple(linear(part.to(dtype), weight) for part, weight in zip(made, weights, strict=True))
+        results: list[Tensor] = []
+        for images in parts:
+            made = make(*(x[images] for x in inputs), *parameters)
+            results = results or [
+                made.new_empty((len(inputs[0]), *made.shape[2:-1], len(weight)), dtype=dtype) for weight in weights
+            ]
+            for part, weight, result in zip(made, weights, results, strict=True):
+                torch.mm(part.flatten(0, -2).to(dtype), weight.t(), out=result[images].flatten(0, -2))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: activation checkpointing counts
-        inputs, weights = saved[: ctx.count], saved[ctx.count :]
-        made = ctx.make(*inputs)
-        # under autocast the product was in half precision, and so is its gradient
-        grad_made = torch.empty(made.shape, dtype=grads[0].dtype, device=made.device)
-        grad_weights = []
-        for part, grad, weight, grad_part in zip(made, grads, weights, grad_made, strict=True):
-            rows = grad.reshape(-1, weight.shape[0])
-            torch.mm(rows, weight.to(rows.dtype), out=grad_part.view(-1, weight.shape[1]))
-            grad_weights.append((rows.t() @ part.reshape(-1, weight.shape[1]).to(rows.dtype)).to(weight.dtype))
-        return None, None, None, *ctx.backward_of_make(*inputs, grad_made.to(made.dtype)), *grad_weights
+        inputs, parameters, weights = _split(ctx.saved_tensors, ctx.counts)  # once: activation checkpointing counts
+        dtype = grads[0].dtype  # under autocast the product was in half precision, and so is its gradient
+        casts = [weight.to(dtype) for weight in weights]
+        # sums over parts of the batch are kept in float32 or better
+        of_weights = [torch.zeros_like(weight, dtype=_wide(weight)) for weight in weights]
+        of_parameters = [torch.zeros_like(parameter, dtype=_wide(parameter)) for parameter in parameters]
+        of_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        for images in _images(inputs[0]):
+            some = [x[images] for x in inputs]
+            made = ctx.make(*some, *parameters)
+            grad_made = torch.empty(made.shape, dtype=dtype, device=made.device)
+            for part, grad, weight, grad_part, total in zip(made, grads, casts, grad_made, of_weights, strict=True):
+                rows = grad[images].reshape(-1, len(weight))
+                torch.mm(rows, weight, out=grad_part.flatten(0, -2))
+                total += rows.t() @ part.flatten(0, -2).to(dtype)
+            found = ctx.backward_of_make(*some, *parameters, grad_made.to(made.dtype))
+            for whole, grad in zip(of_inputs, found[: len(inputs)], strict=True):
+                whole[images] = grad
+            for total, grad in zip(of_parameters, found[len(inputs) :], strict=True):
+                total += grad
+        sums = zip((*of_parameters, *of_weights), (*parameters, *weights), strict=True)
+        return None, None, None, None, *of_inputs, *(total.to(tensor.dtype) for total, tensor in sums)
+
+
+def _split(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence[Tensor], ...]:
+    inputs, parameters = counts
+    return tensors[:inputs], tensors[inputs : inputs + parameters], tensors[inputs + parameters :]
+
+
+def _images(x: Tensor) -> list[slice]:
+    """Parts of a batch [B, H, W, C] to go through."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return [slice(0, len(x))]
+    size = max(1, BAND_BYTES // (x[0].numel() * x.element_size()))
+    return [slice(i, i + size) for i in range(0, len(x), size)]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

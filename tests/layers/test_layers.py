@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sola_vision import ops
-from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, bands
+from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, bands, projections
 from sola_vision.layers.bridge import sample
 from sola_vision.ops import reference
 
@@ -43,7 +43,7 @@ def test_bands_change_nothing(monkeypatch, shift, budget):
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(3, 9, 7, 12)
     expected, readout = layer(x)
-    monkeypatch.setattr(bands, "_BYTES", budget)
+    monkeypatch.setattr(bands, "BAND_BYTES", budget)
     with torch.no_grad():
         out, same = layer(x)
         torch.testing.assert_close(out, expected)
@@ -54,7 +54,7 @@ def test_bands_change_nothing(monkeypatch, shift, budget):
 
 @pytest.mark.parametrize("height", [1, 2, 9])
 def test_bands_cover_an_image_once_with_their_neighbours(monkeypatch, height):
-    monkeypatch.setattr(bands, "_BYTES", 2 * 5 * 3 * 4)
+    monkeypatch.setattr(bands, "BAND_BYTES", 2 * 5 * 3 * 4)
     x = torch.arange(2 * height).view(2, height, 1, 1).expand(2, height, 5, 3).float()
     found = list(bands.bands(x, 3))
     assert torch.cat([band.of(x).flatten(0, 1) for band in found]).equal(x.flatten(0, 1))
@@ -66,8 +66,10 @@ def test_bands_cover_an_image_once_with_their_neighbours(monkeypatch, height):
         assert (band.top, band.bottom) == (int(band.rows.start > 0), int(band.rows.stop < height))
 
 
+@pytest.mark.parametrize("budget", [1, 1 << 30])  # an image at a time, all of them
 @pytest.mark.parametrize("shift", [True, False])
-def test_gradients_are_those_of_the_plain_form(shift):
+def test_gradients_are_those_of_the_plain_form(monkeypatch, shift, budget):
+    monkeypatch.setattr(projections, "BAND_BYTES", budget)
     torch.manual_seed(0)
     layer = LinearLayer(12, token_shift=shift).double()
     x = torch.randn(2, 3, 5, 12, dtype=torch.float64, requires_grad=True)

@@ -61,7 +61,7 @@ def main() -> int:
     for name, command in (item for part in options.part for item in PARTS[part].items()):
         file = options.out / f"{name}.json"
         if not options.list and not (options.missing and file.exists()):
-            words = [*shlex.split(command), "--threads", str(options.threads), "--json", str(file)]
+            words = [*shlex.split(command), "--threads", str(options.threads), "--json", os.path.relpath(file)]
             if options.rounds is not None and "--accuracy" not in words:
                 words += ["--rounds", str(options.rounds)]
             if run(words):

@@ -123,8 +123,7 @@ class _Linear(torch.autograd.Function):
         ctx.counts = num_inputs, num_parameters
         ctx.save_for_backward(*tensors)
         inputs, parameters, weights = _split(tensors, ctx.counts)
-        device = inputs[0].device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs[0].dtype
+        dtype = _autocast_dtype(inputs[0])
         weights = [weight.to(dtype) for weight in weights]
         parts = _images(inputs[0])
         if len(parts) == 1:
@@ -178,6 +177,14 @@ def _images(x: Tensor) -> list[slice]:
         return [slice(0, len(x))]
     size = max(1, BAND_BYTES // (x[0].numel() * x.element_size()))
     return [slice(i, i + size) for i in range(0, len(x), size)]
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """Of a matrix product of x."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _wide(x: Tensor) -> torch.dtype:

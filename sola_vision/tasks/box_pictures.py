@@ -109,15 +109,17 @@ def draw_curves(scores: Sequence[Score], out: Path) -> None:
         order = sorted(range(len(score.classes)), key=lambda label: -_number(score.average(threshold=0.5, label=label)))
         named = [label for label in order if not math.isnan(score.average(threshold=0.5, label=label))]
         colours = class_colours(len(score.classes)) / 255
-        for rank, label in enumerate(named):
-            value = 100 * score.average(threshold=0.5, label=label)
-            name = f"{score.classes[label]}: {value:.1f} %" if rank < _CURVES else None
-            row[1].plot(RECALLS, score.curve(label), color=colours[label], linewidth=1.2, label=name)
-        row[1].set_title(f"{kind}: each class at IoU 0.5")
+        for label in named[_CURVES:]:
+            row[1].plot(RECALLS, score.curve(label), color="0.85", linewidth=0.8)
+        for label in named[:_CURVES]:
+            name = f"{score.classes[label]}: {100 * score.average(threshold=0.5, label=label):.1f} %"
+            row[1].plot(RECALLS, score.curve(label), color=colours[label], linewidth=1.4, label=name)
+        some = f", the best {_CURVES} of {len(named)} in colour" if len(named) > _CURVES else ""
+        row[1].set_title(f"{kind}: each class at IoU 0.5{some}")
         for axes in row:
             axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
             if axes.lines:
-                axes.legend(fontsize=8, loc="upper right")
+                axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out, dpi=110)
 
 

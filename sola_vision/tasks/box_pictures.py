@@ -114,8 +114,8 @@ def draw_curves(scores: Sequence[Score], out: Path) -> None:
         for label in named[:_CURVES]:
             name = f"{score.classes[label]}: {100 * score.average(threshold=0.5, label=label):.1f} %"
             row[1].plot(RECALLS, score.curve(label), color=colours[label], linewidth=1.4, label=name)
-        some = f", the best {_CURVES} of {len(named)} in colour" if len(named) > _CURVES else ""
-        row[1].set_title(f"{kind}: each class at IoU 0.5{some}")
+        best = f", the best {_CURVES} of {len(named)} in colour" if len(named) > _CURVES else ""
+        row[1].set_title(f"{kind}: each class at IoU 0.5{best}")
         for axes in row:
             axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
             if axes.lines:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `sola eval` and `sola predict` share: their parser, the images they are about, names to print."""
 
+import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -47,3 +49,12 @@ def image_files(source: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
     return files
+
+
+def left_out(rows: Sequence[object], unreadable: Sequence[str]) -> None:
+    """Names the images that could not be read; a ValueError if there was no other."""
+    if not rows:
+        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
+        raise ValueError(unreadable[0] + more)
+    for reason in unreadable:
+        print(f"sola: left out: {reason}", file=sys.stderr)

@@ -3,7 +3,6 @@
 
 import json
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, image_settings, plain
+from sola_vision.commands.arguments import Arguments, image_files, image_settings, left_out, plain
 from sola_vision.data import CorruptImage, EvalTransform, read_image
 from sola_vision.engine import distributed
 from sola_vision.tasks import Checkpoint, load_checkpoint
@@ -36,11 +35,7 @@ def run(arguments: Sequence[str]) -> None:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    if not rows:
-        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
-        raise ValueError(unreadable[0] + more)
-    for reason in unreadable:
-        print(f"sola: left out: {reason}", file=sys.stderr)
+    left_out(rows, unreadable)
     if options.json:
         images = [asdict(row) for row in rows]
         print(json.dumps({"model": checkpoint.name, "images": images, "unreadable": unreadable}, indent=2))

@@ -6,7 +6,6 @@ images, from 1, which images.json holds) and, for a folder, index.html to browse
 """
 
 import json
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, plain
+from sola_vision.commands.arguments import Arguments, image_files, left_out, plain
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
 from sola_vision.tasks.box_pictures import Shape, draw_shapes
@@ -56,11 +55,7 @@ def run(arguments: Sequence[str]) -> None:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    if not rows:
-        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
-        raise ValueError(unreadable[0] + more)
-    for reason in unreadable:
-        print(f"sola: left out: {reason}", file=sys.stderr)
+    left_out(rows, unreadable)
     _leave(rows, checkpoint, source, out)
     if options.json:
         images = [asdict(row) for row in rows]

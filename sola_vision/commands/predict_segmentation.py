@@ -7,7 +7,6 @@ colours over the image, with a legend) and, for a folder, index.html to browse t
 
 import json
 import os
-import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, plain
+from sola_vision.commands.arguments import Arguments, image_files, left_out, plain
 from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
 from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
 from sola_vision.engine import distributed
@@ -50,11 +49,7 @@ def run(arguments: Sequence[str]) -> None:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    if not rows:
-        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
-        raise ValueError(unreadable[0] + more)
-    for reason in unreadable:
-        print(f"sola: left out: {reason}", file=sys.stderr)
+    left_out(rows, unreadable)
     if source.is_dir():
         cards = [
             Card(row.image, row.picture, [f"{name} {100 * share:.1f} %" for name, share in row.shares.items()])

@@ -39,6 +39,19 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> "LoadReport":
+        """A network's own tensors beside stored ones."""
+        return cls(
+            missing=tuple(name for name in own if name not in stored),
+            unexpected=tuple(name for name in stored if name not in own),
+            resized=tuple(
+                f"{name} {_shape(stored[name])} instead of {_shape(own[name])}"
+                for name in own
+                if name in stored and stored[name].shape != own[name].shape
+            ),
+        )
+
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.resized)
 
@@ -77,15 +90,7 @@ def load_weights(model: nn.Module, path: str | Path, *, partial: bool = False) -
     """
     theirs = read_weights(Path(path))
     own = model.state_dict()
-    report = LoadReport(
-        missing=tuple(key for key in own if key not in theirs),
-        unexpected=tuple(key for key in theirs if key not in own),
-        resized=tuple(
-            f"{key} {_shape(theirs[key])} instead of {_shape(own[key])}"
-            for key in own
-            if key in theirs and theirs[key].shape != own[key].shape
-        ),
-    )
+    report = LoadReport.of(own, theirs)
     if report and not partial:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}: {report}; ask for a partial load to take the rest"

@@ -235,11 +235,7 @@ def start_detector(model: Detector, path: str | Path, classes: Sequence[str], dr
         fresh += [name for name in own if ".box_predictor." in name or "mask_fcn_logits" in name]
     stored = {name: value for name, value in stored.items() if name in own or not name.startswith("roi_heads.mask_")}
     stored |= {name: own[name] for name in fresh}
-    report = LoadReport(
-        missing=tuple(name for name in own if name not in stored),
-        unexpected=tuple(name for name in stored if name not in own),
-        resized=tuple(name for name in stored if name in own and stored[name].shape != own[name].shape),
-    )
+    report = LoadReport.of(own, stored)
     if report:
         raise ValueError(f"{path} does not fit the detector: {report}; start from a checkpoint of the same network")
     model.load_state_dict(stored)

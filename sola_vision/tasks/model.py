@@ -204,11 +204,7 @@ def initialise(model: nn.Module, path: str | Path, classes: Sequence[str] | None
         elif name.startswith(head) and (other_classes or not same):
             stored[name] = own[name]
             changed.append(f"{name} {list(own[name].shape)} fresh")
-    result = LoadReport(
-        missing=tuple(n for n in own if n not in stored),
-        unexpected=tuple(n for n in stored if n not in own),
-        resized=tuple(n for n in stored if n in own and stored[n].shape != own[n].shape),
-    )
+    result = LoadReport.of(own, stored)
     if result:
         raise ValueError(
             f"{path} does not fit {type(model).__name__}: {result}; start from a checkpoint of the same network"

@@ -91,11 +91,7 @@ def start_segmenter(model: UPerNet, path: str | Path, classes: Sequence[str], dr
     if path.suffix != ".safetensors" or read_description(path)[1]["classes"] != list(classes):
         fresh = [name for name in own if ".classifier." in name]
         stored |= {name: own[name] for name in fresh}
-    report = LoadReport(
-        missing=tuple(name for name in own if name not in stored),
-        unexpected=tuple(name for name in stored if name not in own),
-        resized=tuple(name for name in stored if name in own and stored[name].shape != own[name].shape),
-    )
+    report = LoadReport.of(own, stored)
     if report:
         raise ValueError(f"{path} does not fit the network: {report}; start from a checkpoint of the same network")
     model.load_state_dict(stored)

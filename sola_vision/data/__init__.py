@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
 
-from .coco import SPLITS, CocoFolder, Objects, read_truth
+from .coco import CocoFolder, Objects, read_truth
 from .detection_presets import (
     DetectionConfig,
     DetectionEvalTransform,
@@ -23,7 +23,6 @@ from .segmentation_presets import SegmentationConfig, SegmentationEvalTransform,
 
 __all__ = [
     "IGNORED",
-    "SPLITS",
     "SUFFIXES",
     "CocoFolder",
     "CorruptImage",

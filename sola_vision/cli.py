@@ -18,6 +18,7 @@ VERBS = {
     "explain": "show what each layer does with an image",
     "cost": "count parameters, multiply-adds and activation memory before training",
     "export": "write a network as a file for other programs: ONNX, torch.export, AOTInductor",
+    "app": "open a local page to drop pictures on and to edit schedules",
     "bench": "measure the speed and memory of the operator or of networks",
     "study": "run the paper's tables and figures, and write their pages",
     "search": "find which layers should be softmax under a budget",

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "bench": {"ops", "sola", "analysis"},
     "search": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
     "export": {"ops"},
+    "app": {"config", "schedule", "analysis", "data", "tasks"},
     "studies": {"config", "schedule", "layers", "ops", "backbone", "data", "engine", "tasks", "analysis"},
 }
 WITHOUT_TORCH = ("schedule", "config", "version")

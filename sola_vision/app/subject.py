@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that the page is about: what it says of a picture, and what its layers look like then.
+
+A checkpoint of any task, or a name with fresh weights, whose classes mean nothing but whose maps can be seen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from matplotlib import colormaps
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from sola_vision.analysis.trace import activation, eigencam, feature_maps
+from sola_vision.data import EvalTransform, ImageConfig
+from sola_vision.tasks import load_checkpoint, read_description
+
+_SHOWN = 5  # classes
+_NAMES = ("sola_nano", "sola_tiny", "sola_small", "sola_base")
+_STILL = 320  # pixels of a map's longer side on the page
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network says: shares of classes (they need not sum to 1), and the picture with what it found drawn in."""
+
+    shares: dict[str, float]
+    picture: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, how pictures are normalised for it, and how it is asked."""
+
+    label: str
+    backbone: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    ask: Callable[[Image.Image], Answer]
+
+    @torch.inference_mode()
+    def look(self, picture: Image.Image, longest: int) -> list[tuple[str, Image.Image, Image.Image]]:
+        """Every layer's name, EigenCAM over the picture and activation, for the picture at `longest` pixels."""
+        scale = longest / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        seen = picture.resize(size, Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(seen, np.float32).copy()).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        maps = feature_maps(self.backbone, ((pixels - mean) / std)[None])
+        return [
+            (name, _painted(eigencam(feature)[0], picture, 0.6), _painted(activation(feature)[0], picture, 1.0))
+            for name, feature in maps.items()
+        ]
+
+
+def names(sources: list[str]) -> list[str]:
+    """What can be chosen: the checkpoints asked for, then those of runs/ in this folder, then names."""
+    runs = sorted(str(path.parent) for path in Path("runs").glob("*/best.safetensors"))
+    return list(dict.fromkeys([*sources, *runs, *_NAMES]))
+
+
+def load(source: str) -> Subject:
+    """A checkpoint, a run's folder or a name. Raises ValueError or OSError with one line for anything else."""
+    if not Path(source).exists() and timm.is_model(source):
+        return _fresh(source)
+    task = read_description(source)[1]["task"]
+    makers: dict[str, Callable[[str], Subject]] = {
+        "classification": _classifier,
+        "segmentation": _segmenter,
+        "detection": _detector,
+    }
+    if task not in makers:
+        raise ValueError(f"{source} is of the task {task!r}, which this version does not know ({', '.join(makers)})")
+    return makers[task](source)
+
+
+def _fresh(name: str) -> Subject:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0).eval()
+    image = ImageConfig()
+    return Subject(f"{name}, random weights", model, image.mean, image.std, lambda picture: Answer({}))
+
+
+def _classifier(source: str) -> Subject:
+    checkpoint = load_checkpoint(source)
+    transform = EvalTransform(checkpoint.image)
+
+    @torch.inference_mode()
+    def ask(picture: Image.Image) -> Answer:
+        probabilities = checkpoint.model(transform(picture)[None]).float().softmax(1)[0]
+        best = probabilities.topk(min(_SHOWN, len(checkpoint.classes)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return Answer({checkpoint.classes[index]: share for index, share in pairs})
+
+    image = checkpoint.image
+    return Subject(f"{checkpoint.name} of {source}", checkpoint.model, image.mean, image.std, ask)
+
+
+def _segmenter(source: str) -> Subject:
+    from sola_vision.data import SegmentationEvalTransform
+    from sola_vision.tasks.inference import Inference
+    from sola_vision.tasks.label_pictures import draw_overlay
+    from sola_vision.tasks.segmenter import backbone_of, load_segmenter
+
+    checkpoint = load_segmenter(source)
+    transform, look = SegmentationEvalTransform(checkpoint.image), Inference()
+
+    @torch.inference_mode()
+    def ask(picture: Image.Image) -> Answer:
+        classes = look(checkpoint.model, transform.image(picture), (picture.height, picture.width)).numpy()
+        counts = np.bincount(classes.ravel(), minlength=len(checkpoint.classes))
+        order = [int(index) for index in np.argsort(-counts, kind="stable")[:_SHOWN] if counts[index]]
+        shares = {checkpoint.classes[index]: counts[index].item() / classes.size for index in order}
+        return Answer(shares, draw_overlay(picture, classes, checkpoint.classes))
+
+    mean, std = _normalisation(checkpoint.image)
+    return Subject(f"{checkpoint.name} of {source}", backbone_of(checkpoint.model), mean, std, ask)
+
+
+def _detector(source: str) -> Subject:
+    from sola_vision.data import mask_library, to_pixels
+    from sola_vision.tasks.box_pictures import Shape, draw_shapes
+    from sola_vision.tasks.detection import to_results
+    from sola_vision.tasks.detector import backbone_of, detect, load_detector
+
+    library = mask_library()
+    checkpoint = load_detector(source)
+    checkpoint.model.roi_heads.score_thresh = 0.5
+    labels = {number: label for label, number in enumerate(checkpoint.category_ids)}
+
+    def ask(picture: Image.Image) -> Answer:
+        found = detect(checkpoint.model, [to_pixels(picture)])[0]
+        shapes: list[Shape] = []
+        shares: dict[str, float] = {}
+        for result in to_results(found, 1, (picture.height, picture.width), checkpoint.category_ids):
+            x, y, width, height = result["bbox"]
+            mask = library.decode(result["segmentation"]) if "segmentation" in result else None
+            label = labels[result["category_id"]]
+            shapes.append(Shape((x, y, x + width, y + height), label, result["score"], mask))
+            name = checkpoint.classes[label]
+            shares[name] = max(shares.get(name, 0.0), float(result["score"]))
+        best = sorted(shares, key=lambda name: -shares[name])[:_SHOWN]
+        return Answer({name: shares[name] for name in best}, draw_shapes(picture, shapes, checkpoint.classes))
+
+    mean, std = _normalisation(checkpoint.image)
+    return Subject(f"{checkpoint.name} of {source}", backbone_of(checkpoint.model), mean, std, ask)
+
+
+def _normalisation(image: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    usual = ImageConfig()
+    return tuple(getattr(image, "mean", usual.mean)), tuple(getattr(image, "std", usual.std))
+
+
+def _painted(values: Tensor, picture: Image.Image, opacity: float) -> Image.Image:
+    """A map [h, w] in colours from its least to its largest value, at the picture's shape, over the picture."""
+    low, high = values.min(), values.max()
+    still: NDArray[np.float64] = ((values - low) / (high - low if high > low else 1.0)).cpu().numpy()
+    colours = Image.fromarray((colormaps["viridis"](still)[..., :3] * 255).astype(np.uint8))
+    scale = _STILL / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # over the picture it is a tint, alone its tokens are to be seen
+    way = Image.Resampling.BICUBIC if opacity < 1 else Image.Resampling.NEAREST
+    return Image.blend(picture.convert("RGB").resize(size), colours.resize(size, way), opacity)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A schedule as a row of tiles, and what it costs: each layer's letter with its multiply-adds, and the whole network.
+
+Counted on meta tensors, so a change is priced in about a second.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sola_vision import config
+from sola_vision.analysis.cost import Cost, build, count
+from sola_vision.schedule import Schedule, parse_schedule
+
+SIZES = {f"sola_{size.__name__}": size for size in (config.nano, config.tiny, config.small, config.base)}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A layer: where it is (from zero), L or S, and its multiply-adds, if the schedule can be built."""
+
+    stage: int
+    layer: int
+    kind: str
+    gmacs: float | None
+
+    @property
+    def text(self) -> str:
+        return self.kind if self.gmacs is None else f"{self.kind}  {self.gmacs:.3f}"
+
+
+@dataclass(frozen=True)
+class Price:
+    """A schedule's tiles by stage, a line about what it costs, and why it has no price, if it has none."""
+
+    schedule: str
+    stages: tuple[tuple[Tile, ...], ...]
+    says: str
+    refused: str = ""
+
+
+def toggled(schedule: str, stage: int, layer: int) -> str:
+    """The schedule with one layer of the other kind."""
+    parsed = parse_schedule(schedule)
+    letters = list(parsed.stages[stage])
+    letters[layer] = "S" if letters[layer] == "L" else "L"
+    stages = [*parsed.stages[:stage], "".join(letters), *parsed.stages[stage + 1 :]]
+    return str(Schedule(tuple(stages)))
+
+
+@lru_cache(maxsize=256)
+def price(name: str, schedule: str, size: int) -> Price:
+    """Of a network of the family with another schedule, for square images; compared with its own schedule."""
+    parsed = parse_schedule(schedule)
+    try:
+        cost = _count(name, schedule, size)
+    except ValueError as error:
+        return Price(schedule, _tiles(parsed, None), "", " ".join(str(error).split()))
+    usual = _count(name, SIZES[name]().schedule, size)
+    says = (
+        f"**{cost.gmacs:.2f} GMACs** {_change(cost.gmacs, usual.gmacs)}, "
+        f"{cost.parameters / 1e6:.2f} M parameters {_change(cost.parameters, usual.parameters)}, "
+        f"{cost.peak_bytes / 2**20:.0f} MiB at inference {_change(cost.peak_bytes, usual.peak_bytes)}, "
+        f"{cost.saved_bytes / 2**20:.0f} MiB kept in training {_change(cost.saved_bytes, usual.saved_bytes)}"
+    )
+    return Price(schedule, _tiles(parsed, cost), f"{says}. In brackets: against {SIZES[name]().schedule}.")
+
+
+@lru_cache(maxsize=256)
+def _count(name: str, schedule: str, size: int) -> Cost:
+    return count(build(name, (size, size), 1000, schedule=schedule), (size, size), name=name)
+
+
+def _tiles(schedule: Schedule, cost: Cost | None) -> tuple[tuple[Tile, ...], ...]:
+    macs = {group.name.partition(" ")[0]: group.macs for group in cost.layers} if cost is not None else {}
+    return tuple(
+        tuple(
+            Tile(stage, layer, kind, macs[f"{stage + 1}.{layer + 1}"] / 1e9 if macs else None)
+            for layer, kind in enumerate(kinds)
+        )
+        for stage, kinds in enumerate(schedule.stages)
+    )
+
+
+def _change(new: float, old: float) -> str:
+    return f"({round(100 * (new / old - 1)):+d} %)"

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sola app [CHECKPOINT ...]`: a local page to drop pictures on, see every layer, and edit a schedule by its tiles.
+
+It offers the checkpoints named, those of runs/ in this folder, and the family with random weights. The page is open to
+this machine alone unless --host says otherwise, and loads nothing from elsewhere.
+"""
+
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Sequence
+
+from sola_vision.commands.arguments import Arguments
+from sola_vision.tasks import read_description
+
+
+def run(arguments: Sequence[str]) -> None:
+    options = _parse(arguments)
+    for source in options.checkpoints:
+        read_description(source)  # what cannot be loaded is said before the page is there
+    _refuse_port(options.host, options.port)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(f"sola app needs gradio: pip install 'sola-vision[app]' ({error})") from None
+    from sola_vision.app.page import CSS, build
+
+    page = build(options.checkpoints)
+    print(f"http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+    page.launch(
+        server_name=options.host,
+        server_port=options.port,
+        inbrowser=options.open,
+        share=False,
+        quiet=True,
+        css=CSS,
+        theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    )
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    parser = Arguments("sola app", __doc__)
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="best.safetensors files or runs' folders")
+    parser.add_argument("--port", type=int, default=7860, help="of the page")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    options = parser.parse_args(list(arguments))
+    if not 0 < options.port < 65536:
+        raise ValueError(f"--port {options.port}: ports go from 1 to 65535")
+    return options
+
+
+def _refuse_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = str(error.strerror).lower()
+            raise OSError(f"{host}:{port}: {reason}; choose another --port, or a --host of this machine") from None

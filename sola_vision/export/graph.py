@@ -99,23 +99,23 @@ def _graph(network: Exportable) -> Any:
 
 
 def _name_sizes(model: Any) -> None:
-    """batch, height and width where the tracer has numbered symbols."""
+    """batch, height and width where the tracer has numbered symbols; what lies between has no names, since runtimes
+    take two sizes of one name for equal and the tracer's names are not always right.
+    """
     import onnx_ir as ir
 
     (images,) = model.graph.inputs
     names = {str(dim): name for dim, name in zip(images.shape, ("batch", "channels", "height", "width"), strict=True)}
     symbols = {symbol: name for symbol, name in names.items() if not symbol.isdigit()}
-    if not symbols:
-        return
     pattern = re.compile(rf"\b({'|'.join(map(re.escape, symbols))})\b")
-    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
-    for value in values:
+    for value in (images, *model.graph.outputs):
+        dims = (dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
+        renamed = [pattern.sub(lambda match: symbols[match[0]], dim) if isinstance(dim, str) else dim for dim in dims]
+        value.shape = ir.Shape(renamed)
+    outer = {images, *model.graph.outputs}
+    for value in (value for node in model.graph for value in node.outputs if value not in outer):
         if value.shape is not None:
-            dims = [
-                dim if isinstance(dim, int) else pattern.sub(lambda match: symbols[match[0]], str(dim.value))
-                for dim in value.shape
-            ]
-            value.shape = ir.Shape(dims)
+            value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in value.shape])
 
 
 def _name_nodes(model: Any) -> None:

@@ -206,3 +206,28 @@ def test_family(name, bridges, tmp_path):
     report = exports.export(exports.classifier(model), tmp_path / "a.onnx", sizes=sizes)
     print(name, bridges, json.dumps([c.error for c in report.comparisons]))
     assert report.ok
+
+
+_PEAK = """
+import sys, numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.enable_cpu_mem_arena = False
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+for side in (64, 512, 1024):
+    session.run(None, {"images": numpy.zeros((1, 3, side, side), numpy.float32)})
+    lines = open('/proc/self/status').read().splitlines()
+    print(next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')))
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_linear_schedule_is_linear(tmp_path):
+    has("onnx", "onnxscript", "onnxruntime")
+    path = tmp_path / "linear.onnx"
+    linear = build(schedule="LL/LL", dims=(48, 64), bridges="")
+    assert exports.export(exports.classifier(linear), path, sizes=[(64, 96)], batches=[1]).ok
+    said = subprocess.run([sys.executable, "-c", _PEAK, str(path)], capture_output=True, text=True, check=True)
+    assert "mismatch" not in said.stderr
+    before, at_512, at_1024 = map(int, said.stdout.split())
+    # quadratic would be 16
+    assert 3 < (at_1024 - before) / (at_512 - before) < 4.4

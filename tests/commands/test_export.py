@@ -156,6 +156,7 @@ def test_missing_extra_is_named(refused, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_dense_tasks(tmp_path, capsys):
     from sola_vision.data import DetectionConfig, SegmentationConfig
     from sola_vision.tasks import DetectorConfig, UPerNetConfig, detector, segmenter
@@ -184,6 +185,7 @@ def test_dense_tasks(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_package_runs_without_python(tmp_path, checkpoint):
     if ops.missing_kernel("cpu") is not None:
         pytest.skip("there is no CPU kernel to load")

@@ -108,6 +108,7 @@ def test_a_draft_that_differs_is_not_kept(onnx_file, small, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("precision", "limit"), [("float16", 5e-3), ("int8", 5e-2)])
 def test_lower_precision(small, tmp_path, precision, limit, onnx_file):
     path = tmp_path / "low.onnx"
@@ -119,6 +120,7 @@ def test_lower_precision(small, tmp_path, precision, limit, onnx_file):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_archive_is_the_network_and_calls_the_operator(tmp_path):
     path = tmp_path / "small.pt2"
     small = build(schedule="L/S", bridges="")
@@ -138,6 +140,7 @@ def test_archive_is_the_network_and_calls_the_operator(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_package_runs_the_kernel(tmp_path):
     network = exports.classifier(build(schedule="L", dims=(8,), bridges=""))
     path = tmp_path / "small.pt2"
@@ -195,6 +198,7 @@ def test_average_pool_is_torchs():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("bridges", ["", "paper"])
 @pytest.mark.parametrize("name", ["sola_nano", "sola_tiny", "sola_small"])
 def test_family(name, bridges, tmp_path):
@@ -221,6 +225,7 @@ for side in (64, 512, 1024):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_memory_of_a_linear_schedule_is_linear(tmp_path):
     has("onnx", "onnxscript", "onnxruntime")
     path = tmp_path / "linear.onnx"

@@ -58,8 +58,9 @@ def build(sources: list[str]) -> gr.Blocks:
                     label = gr.Markdown(elem_id="label")
                     shares = gr.Label(label="Classes", num_top_classes=5, elem_id="classes")
                     drawn = gr.Image(label="What it found", visible=False, elem_id="drawn")
-            cams = gr.Gallery(label="EigenCAM of each layer", columns=6, height="auto", object_fit="contain", elem_id="cams")
-            activations = gr.Gallery(label="Activation of each layer", columns=6, height="auto", object_fit="contain", elem_id="activations")
+            look: dict[str, Any] = {"columns": 6, "height": "auto", "object_fit": "contain"}
+            cams = gr.Gallery(label="EigenCAM of each layer", elem_id="cams", **look)
+            activations = gr.Gallery(label="Activation of each layer", elem_id="activations", **look)
             inputs, outputs = [source, picture, longest], [label, shares, drawn, cams, activations]
             for event in (page.load, source.change, picture.change, longest.release):
                 event(_told(show), inputs, outputs)

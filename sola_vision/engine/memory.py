@@ -11,8 +11,8 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 def keep_heap() -> None:
     """Let glibc keep freed memory instead of giving it back to the system at once.
 
-    Fetching it again costs page faults, as much time as the element-wise passes of a network. Peak memory stays the
-    same; the process holds on to it. Nothing happens with other C libraries and allocators.
+    Fetching it again costs page faults in every forward. The process holds on to its largest memory until it ends.
+    Nothing happens with other C libraries and allocators.
     """
     if sys.platform != "linux":
         return

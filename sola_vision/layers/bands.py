@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sola_vision.ops import pinned
 
@@ -30,9 +30,9 @@ class Band(NamedTuple):
         return x[self.images, self.rows.start - self.top : self.rows.stop + self.bottom]
 
 
-def in_bands(x: Tensor) -> bool:
+def in_bands(x: Tensor, *projections: nn.Module) -> bool:
     """Whether bands serve: gradients need the intermediates, compilers and GPUs want few large steps, and a pinned
-    path is to be seen in plain.
+    path or a changed projection is to be seen in plain.
     """
     return (
         x.device.type == "cpu"
@@ -40,6 +40,20 @@ def in_bands(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and pinned() in (None, "native")
+        and plain_linear(*projections)
+    )
+
+
+def plain_linear(*projections: nn.Module) -> bool:
+    """Whether each is its weight and nothing else. A low-rank adapter, a quantised module or one that is hooked does
+    more, and has to be called.
+    """
+    return all(
+        type(projection) is nn.Linear
+        and projection.bias is None
+        and not (projection._forward_hooks or projection._forward_pre_hooks)
+        and not (projection._backward_hooks or projection._backward_pre_hooks)
+        for projection in projections
     )
 
 

@@ -120,7 +120,7 @@ class ChannelMix(nn.Module):
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """x + forward(x, norm), in bands where gradients are not asked for."""
-        if not in_bands(x):
+        if not in_bands(x, self.key, self.receptance, self.value):
             return gated_sum(x, *self.project(x, norm))
         x = x.contiguous()
         out = torch.empty_like(x)

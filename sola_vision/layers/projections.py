@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from sola_vision import ops
-from sola_vision.layers.bands import BAND_BYTES, bands, in_bands
+from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, plain_linear
 
 # from the pass's inputs and the gradient of its result to the gradients of the inputs
 Backward = Callable[..., tuple[Tensor, ...]]
@@ -34,7 +34,7 @@ def shift_linear(
     """Layer norm, token shift and a projection without bias for each of mixes [M, C]: x [B, H, W, C] -> M results
     [B, H - top - bottom, W, D] (see ops.norm_shift).
     """
-    if in_bands(x) and top == bottom == 0:
+    if top == bottom == 0 and in_bands(x, *projections):
         return _shift_linear_in_bands(x.contiguous(), weight, bias, eps, mixes, projections)
 
     def shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def _shift_linear_in_bands(
 
 def gate_linear(receptance: Tensor, value: Tensor, projection: nn.Linear) -> Tensor:
     """linear(sigmoid(receptance) * value): [B, H, W, C] twice -> [B, H, W, D]."""
-    if in_bands(value):
+    if in_bands(value, projection):
         receptance, value = receptance.contiguous(), value.contiguous()
         made = value.new_empty((*value.shape[:3], projection.out_features))
         for band in bands(value, value.shape[3]):
@@ -98,7 +98,8 @@ def _linear(
     projections: Sequence[nn.Linear],
 ) -> tuple[Tensor, ...]:
     # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.pinned() in (None, "native"):
+    pays = torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.pinned() in (None, "native")
+    if pays and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
     return tuple(projection(part) for part, projection in zip(make(*inputs, *parameters), projections, strict=True))

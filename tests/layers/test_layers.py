@@ -81,6 +81,46 @@ def test_gradients_are_those_of_the_plain_form(monkeypatch, shift, budget):
     torch.testing.assert_close(fused, plain)
 
 
+class Adapted(torch.nn.Module):
+    """As a low-rank adapter shows itself: the base layer's weight, and more in the forward."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.out_features, self.bias = base, base.out_features, None
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["mixer.receptance", "mixer.output", "channel_mix.key", "channel_mix.value"])
+def test_changed_projections_are_called(name):
+    """What is more than its weight must not be taken for it, whichever path runs."""
+    torch.manual_seed(0)
+    layer, x = LinearLayer(12), torch.randn(2, 9, 7, 12)
+    original = layer(x)[0]
+    layer.set_submodule(name, Adapted(layer.get_submodule(name)))
+    with ops.use("portable"):
+        expected = layer(x)[0]
+    assert not torch.allclose(original, expected)
+    torch.testing.assert_close(layer(x)[0], expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_hooks_see_whole_maps(grad):
+    layer, x, seen = LinearLayer(12), torch.randn(2, 9, 7, 12), []
+    for name in ("mixer.key", "mixer.output", "channel_mix.key", "channel_mix.value"):
+        layer.get_submodule(name).register_forward_hook(lambda m, i, out: seen.append(out.shape))
+    with torch.set_grad_enabled(grad):
+        layer(x)
+    assert seen == [(2, 9, 7, 12), (2, 9, 7, 12), (2, 9, 7, 48), (2, 9, 7, 12)]
+
+
 def test_a_linear_layer_keeps_little_for_the_backward():
     """Thirteen maps of the input's size, and no more: inputs, products and the hidden units, none of the passes."""
     layer = LinearLayer(16)

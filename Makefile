@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: demo test timm-suite check format figures clean
+.PHONY: demo test timm-suite check format figures docs clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -48,6 +48,19 @@ format: .venv/installed
 
 figures: .venv/installed
 	$(BIN)/python docs/figures/architecture.py
+	$(BIN)/python docs/figures/layers.py
+
+# reads docstrings without importing them, so that it needs no torch
+.venv/docs: pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $@.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $@.txt
+	@touch $@
+
+docs: .venv/docs
+	rm -rf site
+	$(BIN)/zensical build --strict --clean
+	@echo "Open site/index.html; it needs no server and no network."
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .cache build dist site *.egg-info

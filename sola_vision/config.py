@@ -14,14 +14,15 @@ from sola_vision.schedule import Bridges, Schedule, parse_bridges, parse_schedul
 class SolaConfig:
     """A SoLA-Vision network. Raises ValueError for whatever does not fit together.
 
-    schedule: the layers, such as "LL/LL/LLSLLS/LS"; as many stages as `dims`.
-    dims: channels of each stage.
-    bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6", or "paper" for Table 7's.
-    patch_size: pixels a side of a stem patch; stage s has stride patch_size * 2^s.
-    img_size: pixels a side that the position embedding is laid out for; other sizes interpolate it.
-    head_dim: channels of an attention head.
-    token_shift: whether linear layers mix each token with its shifted neighbours.
-    drop_path_rate: stochastic depth of the last layer; grows linearly with depth.
+    Args:
+        schedule: the layers, such as "LL/LL/LLSLLS/LS"; as many stages as `dims`.
+        dims: channels of each stage.
+        bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6", or "paper" for Table 7's.
+        patch_size: pixels a side of a stem patch; stage s has stride patch_size * 2^s.
+        img_size: pixels a side that the position embedding is laid out for; other sizes interpolate it.
+        head_dim: channels of an attention head.
+        token_shift: whether linear layers mix each token with its shifted neighbours.
+        drop_path_rate: stochastic depth of the last layer; grows linearly with depth.
     """
 
     schedule: str

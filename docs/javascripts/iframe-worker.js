@@ -2,35 +2,37 @@
 // only there, it runs in a hidden frame of the page instead. The name of this file tells Zensical that there is such a
 // replacement; it would load one from the network otherwise.
 if (location.protocol === "file:") {
+  // as between real workers: what arrives is a copy, and arrives later
+  const send = (data, arrive) => {
+    const copy = structuredClone(data);
+    setTimeout(() => arrive(new MessageEvent("message", { data: copy })));
+  };
+
   window.Worker = class extends EventTarget {
     constructor(address) {
       super();
-      this.waiting = [];
-      const frame = document.createElement("iframe");
-      frame.hidden = true;
-      frame.srcdoc = "<!doctype html>";
-      frame.onload = () => {
-        this.scope = frame.contentWindow;
-        this.scope.postMessage = (data) => {
-          const event = new MessageEvent("message", { data });
-          this.dispatchEvent(event);
-          this.onmessage?.(event);
+      this.frame = document.createElement("iframe");
+      this.frame.hidden = true;
+      this.frame.srcdoc = "<!doctype html>";
+      this.started = new Promise((resolve) => {
+        this.frame.onload = () => {
+          const scope = this.frame.contentWindow;
+          scope.postMessage = (data) =>
+            send(data, (event) => {
+              this.dispatchEvent(event);
+              this.onmessage?.(event);
+            });
+          const script = scope.document.createElement("script");
+          script.src = new URL(address, location);
+          script.onload = () => resolve(scope);
+          scope.document.body.append(script);
         };
-        const script = frame.contentDocument.createElement("script");
-        script.src = address;
-        script.onload = () => {
-          this.loaded = true;
-          this.waiting.splice(0).forEach((data) => this.postMessage(data));
-        };
-        frame.contentDocument.body.append(script);
-      };
-      this.frame = frame;
-      document.body.append(frame);
+      });
+      document.body.append(this.frame);
     }
 
     postMessage(data) {
-      if (!this.loaded) return void this.waiting.push(data);
-      this.scope.dispatchEvent(new MessageEvent("message", { data }));
+      this.started.then((scope) => send(data, (event) => scope.dispatchEvent(event)));
     }
 
     terminate() {

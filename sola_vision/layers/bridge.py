@@ -25,11 +25,10 @@ def _centres(source: int, target: int, device: torch.device) -> Tensor:
 
 
 class HiddenStateBridge(nn.Module):
-    """One bridge; what it returns is added to the target layer's input.
+    """One bridge; what it returns is added to the target layer's input."""
 
     # not in the paper: H is the WKV read-out before the receptance gate. Eqs. 3-4 speak of the hidden state, whose
     # normalised read-out is what exists for every token at linear cost.
-    """
 
     def __init__(
         self, source_dim: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

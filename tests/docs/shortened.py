@@ -10,7 +10,7 @@ SHORTER = [
     (r"sola eval ", "--workers 0", "processes that read a handful of images"),
     (r"sola study (?!.*(--report|--list))", "--seeds 1 --epochs 1 --limit 12", "hours of training"),
     (r"sola search ", "--epochs 1 --limit 24", "hours of training"),
-    (r"sola explain ", "--no-page", "a minute a picture"),
+    (r"sola explain ", "--no-page --size 64 --field-size 64", "a minute a picture"),
 ]  # fmt: skip
 
 # (pattern, why): the real command line reads the command to its end, and it stops there

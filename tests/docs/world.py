@@ -34,7 +34,6 @@ def write(root):
             _picture(root / folder / f"{number}.jpg", number)
     for name in ("PICTURE.jpg", "photo.jpg"):
         _picture(root / name, 7)
-    (root / "classes.txt").write_text("".join(f"{name}\n" for name in scenes.CLASSES))
     _results(root)
     _labels(root)
     for folder in ("examples", "docs", "benchmarks"):

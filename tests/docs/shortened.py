@@ -4,13 +4,14 @@
 # (pattern, words put behind the command, why): it runs for real, but not for as long
 SHORTER = [
     (r"sola train digits", "--train.epochs 1 --train.warmup_epochs 0 --train.batch_size 256", "minutes of training"),
+    (r"sola train few_objects .*zoom", "--train.epochs 1 --train.warmup_epochs 0 --train.workers 0 --image.crop 64", "an hour of training"),
     (r"sola train few_objects", "--train.epochs 1 --train.warmup_epochs 0 --train.workers 0 --image.size 64 --image.crop null", "an hour of training"),
     (r"sola train few_masks", "--train.steps 2 --train.warmup_steps 0 --train.batch_size 2 --train.workers 0 --image.size 64 --image.crop 64", "an hour of training"),
     (r"sola train ", "--train.epochs 1 --train.warmup_epochs 0 --train.batch_size 8 --train.workers 0 --image.size 32", "minutes to hours of training"),
     (r"sola eval ", "--workers 0", "processes that read a handful of images"),
-    (r"sola study (?!.*(--report|--list))", "--seeds 1 --epochs 1 --limit 12", "hours of training"),
-    (r"sola search ", "--epochs 1 --limit 24", "hours of training"),
-    (r"sola explain ", "--no-page --size 64 --field-size 64", "a minute a picture"),
+    (r"sola study (?!.*(--report|--list))", "--seeds 1 --epochs 1", "hours of training"),
+    (r"sola search ", "--epochs 1", "hours of training"),
+    (r"sola explain ", "--no-page --field-size 64", "a minute a picture"),
 ]  # fmt: skip
 
 # (pattern, why): the real command line reads the command to its end, and it stops there

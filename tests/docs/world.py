@@ -2,6 +2,7 @@
 """A folder in which the names of the pages exist: FOLDER, PICTURE.jpg, cifar10.tar, runs/few_images, ... all small."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from sola_vision.data import scenes
 
 # names of folders by what lies in them
 CLASSES = ("IMAGES", "cifar10_small", "caltech16", "IMAGENET")
-OBJECTS = ("OBJECTS", "dsb2018_nuclei", "coco_mini")
+OBJECTS = ("OBJECTS", "dsb2018_nuclei", "bccd", "coco_mini")
 MASKS = ("MASKS", "CAMVID", "camvid")
 
 
 def write(root):
     """Data alone; `train` adds the runs that pages begin with."""
-    scenes.write_classification(root / "IMAGES", per_class=8, size=(32, 40))
+    scenes.write_classification(root / "IMAGES", per_class=12, size=(32, 40))
     scenes.write_coco(root / "OBJECTS", train=8, val=2, size=(64, 80))
     scenes.write_segmentation(root / "MASKS", train=4, val=2, size=(64, 80))
     for first, *others in (CLASSES, OBJECTS, MASKS):
@@ -36,7 +37,8 @@ def write(root):
         _picture(root / name, 7)
     _results(root)
     _labels(root)
-    for folder in ("examples", "docs", "benchmarks"):
+    shutil.copytree(ROOT / "docs/studies", root / "docs/studies")
+    for folder in ("examples", "benchmarks"):
         (root / folder).mkdir()
     for file in (*(ROOT / "examples").iterdir(), *(ROOT / "benchmarks").glob("*.py")):
         (root / file.parent.name / file.name).symlink_to(file)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -200,6 +201,14 @@ def test_resuming_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
+
+
+def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):
+    """As with fewer images than it was begun with."""
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is at step \d+, behind the \d+ steps .* more images or epochs"):
+        train(folder, resume=True, epochs=1)
+    assert metrics(folder) == metrics(whole_run)
 
 
 def test_resuming_another_model_is_refused(whole_run, tmp_path):

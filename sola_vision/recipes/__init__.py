@@ -16,6 +16,13 @@ from sola_vision.recipes.classification import (
     imagenet_tiny,
 )
 from sola_vision.recipes.detection import DetectionRecipe, coco_base, coco_small, coco_tiny, few_objects
+from sola_vision.recipes.distillation import (
+    DistillationRecipe,
+    distill_few_images,
+    distill_imagenet_base,
+    distill_imagenet_small,
+    distill_imagenet_tiny,
+)
 from sola_vision.recipes.segmentation import (
     SegmentationRecipe,
     ade20k_base,
@@ -24,12 +31,13 @@ from sola_vision.recipes.segmentation import (
     few_masks,
 )
 
-AnyRecipe = Recipe | DetectionRecipe | SegmentationRecipe
+AnyRecipe = Recipe | DistillationRecipe | DetectionRecipe | SegmentationRecipe
 
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     recipe.__name__: recipe
     for recipe in (
         *(imagenet_tiny, imagenet_small, imagenet_base, digits, cifar10, few_images),
+        *(distill_imagenet_tiny, distill_imagenet_small, distill_imagenet_base, distill_few_images),
         *(coco_tiny, coco_small, coco_base, few_objects),
         *(ade20k_tiny, ade20k_small, ade20k_base, few_masks),
     )
@@ -39,6 +47,7 @@ __all__ = [
     "RECIPES",
     "AnyRecipe",
     "DetectionRecipe",
+    "DistillationRecipe",
     "Recipe",
     "SegmentationRecipe",
     "get_recipe",

@@ -11,6 +11,7 @@
 Student and teacher see the same image, mixed and augmented alike (Beyer et al., arXiv 2106.05237).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,10 +46,10 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.target_weight <= 1:
             raise ValueError(f"target_weight={self.target_weight} must lie in [0, 1]")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        if not self.feature_weight >= 0:
-            raise ValueError(f"feature_weight={self.feature_weight} must not be negative")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be a number above 0")
+        if not 0 <= self.feature_weight < math.inf:
+            raise ValueError(f"feature_weight={self.feature_weight} must be a number, 0 or above")
 
 
 class Student(nn.Module):
@@ -81,6 +82,10 @@ class Student(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups for layer-wise decay: the network's own; projections learn at the full rate."""
+        if not hasattr(self.network, "group_matcher"):
+            raise ValueError(
+                f"layer_decay needs a network with group_matcher(), which {type(self.network).__name__} lacks"
+            )
         return {name: below("network.", what) for name, what in self.network.group_matcher(coarse).items()}
 
 
@@ -163,22 +168,23 @@ def find_columns(targets: str, teacher: Teacher, classes: Sequence[str]) -> tupl
     """
     if targets == "none":
         return None, ""
-    count, hint = teacher.network.num_classes, ""
-    if teacher.classes is not None:
-        missing = [name for name in classes if name not in teacher.classes]
-        if not missing:
-            return [teacher.classes.index(name) for name in classes], ""
-        why = f"{len(missing)} of the data's {len(classes)} classes are not the teacher's, such as {missing[0]!r}"
-    elif count != len(classes):
+    names, count = teacher.classes, teacher.network.num_classes
+    if names is None and count == len(classes):
+        if targets == "auto":
+            return None, (
+                f"nothing says which classes the teacher's {count} outputs are: only its feature maps are learned; "
+                "--distill.targets soft says that they are the data's, sorted by name"
+            )
+        return list(range(count)), f"the teacher's {count} outputs are taken for the data's classes, sorted by name"
+    if names is None:
         why = f"the teacher has {count or 'no'} outputs, the data {len(classes)} classes"
+    elif missing := [name for name in classes if name not in names]:
+        why = f"{len(missing)} of the data's {len(classes)} classes are not the teacher's, such as {missing[0]!r}"
     else:
-        why = f"nothing says which classes the teacher's {count} outputs are"
-        hint = "; --distill.targets soft says that they are the data's, sorted by name"
-        if targets != "auto":
-            return list(range(count)), f"the teacher's {count} outputs are taken for the data's classes, sorted by name"
-    if targets != "auto":
-        raise ValueError(f"--distill.targets {targets}: {why}; leave it out to learn from feature maps only")
-    return None, f"{why}: only its feature maps are learned{hint}"
+        return [names.index(name) for name in classes], ""
+    if targets == "auto":
+        return None, f"{why}: only its feature maps are learned"
+    raise ValueError(f"--distill.targets {targets}: {why}; leave it out to learn from feature maps only")
 
 
 def map_levels(network: Any, name: str, size: int) -> list[tuple[int, int]]:

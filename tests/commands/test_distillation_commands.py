@@ -180,6 +180,10 @@ def test_a_compiled_student_keeps_its_keys(sola, tmp_path, data, trained, taught
             ["nothing is left to learn", "feature_weight is 0"],
         ),
         (
+            ["--teacher.checkpoint", "RUN", "--distill.target_weight", "0", "--distill.feature_weight", "0"],
+            ["nothing is left to learn", "weigh 0"],
+        ),
+        (
             ["--teacher.name", "resnet18", "--teacher.checkpoint", "it.safetensors"],
             ["resnet18", "missing", "unexpected"],
         ),

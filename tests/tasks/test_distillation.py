@@ -205,9 +205,8 @@ def test_feature_loss_is_one_minus_the_correlation():
 def _wave(side):
     """A pattern over the width that moves on from channel to channel, at the middle of each of `side` columns."""
     place = (torch.arange(side) + 0.5) / side
-    return torch.sin(2 * torch.pi * (place + torch.arange(12)[:, None] / 12))[None, :, None, :].expand(
-        1, 12, side, side
-    )
+    wave = torch.sin(2 * torch.pi * (place + torch.arange(12)[:, None] / 12))
+    return wave[None, :, None, :].expand(1, 12, side, side)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(8, 16), (7, 16), (16, 8), (8, 14)])
@@ -271,9 +270,8 @@ def test_teacher_sees_its_own_normalisation_and_size():
     pixels = torch.rand(6, 3, 1, 1).expand(6, 3, 32, 32)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGE.mean, IMAGE.std))
     task.loss(model, ((pixels - mean) / std, torch.zeros(6, dtype=torch.long)))
-    own = (pixels[..., :16, :16] - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.25, 0.2, 0.1]).view(
-        3, 1, 1
-    )
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.5, 0.4, 0.3), (0.25, 0.2, 0.1)))
+    own = (pixels[..., :16, :16] - mean) / std
     assert network.images.shape == (6, 3, 16, 16)
     assert torch.allclose(network.images, own, atol=1e-5)
 
@@ -317,7 +315,20 @@ def test_the_optimiser_treats_the_network_as_if_it_were_alone():
     assert projections == {max(together.values())}
 
 
-@pytest.mark.parametrize("field", [{"target_weight": 1.5}, {"temperature": 0.0}, {"feature_weight": -1.0}])
+def test_layer_decay_of_a_network_without_groups_says_so():
+    with pytest.raises(ValueError, match=r"layer_decay needs a network with group_matcher.*Flatten lacks"):
+        Student(nn.Flatten()).group_matcher()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"target_weight": 1.5}, {"target_weight": float("nan")}),
+        *({"temperature": 0.0}, {"temperature": float("inf")}),
+        *({"feature_weight": -1.0}, {"feature_weight": float("inf")}),
+    ],
+    ids=str,
+)
 def test_numbers_without_sense_are_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         DistillConfig(**field)

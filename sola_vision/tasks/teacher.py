@@ -126,12 +126,14 @@ def load_teacher(config: TeacherConfig, shown: ImageConfig) -> Teacher:
         )
     side = teacher.size or shown.size
     try:
-        teacher(torch.zeros(1, 3, side, side))
+        answers, _ = teacher(torch.zeros(1, 3, side, side))
     # what timm's networks do with a size that they were not made for
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"the teacher {teacher.name} cannot see images of {side} pixels ({first_line(error)}): give --teacher.size"
         ) from None
+    if not answers.isfinite().all():
+        raise ValueError(f"the teacher {teacher.name} answers with nan or inf: its weights are damaged, give others")
     return teacher
 
 

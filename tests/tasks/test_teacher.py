@@ -142,6 +142,13 @@ def test_what_does_not_fit_is_listed(network, tmp_path):
         _load(name=NAME, checkpoint=tmp_path / "list.pth")
 
 
+def test_weights_that_are_no_numbers_are_refused_before_training(network, tmp_path):
+    state = {**network.state_dict(), "conv_stem.weight": torch.full_like(network.conv_stem.weight, float("nan"))}
+    save_file(state, tmp_path / "it.safetensors")
+    with pytest.raises(ValueError, match="answers with nan or inf"):
+        _load(name=NAME, checkpoint=tmp_path / "it.safetensors")
+
+
 def test_a_teacher_has_to_be_named_and_to_be_there(run, network, tmp_path):
     with pytest.raises(ValueError, match="teacher name 'resnet17' is unknown"):
         TeacherConfig(name="resnet17")

@@ -3,6 +3,7 @@
 
 from sola_vision.tasks.classification import Classification, Tally
 from sola_vision.tasks.detector import DetectorConfig
+from sola_vision.tasks.distillation import DistillConfig
 from sola_vision.tasks.model import (
     Checkpoint,
     ModelConfig,
@@ -13,14 +14,17 @@ from sola_vision.tasks.model import (
     read_description,
     takes_one_size,
 )
+from sola_vision.tasks.teacher import TeacherConfig
 from sola_vision.tasks.upernet import UPerNetConfig
 
 __all__ = [
     "Checkpoint",
     "Classification",
     "DetectorConfig",
+    "DistillConfig",
     "ModelConfig",
     "Tally",
+    "TeacherConfig",
     "UPerNetConfig",
     "build_model",
     "initialise",

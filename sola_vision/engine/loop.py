@@ -37,7 +37,7 @@ from .distributed import (
     whole,
 )
 from .loading import Collate, EvaluationBatches
-from .log import METRICS, SUMMARY, Log, surroundings, write_summary
+from .log import METRICS, SUMMARY, Log, surroundings, write_json
 from .reports import Report, Reports
 
 
@@ -389,7 +389,7 @@ def _summarise(run: _Run) -> dict[str, Any]:
         "images_skipped": {"training": len(run.skipped.known), "evaluation": len(run.held_out.skipped.known)},
         **surroundings(run.world.device, run.world.size),
     }
-    on_main(lambda: write_summary(run.folder / SUMMARY, summary))
+    on_main(lambda: write_json(run.folder / SUMMARY, summary))
     return summary
 
 

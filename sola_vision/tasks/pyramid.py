@@ -14,6 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from sola_vision.engine import LoadReport
+from sola_vision.layers import resize_position
 
 _LEVELS = 4
 
@@ -61,8 +62,7 @@ class Pyramid(nn.Module):
         for mine, theirs in found.items():
             value = stored[theirs]
             if mine.endswith("position.weight") and value.shape != own[mine].shape and value.ndim == 4:
-                size = (own[mine].shape[-2], own[mine].shape[-1])
-                value = nn.functional.interpolate(value.float(), size, mode="bicubic").to(own[mine].dtype)
+                value = resize_position(value, own[mine].shape[-2:])
                 changed.append("position embedding interpolated")
             weights[mine] = value
         report = LoadReport(

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from sola_vision.data import ImageConfig
 from sola_vision.engine import LoadReport, read_metadata
-from sola_vision.tasks.model import create_network, load_checkpoint, takes_one_size
+from sola_vision.tasks.model import create_network, takes_one_size
+from sola_vision.tasks.weights import load_checkpoint
 
 _ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 

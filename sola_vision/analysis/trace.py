@@ -103,11 +103,14 @@ def keys(step: Step) -> Tensor:
 def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None = None) -> Tensor:
     """What a linear layer really looks at: the weights of eq. 9 with which `token` (row, column) reads every token.
 
-    [B, H, W] averaged over all channels, or [B, K, H, W] for `channels`; float64, each map sums to 1.
+    [B, H, W] averaged over all channels, or [B, K, H, W] for `channels`; float64, each map sums to 1. ValueError for a
+    token that the layer has not.
     """
     assert isinstance(step.layer, LinearLayer)
-    key, mixer = keys(step), step.layer.mixer
     height, width = step.input.shape[1:3]
+    if not (0 <= token[0] < height and 0 <= token[1] < width):
+        raise ValueError(f"token {token}: {step.name} has {height} x {width} tokens; rows and columns count from 0")
+    key, mixer = keys(step), step.layer.mixer
     index = token[0] * width + token[1]
     row = slice(index, index + 1)
     if channels is not None:

@@ -7,7 +7,7 @@ SHORTER = [
     (r"sola train few_objects .*zoom", "--train.epochs 1 --train.warmup_epochs 0 --train.workers 0 --image.crop 64", "an hour of training"),
     (r"sola train few_objects", "--train.epochs 1 --train.warmup_epochs 0 --train.workers 0 --image.size 64 --image.crop null", "an hour of training"),
     (r"sola train few_masks", "--train.steps 2 --train.warmup_steps 0 --train.batch_size 2 --train.workers 0 --image.size 64 --image.crop 64", "an hour of training"),
-    (r"sola train ", "--train.epochs 1 --train.warmup_epochs 0 --train.batch_size 8 --train.workers 0 --image.size 32", "minutes to hours of training"),
+    (r"sola train ", "--train.epochs 1 --train.warmup_epochs 0 --train.batch_size 8 --train.workers 0 --train.amp none --image.size 32", "minutes to hours of training"),
     (r"sola eval ", "--workers 0", "processes that read a handful of images"),
     (r"sola study (?!.*(--report|--list))", "--seeds 1 --epochs 1", "hours of training"),
     (r"sola search ", "--epochs 1", "hours of training"),

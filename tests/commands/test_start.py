@@ -8,9 +8,13 @@ from small import python
 
 # of other programs, or heavy and of other commands
 HEAVY = {"matplotlib", "tensorboard", "jsonargparse", "sklearn", "faster_coco_eval", "onnx", "onnxruntime", "gradio"}
-LOADED = (
-    "import sys, json; from sola_vision.cli import main; main(sys.argv[1:]); print('\\n' + json.dumps([*sys.modules]))"
-)
+LOADED = """
+import json, sys
+from sola_vision.cli import main
+main(sys.argv[1:])
+print()
+print(json.dumps([*sys.modules]))
+"""
 
 
 def loaded(*words):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory of exported ONNX files in onnxruntime, beside eager PyTorch on both paths.
 
-    python benchmarks/export.py        # writes benchmarks/results/export.json
+    python benchmarks/export.py                # writes benchmarks/results/export.json
+    python benchmarks/export.py --networks     # memory alone, which other programs on the machine do not change
 
 Rounds interleave the jobs (sola_vision.bench.rounds). Memory is what a fresh process with nothing but onnxruntime in it
 needs for one image more than for one of 64 pixels, without an arena, for a schedule without softmax layers.
@@ -45,7 +46,7 @@ print(kibibytes(int(sys.argv[2])) - before)
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["sola_nano", "sola_tiny", "sola_small"])
+    parser.add_argument("--networks", nargs="*", default=["sola_nano", "sola_tiny", "sola_small"], help="of speed")
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512])
     parser.add_argument("--precisions", nargs="+", default=["float32", "int8"], help="float32 among them")
     parser.add_argument("--rounds", type=int, default=7)

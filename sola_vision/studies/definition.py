@@ -16,6 +16,7 @@ class Arm:
     change: what is done to the built network, a name of `changes.CHANGES`.
     paper: the paper's result in per cent, None where it prints none.
     paper_gmacs: its cost column.
+    size: of the network, where a study has several; a scale leaves out arms of sizes that it does not have.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Arm:
     change: str = ""
     paper: float | None = None
     paper_gmacs: float | None = None
+    size: Literal["tiny", "small", "base"] = "tiny"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class Study:
 
     network: "hierarchical" (four stages, as SoLA) or "isotropic" (one stage, as the six-layer study).
     epochs, data: the paper's; cost_size: pixels a side at which it counts MACs.
+    metric: a name in the results, in per cent.
     claims: what its text and numbers say.
     notes: what a reader has to know about it.
     """

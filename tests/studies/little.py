@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sola_vision import config
 from sola_vision.config import SolaConfig
+from sola_vision.data import SegmentationConfig
 from sola_vision.engine import TrainConfig
 from sola_vision.studies import Scale, custom, plan, run_plan
 from sola_vision.studies.outcome import begin
+from sola_vision.studies.scales import SegmentationScale
+from sola_vision.tasks import UPerNetConfig
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -30,6 +34,13 @@ LITTLE = Scale(
         batch_size=8, lr=2e-3, warmup_epochs=0.2, workers=0, evaluate_every=1000, save_steps=2, log_every=2
     ),
     seeds=2,
+    segmentation=SegmentationScale(
+        what="a segmenter for tests",
+        networks={"tiny": config.nano(dims=(8, 8, 16, 16), head_dim=8)},
+        head=UPerNetConfig(channels=8, auxiliary_channels=8),
+        images=SegmentationConfig(size=32, crop=32),
+        train=TrainConfig(steps=4, batch_size=4, lr=2e-3, warmup_steps=1, workers=0, evaluate_every=1000, save_steps=2),
+    ),
 )
 
 

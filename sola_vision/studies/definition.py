@@ -73,6 +73,11 @@ class Study:
         for claim in self.claims:
             assert set(claim.better + claim.worse) <= set(names), claim
 
+    @property
+    def measure(self) -> str:
+        """The metric as a page calls it."""
+        return "mIoU" if self.metric == "miou" else "top-1 accuracy"
+
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 

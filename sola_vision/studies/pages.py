@@ -15,7 +15,7 @@ from .figures import draw_study
 from .outcome import Judged, Outcome, gather
 
 PLOT = "accuracy.png"
-_MEASURES = {"top1": "Top-1", "miou": "Mean IoU over the classes that occur"}
+_MEASURES = {"top1": "Top-1", "miou": "Mean IoU over the classes that occur,"}
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,8 @@ def _claims(outcome: Outcome) -> list[Block]:
     header = ["statement", "source", "paper", "here", "95 % interval", "seeds", "p", "verdict"]
     rows = [_claim(judged) for judged in outcome.judged]
     n = max((judged.ours.n for judged in outcome.judged if judged.ours), default=0)
-    points = "accuracy" if outcome.study.metric == "top1" else "mIoU"
     how = (
-        f"Differences are in points of {points}. Each is a mean over seeds of paired differences: the runs of a seed "
+        f"Differences are in points of {outcome.study.measure}. Each is a mean over seeds of paired differences: the runs of a seed "
         "share the order of images and their augmentation. The interval is Student's t for paired runs, which takes "
         "the differences for normally distributed; p is the exact sign-flip test's (one-sided), which does not"
         + (f", and which cannot fall below {0.5**n:.3g} with {n} seeds" if n else "")

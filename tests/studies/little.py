@@ -58,6 +58,24 @@ def write_images(root, train=14, val=5, size=8):
     return str(root)
 
 
+def write_masks(root, train=6, val=2, size=32):
+    """Three stripes of different width, the last column ignored."""
+    draw = np.random.default_rng(0)
+    colours = np.array([[60, 200, 120], [120, 150, 120], [180, 100, 120]])
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "annotations"):
+            (Path(root) / kind / split).mkdir(parents=True)
+        for index in range(count):
+            first, second = sorted(draw.integers(4, size - 4, 2))
+            labels = np.zeros((size, size), np.uint8)
+            labels[first:], labels[second:], labels[:, -1] = 1, 2, 255
+            pixels = colours[labels.clip(0, 2)] + draw.normal(0, 30, (size, size, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(Path(root) / f"images/{split}/{index}.png")
+            Image.fromarray(labels).save(Path(root) / f"annotations/{split}/{index}.png")
+    (Path(root) / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    return str(root)
+
+
 def planned(data, scale=LITTLE, schedules=("L/LL", "L/LS"), **options):
     return plan(custom(schedules), scale, data, device="cpu", **options)
 

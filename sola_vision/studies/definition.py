@@ -8,6 +8,8 @@ the paper's scale and smaller ones.
 from dataclasses import dataclass
 from typing import Literal
 
+Size = Literal["tiny", "small", "base"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -26,7 +28,7 @@ class Arm:
     change: str = ""
     paper: float | None = None
     paper_gmacs: float | None = None
-    size: Literal["tiny", "small", "base"] = "tiny"
+    size: Size = "tiny"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class Study:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         assert len(set(names)) == len(names), names
+        # only runs of classification know what to do with one
+        assert self.task == "classification" or not any(arm.change for arm in self.arms), names
         for claim in self.claims:
             assert set(claim.better + claim.worse) <= set(names), claim
 

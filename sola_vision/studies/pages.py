@@ -144,9 +144,10 @@ def _claims(outcome: Outcome) -> list[Block]:
     rows = [_claim(judged) for judged in outcome.judged]
     n = max((judged.ours.n for judged in outcome.judged if judged.ours), default=0)
     how = (
-        f"Differences are in points of {outcome.study.measure}. Each is a mean over seeds of paired differences: the runs of a seed "
-        "share the order of images and their augmentation. The interval is Student's t for paired runs, which takes "
-        "the differences for normally distributed; p is the exact sign-flip test's (one-sided), which does not"
+        f"Differences are in points of {outcome.study.measure}. Each is a mean over seeds of paired differences: the "
+        "runs of a seed share the order of images and their augmentation. The interval is Student's t for paired runs, "
+        "which takes the differences for normally distributed; p is the exact sign-flip test's (one-sided), which does "
+        "not"
         + (f", and which cannot fall below {0.5**n:.3g} with {n} seeds" if n else "")
         + ". A statement holds, or is reversed, when the interval excludes zero; otherwise these runs do not decide "
         f"it. The {len(rows)} intervals stand each alone: nothing corrects for their number. They are about chance in "

@@ -30,7 +30,6 @@ from sola_vision.tasks.segmentation import Segmentation, listed
 from sola_vision.tasks.segmenter import backbone_of, build_segmenter, start_segmenter
 from sola_vision.tasks.upernet import UPerNet
 
-from .changes import CHANGES
 from .definition import Arm, Study
 from .images import Identity
 from .runs import Job, Run
@@ -113,10 +112,7 @@ class SegmentationRun(Run):
             drop_path_rate=config.drop_path_rate,
         )
         with torch.device(device or "cpu"):
-            model = build_segmenter(named, self.head, config.num_classes, config.img_size)
-        if self.change:
-            CHANGES[self.change](backbone_of(model))  # type: ignore[arg-type]
-        return model
+            return build_segmenter(named, self.head, config.num_classes, config.img_size)
 
     def cost(self, size: int) -> dict[str, int]:
         """Parameters with both heads, MACs of the backbone alone, as the paper counts."""
@@ -137,7 +133,7 @@ class SegmentationRun(Run):
         return Job(
             Segmentation(len(images.classes), self.head.auxiliary_weight, looks),
             model,
-            metadata=None if self.change else named,
+            metadata=named,
             eval_collate=listed,
         )
 

@@ -14,6 +14,7 @@ from PIL import Image
 from sola_vision import SolaVision
 from sola_vision.data import ImageConfig
 from sola_vision.engine import read_weights, save_weights
+from sola_vision.recipes import get_recipe
 from sola_vision.studies import SCALES, get_study, plan, write_report
 from sola_vision.studies.outcome import gather
 from sola_vision.tasks import ModelConfig, metadata
@@ -173,6 +174,19 @@ def test_table_8_fits_every_scale(name, masks):
         each.build("meta")
 
 
+def test_scales_train_as_the_recipes_do():
+    paper, medium, few = SCALES["paper"].segmentation, SCALES["medium"].segmentation, get_recipe("few_masks")
+    for size, network in paper.networks.items():
+        recipe = get_recipe(f"ade20k_{size}")
+        assert network.drop_path_rate == recipe.model.drop_path_rate
+        assert replace(paper.train, workers=recipe.train.workers) == recipe.train
+        assert (replace(paper.images, num_classes=150), paper.head) == (recipe.image, recipe.segmenter)
+    assert medium.networks["tiny"].drop_path_rate == few.model.drop_path_rate
+    free = {"evaluate_every": 20, "log_every": 20, "workers": 1}
+    assert replace(medium.train, **free) == few.train
+    assert (medium.images, medium.head) == (few.image, few.segmenter)
+
+
 def test_the_papers_scale_costs_what_table_8_says(masks):
     first, *_ = planned_at("paper", masks).runs
     assert first.cost(TABLE_8.cost_size)["macs"] / 1e9 == pytest.approx(10.9, rel=0.05)
@@ -183,7 +197,7 @@ def test_images_that_do_not_suit(masks, tmp_path):
         planned(write_images(tmp_path / "classes"))
     with pytest.raises(ValueError, match="3 training images are fewer than one batch of 4"):
         planned(masks, limit=3)
-    with pytest.raises(ValueError, match="label 255 in .* pixels is neither: labels 0..2 are classes, 9 is ignored"):
+    with pytest.raises(ValueError, match=r"label 255 in .* pixels is neither: labels 0\.\.2 are classes, 9 is ignored"):
         planned(masks, ignore=9)
     with pytest.raises(ValueError, match="no train/"):
         plan(get_study("table2"), LITTLE, masks)

@@ -34,7 +34,7 @@ timm-suite: .venv/installed
 		timm==$$($(BIN)/python -c 'import timm; print(timm.__version__)')
 	tar xzf .venv/timm/timm-*.tar.gz -C .venv/timm --strip-components 1
 	cd .venv/timm && PYTHONPATH=$(CURDIR)/tests ../bin/python -m pytest tests/test_models.py -q -p timm_plugin \
-		-k "sola and not torchscript"
+		-k "(sola or vrwkv) and not torchscript"
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """SoLA-Vision: a vision backbone of linear (Bi-WKV) and softmax attention layers, chosen by one string.
 
-Importing it registers `sola_nano`, `sola_tiny`, `sola_small` and `sola_base` with timm.
+Importing it registers `sola_nano`, `sola_tiny`, `sola_small` and `sola_base` with timm, and Vision-RWKV as `vrwkv_*`.
 """
 
-from sola_vision import ops, sola
+from typing import TYPE_CHECKING, Any
+
+from sola_vision import ops, sola, vrwkv
 from sola_vision.backbone import SolaVision
 from sola_vision.config import SolaConfig, base, nano, small, tiny
 from sola_vision.ops import wkv
 from sola_vision.schedule import parse_bridges, parse_schedule
 from sola_vision.version import __version__
 
+if TYPE_CHECKING:
+    from sola_vision.tasks import load, save_pretrained
+
 __all__ = [
     "SolaConfig",
     "SolaVision",
     "__version__",
     "base",
+    "load",
     "nano",
     "ops",
     "parse_bridges",
     "parse_schedule",
+    "save_pretrained",
     "small",
     "sola",
     "tiny",
+    "vrwkv",
     "wkv",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # all that can be trained comes with them: whoever wants the network alone need not wait for it
+    if name in ("load", "save_pretrained"):
+        from sola_vision import tasks
+
+        return getattr(tasks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,11 @@ from timm.models import (
     register_model,
     register_notrace_module,
 )
+from torch import Tensor, nn
 
 from sola_vision import config, layers
 from sola_vision.backbone import SolaVision
+from sola_vision.layers import resize_position
 
 # what looks at sizes is a leaf for torch.fx, as timm's own models have it
 register_notrace_module(layers.PositionEmbedding)
@@ -20,7 +22,8 @@ register_notrace_module(layers.HiddenStateBridge)
 register_notrace_module(layers.LinearLayer)
 
 
-def _cfg(**changes: Any) -> dict[str, Any]:
+def default_cfg(**changes: Any) -> dict[str, Any]:
+    """timm's description of a network without published weights."""
     return {
         "url": "",  # no weights are published: pretrained=True says so
         "num_classes": 1000,
@@ -39,7 +42,30 @@ def _cfg(**changes: Any) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"sola_{size}.untrained": _cfg() for size in ("nano", "tiny", "small", "base")})
+default_cfgs = generate_default_cfgs(
+    {f"sola_{size}.untrained": default_cfg() for size in ("nano", "tiny", "small", "base")}
+)
+
+
+def one_side(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network with an img_size (height, width), as timm notes it, as one number."""
+    sides = arguments.get("img_size")
+    if not isinstance(sides, list | tuple):
+        return arguments
+    if len(set(sides)) != 1:
+        raise TypeError(
+            f"img_size={sides}: positions are laid out on a square; give one number, any size of image works"
+        )
+    return {**arguments, "img_size": sides[0]}
+
+
+def fit_position(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook for weights that are loaded: the position embedding is laid out for the network's own image size."""
+    own = model.get_parameter("position.weight")
+    weight = stored.get("position.weight")
+    if weight is None or weight.shape[:-2] != own.shape[:-2]:
+        return stored
+    return {**stored, "position.weight": resize_position(weight, own.shape[-2:])}
 
 
 def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
@@ -51,7 +77,7 @@ def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any)
         **changes: Any,
     ) -> SolaVision:
         # what is left must be a field of SolaConfig: an unknown name is a TypeError
-        built = size.with_changes(**changes)
+        built = size.with_changes(**one_side(changes))
         return SolaVision(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
     if kwargs.get("feature_cls", "getter") != "getter":
@@ -61,7 +87,9 @@ def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any)
         )
     stages = len(kwargs.get("dims") or size.dims)
     feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
-    return build_model_with_cfg(build, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return build_model_with_cfg(
+        build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=fit_position, **kwargs
+    )
 
 
 @register_model

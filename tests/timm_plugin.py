@@ -7,7 +7,7 @@ import timm
 
 import sola_vision  # noqa: F401 - registers the names
 
-NAMES = ["sola_nano", "sola_tiny", "sola_small", "sola_base"]
+NAMES = ["sola_nano", "sola_tiny", "sola_small", "sola_base", "vrwkv_tiny"]
 
 
 def _list_models(filter="", module="", pretrained=False, **_):

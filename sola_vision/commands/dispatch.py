@@ -34,6 +34,7 @@ class Job:
     says: str  # what is trained on what, for people
     shown: tuple[str, ...]  # metrics of the last line
     report: str | None = None  # what the start from a checkpoint took over
+    kept: str = ""  # the part of the model that best.safetensors holds; "" = all of it
     collate: Collate | None = None
     eval_collate: Collate | None = None
 

@@ -31,7 +31,12 @@ class Run:
     out: Path
     resume: bool
     json: bool
-    text: str  # the whole configuration as YAML, which runs it again
+
+    @property
+    def text(self) -> str:
+        """The whole configuration as YAML, which runs it again; where the next run goes is its own business."""
+        values = {"recipe": self.recipe, "data": self.data, **asdict(self.configuration)}
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 def parse_run(arguments: Sequence[str]) -> Run:
@@ -68,8 +73,6 @@ def parse_run(arguments: Sequence[str]) -> Run:
         **{section: kind(**vars(getattr(values, section))) for section, kind in sections.items()}, init=values.init
     )
     out = Path(values.out) if values.out else Path("runs") / recipe
-    # where the next run goes is its own business
-    text = yaml.safe_dump({"recipe": recipe, "data": values.data, **asdict(configuration)}, sort_keys=False)
     return Run(
         recipe=recipe,
         configuration=configuration,
@@ -77,7 +80,6 @@ def parse_run(arguments: Sequence[str]) -> Run:
         out=out,
         resume=values.resume,
         json=values.json,
-        text=text,
     )
 
 
@@ -134,7 +136,7 @@ def _stored_recipe(stored: list[dict[str, Any]]) -> str | None:
 
 
 def _parser(name: str, recipe: AnyRecipe) -> ArgumentParser:
-    lines = "\n".join(f"  {n:<16}{(make.__doc__ or '').splitlines()[0]}" for n, make in RECIPES.items())
+    lines = "\n".join(f"  {n:<24}{(make.__doc__ or '').splitlines()[0]}" for n, make in RECIPES.items())
     parser = ArgumentParser(
         prog="sola train",
         usage="sola train RECIPE --data FOLDER [--out FOLDER] [--config FILE] [--resume] [--SECTION.FIELD VALUE ...]",

@@ -52,6 +52,7 @@ def _run(asked: Run, world: World) -> None:
         asked.out,
         resume=asked.resume,
         metadata=job.metadata,
+        kept=job.kept,
         collate=job.collate,
         eval_collate=job.eval_collate,
     )

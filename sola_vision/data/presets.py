@@ -59,6 +59,11 @@ class ImageConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} {getattr(self, name)}: a strength, 0 (off) or above")
 
+    @property
+    def evaluated_part(self) -> float:
+        """crop_pct, decided."""
+        return self.crop_pct or (1.0 if self.size <= _SMALL else 0.875)
+
 
 class TrainTransform:
     """A PIL image to a randomly augmented, normalised tensor [3, size, size]."""
@@ -99,11 +104,10 @@ class EvalTransform:
     """A PIL image to a normalised tensor [3, size, size]: shorter side to size / crop_pct, centre crop."""
 
     def __init__(self, config: ImageConfig) -> None:
-        whole = 1.0 if config.size <= _SMALL else 0.875
         self.pipeline = create_transform(
             config.size,
             is_training=False,
-            crop_pct=config.crop_pct or whole,
+            crop_pct=config.evaluated_part,
             interpolation="bilinear" if config.interpolation == "random" else config.interpolation,
             mean=config.mean,
             std=config.std,

@@ -4,10 +4,11 @@
 It knows a protocol, not a task, and nothing of the rest of the package. `loop` is the file to read first.
 """
 
-from .checkpoint import LoadReport, load_weights, read_metadata, read_weights, save_weights
+from .checkpoint import LoadReport, load_weights, read_metadata, read_weights, save_weights, take_weights
 from .config import Task, TrainConfig
 from .distributed import World, all_reduce_sum, distributed, gather_objects, on_main
 from .loading import EvaluationBatches, to_device
+from .log import write_json
 from .loop import TrainingStopped, check_folder, evaluate, fit
 from .memory import keep_heap
 from .optim import lr_at
@@ -32,5 +33,7 @@ __all__ = [
     "read_metadata",
     "read_weights",
     "save_weights",
+    "take_weights",
     "to_device",
+    "write_json",
 ]

@@ -33,11 +33,12 @@ BEST = Path("best.safetensors")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What did not match when weights were loaded; empty when all did."""
+    """What did not match when weights were loaded, by name; false when all did. `adapted`: what was made to match."""
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> "LoadReport":
@@ -62,6 +63,7 @@ class LoadReport:
             if keys:
                 more = ", ..." if len(keys) > 3 else ""
                 parts.append(f"{len(keys)} {name} ({', '.join(keys[:3])}{more})")
+        parts += self.adapted
         return ", ".join(parts) or "every key matches"
 
 
@@ -88,12 +90,18 @@ def load_weights(model: nn.Module, path: str | Path, *, partial: bool = False) -
     Keys that are missing, unexpected or of another shape are an error and then nothing is loaded, unless
     `partial` asks for what fits; the report lists them.
     """
-    theirs = read_weights(Path(path))
+    return take_weights(model, read_weights(Path(path)), path, partial=partial)
+
+
+def take_weights(
+    model: nn.Module, theirs: Mapping[str, Tensor], source: str | Path, *, partial: bool = False
+) -> LoadReport:
+    """`load_weights` of tensors that are read already; `source` is where they are from."""
     own = model.state_dict()
     report = LoadReport.of(own, theirs)
     if report and not partial:
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {report}; ask for a partial load to take the rest"
+            f"{source} does not fit {type(model).__name__}: {report}; ask for a partial load to take the rest"
         )
     with torch.no_grad():
         for key, value in own.items():

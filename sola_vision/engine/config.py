@@ -6,11 +6,14 @@ line; a task is a loss, an evaluation and the name of the metric that chooses th
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+
+# these may change from one part of a run to the next without changing its result
+_FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
 
 
 def _cores() -> int:
@@ -109,6 +112,12 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule='multistep' needs milestones, the epochs at which the learning rate drops")
+
+
+def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What in a configuration has changed since the run began and may change its result, for people."""
+    changed = [key for key in now if key not in _FREE and now[key] != before.get(key)]
+    return [f"{key}={now[key]} (was {before.get(key)})" for key in changed]
 
 
 class Task(Protocol):

@@ -102,9 +102,10 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Written beside the old file, then renamed over it."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(summary, indent=2) + "\n")
+    beside.write_text(json.dumps(document, indent=2) + "\n")
     os.replace(beside, path)
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from . import checkpoint, loading, optim
 from .checkpoint import Progress
-from .config import Task, TrainConfig
+from .config import Task, TrainConfig, list_changes
 from .distributed import (
     Interrupts,
     World,
@@ -37,11 +37,8 @@ from .distributed import (
     whole,
 )
 from .loading import Collate, EvaluationBatches
-from .log import METRICS, SUMMARY, Log, surroundings, write_summary
+from .log import METRICS, SUMMARY, Log, surroundings, write_json
 from .reports import Report, Reports
-
-# these may change from one part of a run to the next without changing its result
-_FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - an end of the run, as StopIteration is one
@@ -58,18 +55,20 @@ def fit(
     *,
     resume: bool = False,
     metadata: dict[str, str] | None = None,
+    kept: str = "",
     collate: Collate | None = None,
     eval_collate: Collate | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and return the summary that is also in the folder.
 
-    `metadata` goes into best.safetensors. With `resume` the run in `folder` goes on where its last checkpoint is.
-    Under torchrun every process calls this alike.
+    `metadata` goes into best.safetensors, beside the weights of the submodule `kept` ("": of the whole model). With
+    `resume` the run in `folder` goes on where its last checkpoint is. Under torchrun every process calls this alike.
     """
     folder = Path(folder)
     with distributed(config.device) as world, Interrupts() as interrupts:
         on_main(lambda: check_folder(folder, resume))
         run = _prepare(task, model, train_set, val_set, config, folder, world, resume, metadata, collate, eval_collate)
+        run.kept = kept
         try:
             _train(run, interrupts)
             return _summarise(run)
@@ -127,6 +126,7 @@ class _Run:
     saved_step: int | None = None
     logged: tuple[int, float] = (0, 0.0)  # step and time of the last training record
     grad_norm: float = 0.0
+    kept: str = ""
     stop: bool = False
     save: bool = False
 
@@ -225,9 +225,7 @@ def _prepare(
 
 def _compare_configs(run: _Run) -> None:
     before, now = run.progress.config, json.loads(json.dumps(asdict(run.config)))
-    changed = [f"{key}={now[key]} (was {before.get(key)})" for key in now if now[key] != before.get(key)]
-    changed = [text for text in changed if text.partition("=")[0] not in _FREE]
-    if changed:
+    if changed := list_changes(before, now):
         run.log.say(f"the run goes on with another configuration: {', '.join(changed)}")
     run.progress.config = now
 
@@ -361,7 +359,7 @@ def _evaluate(run: _Run) -> None:
     value = metrics[run.task.metric]
     if math.isfinite(value) and (not progress.best or value > progress.best[run.task.metric]):
         progress.best = {**metrics, "step": progress.step}
-        checkpoint.save_weights(run.folder / checkpoint.BEST, run.best_model, run.metadata)
+        checkpoint.save_weights(run.folder / checkpoint.BEST, run.best_model.get_submodule(run.kept), run.metadata)
     run.logged = (run.logged[0], run.logged[1] + seconds)  # not a part of the training speed
 
 
@@ -391,7 +389,7 @@ def _summarise(run: _Run) -> dict[str, Any]:
         "images_skipped": {"training": len(run.skipped.known), "evaluation": len(run.held_out.skipped.known)},
         **surroundings(run.world.device, run.world.size),
     }
-    on_main(lambda: write_summary(run.folder / SUMMARY, summary))
+    on_main(lambda: write_json(run.folder / SUMMARY, summary))
     return summary
 
 

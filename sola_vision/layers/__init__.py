@@ -3,7 +3,7 @@
 
 from sola_vision.layers.bridge import HiddenStateBridge
 from sola_vision.layers.linear import ChannelMix, LinearLayer, LinearMixer
-from sola_vision.layers.patches import PatchMerging, PositionEmbedding, Stem
+from sola_vision.layers.patches import PatchMerging, PositionEmbedding, Stem, resize_position
 from sola_vision.layers.softmax import ConvMlp, SoftmaxLayer, SoftmaxMixer
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "SoftmaxLayer",
     "SoftmaxMixer",
     "Stem",
+    "resize_position",
 ]

@@ -5,6 +5,8 @@
 # the choice that fits the paper's parameter counts and MACs (docs/reconstruction.md).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class Stem(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         # not in the paper: sizes that the patch does not divide are padded with zeros on the right and at the bottom
@@ -52,6 +54,13 @@ class PositionEmbedding(nn.Module):
             size = (x.shape[1], x.shape[2])
             weight = nn.functional.interpolate(weight.float(), size, mode="bicubic", align_corners=False)
         return x + weight.to(x.dtype).permute(0, 2, 3, 1)
+
+
+def resize_position(weight: Tensor, grid: Sequence[int]) -> Tensor:
+    """A position embedding [1, C, h, w] for another grid (height, width), as the network itself interpolates it."""
+    if tuple(weight.shape[-2:]) == tuple(grid):
+        return weight
+    return nn.functional.interpolate(weight.float(), tuple(grid), mode="bicubic", align_corners=False).to(weight.dtype)
 
 
 class PatchMerging(nn.Module):

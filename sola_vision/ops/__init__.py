@@ -15,6 +15,7 @@ from torch import Tensor
 from sola_vision.ops import cpu, gpu, reference, register
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
 from sola_vision.ops.path import Path, pinned, use
+from sola_vision.ops.vision_rwkv import published_wkv
 
 __all__ = [
     "Path",
@@ -23,6 +24,7 @@ __all__ = [
     "missing_kernel",
     "norm_shift",
     "pinned",
+    "published_wkv",
     "quad_shift",
     "squared_relu",
     "use",

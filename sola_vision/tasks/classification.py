@@ -93,13 +93,17 @@ class Classification:
                 "or image.mixup 0 and image.cutmix 0"
             )
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def mixed(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The images that are seen in training, and what the criterion compares the logits with."""
         images, labels = batch
         if self.mixup is not None:
             self.check_batch(len(images))
             images, labels = self.mixup(images, labels)
-        loss = self.criterion(model(images).float(), labels)
-        return loss, {}
+        return images, labels
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = self.mixed(batch)
+        return self.criterion(model(images).float(), labels), {}
 
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         return self.tally(model, batches).metrics

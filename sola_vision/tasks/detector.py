@@ -30,6 +30,7 @@ from sola_vision.tasks.model import (
     read_description,
     read_network,
     read_settings,
+    weights_file,
 )
 from sola_vision.tasks.pyramid import Pyramid
 from sola_vision.tasks.rcnn import (
@@ -223,8 +224,7 @@ def start_detector(model: Detector, path: str | Path, classes: Sequence[str], dr
 
     Of a detector what depends on the classes stays fresh where they differ, and masks where it has none.
     """
-    path = Path(path)
-    path = path / "best.safetensors" if path.is_dir() else path
+    path = weights_file(path)
     stored = read_weights(path)
     if not any(name.startswith("backbone.pyramid.") for name in stored):
         return model.pyramid.start_from(stored, path, drop_bridges)

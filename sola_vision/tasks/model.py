@@ -2,11 +2,10 @@
 """Which network a run trains, and how its checkpoint says so: a name of timm's registry and what differs from it.
 
 A checkpoint is a safetensors file whose metadata holds the network, the classes and the image settings as JSON, so that
-`load_checkpoint` needs nothing but the file.
+loading it needs nothing but the file. What other programs write is described in the same words (`foreign.py`).
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +14,16 @@ import timm
 from torch import nn
 
 from sola_vision.config import SolaConfig
-from sola_vision.data import ImageConfig
-from sola_vision.engine import LoadReport, load_weights, read_metadata, read_weights
+from sola_vision.engine import read_metadata
+from sola_vision.tasks import foreign
+from sola_vision.vrwkv import VrwkvConfig
 
 Settings = TypeVar("Settings")
+
+# in a folder, in this order: a run's, save_pretrained's and timm's, and what timm writes by default
+FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+# arguments that every network may have
+STANDARD = {"in_chans", "num_classes", "img_size", "drop_path_rate", "global_pool"}
 
 
 @dataclass(kw_only=True)
@@ -64,16 +69,23 @@ def network_changes(config: ModelConfig, image_size: int) -> dict[str, Any]:
         for field in fields(ModelConfig)
         if field.name != "name" and getattr(config, field.name) is not None
     }
-    if config.name.startswith("sola_"):
-        changes["img_size"] = image_size
-    elif unknown := sorted(set(changes) - {"drop_path_rate"}):
+    known = own_fields(config.name)
+    if unknown := sorted(set(changes) - (known or {"drop_path_rate"})):
         raise ValueError(f"{config.name} has no {', '.join(unknown)}: these belong to the sola_* networks")
+    if known:
+        changes["img_size"] = image_size
     return changes
+
+
+def own_fields(name: str) -> set[str]:
+    """The fields of a network of ours, which are arguments of its name in timm's registry; none for any other."""
+    kinds = {"sola_": SolaConfig, "vrwkv_": VrwkvConfig}
+    return {field.name for prefix, kind in kinds.items() if name.startswith(prefix) for field in fields(kind)}
 
 
 def create_network(name: str, num_classes: int | None, image_size: int, changes: dict[str, Any]) -> Any:
     """A network of timm's registry; num_classes None: no head. What it refuses is a ValueError."""
-    if not name.startswith("sola_") and takes_one_size(name):
+    if not own_fields(name) and takes_one_size(name):
         changes = {**changes, "img_size": image_size}
     try:
         return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes}), **changes)
@@ -92,42 +104,52 @@ def metadata(
     task: str, model: ModelConfig, image: Any, classes: list[str], source: nn.Module, **more: Any
 ) -> dict[str, str]:
     """What a checkpoint carries beside its weights; `source` is the network as it was built, `more` is the task's."""
-    sola = getattr(source, "config", None)
-    network = {"name": model.name} | (asdict(sola) if isinstance(sola, SolaConfig) else {})
+    network = {"name": model.name} | network_arguments(source)
     values = {"task": task, "model": network, "image": asdict(image), "classes": classes, **more}
     return {"format": "pt"} | {name: json.dumps(value) for name, value in values.items()}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained network and what its file says about it."""
+def network_arguments(model: nn.Module) -> dict[str, Any]:
+    """What makes this network from the name it has in timm's registry, as far as we or timm noted it."""
+    noted = {key: value for key, value in getattr(model, "_model_args", {}).items() if key in STANDARD}
+    config = getattr(model, "config", None)
+    return noted | (asdict(config) if isinstance(config, SolaConfig | VrwkvConfig) else {})
 
-    model: nn.Module
-    task: str
-    name: str
-    classes: list[str]
-    image: ImageConfig
+
+def weights_file(path: str | Path) -> Path:
+    """A file of weights, or the one in a folder: a run's, save_pretrained's, or one that timm wrote."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in FILES if (path / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path} holds none of {', '.join(FILES)}; a run's folder holds the first after its first evaluation"
+        )
+    return found
 
 
 def read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file of a checkpoint of ours (or of a run's folder: its best weights), and what its metadata says.
+    """The file of a checkpoint (or in a folder of one), and what is known about it: task, model, image, classes.
 
+    Of ours its metadata says so, of timm's the config.json beside it, of Vision-RWKV's its weights.
     Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "best.safetensors"
+    path = weights_file(path)
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such checkpoint; a run's folder holds best.safetensors after its first evaluation"
         )
-    stored = read_metadata(path)
+    stored = read_metadata(path) if path.suffix == ".safetensors" else {}
     missing = [name for name in ("task", "model", "image", "classes") if name not in stored]
     if missing:
-        raise ValueError(
-            f"{path} has no {' and no '.join(missing)} in its metadata: it is not a checkpoint of sola train; "
-            "load bare weights with sola_vision.engine.load_weights"
-        )
+        values = foreign.describe(path)
+        if values is None:
+            raise ValueError(
+                f"{path} has no {' and no '.join(missing)} in its metadata: nothing says what network it is of; "
+                "load bare weights with timm.create_model(NAME, checkpoint_path=...)"
+            )
+        return path, values
     try:
         # "format" is safetensors' own and no JSON
         return path, {name: json.loads(value) for name, value in stored.items() if name != "format"}
@@ -136,7 +158,7 @@ def read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def foreign_metadata(path: Path, why: object) -> ValueError:
-    return ValueError(f"{path}: its metadata is not what sola train writes ({why}): train again")
+    return ValueError(f"{path}: its metadata is not what sola train and save_pretrained write ({why}): write it again")
 
 
 def read_settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
@@ -152,70 +174,10 @@ def read_network(path: Path, values: dict[str, Any]) -> tuple[str, dict[str, Any
     except (KeyError, TypeError, ValueError) as error:
         raise foreign_metadata(path, error) from None
     # only names of the registry and fields of the network: a file from elsewhere must not make timm fetch or open more
-    foreign = sorted(set(network) - {field.name for field in fields(SolaConfig)})
-    if foreign or not isinstance(name, str) or not timm.is_model(name):
-        raise ValueError(f"{path} is of {name!r} with {foreign or 'no extras'}, which this version does not know")
+    known = isinstance(name, str) and timm.is_model(name)
+    strange = sorted(set(network) - own_fields(name) - STANDARD) if known else []
+    if strange or not known:
+        raise ValueError(f"{path} is of {name!r} with {strange or 'no extras'}, which this version does not know")
     network.pop("num_classes", None)
     network.pop("drop_path_rate", None)
     return name, network
-
-
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A classifier of ours, or a run's folder (its best weights), ready for evaluation.
-
-    Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program or task.
-    """
-    path, values = read_description(path)
-    if values["task"] != "classification":
-        raise ValueError(f"{path} is of the task {values['task']!r}: a checkpoint of a classifier is needed here")
-    try:
-        image = read_settings(ImageConfig, values["image"])
-        classes = [str(label) for label in values["classes"]]
-    except (AttributeError, TypeError, ValueError) as error:
-        raise foreign_metadata(path, error) from None
-    name, network = read_network(path, values)
-    model = create_network(name, len(classes), image.size, network)
-    load_weights(model, path)
-    return Checkpoint(model.eval(), str(values["task"]), name, classes, image)
-
-
-def initialise(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> str:
-    """Start from a checkpoint's weights; returns what happened, in one line.
-
-    The head stays fresh where the number of classes differs, or their names if `classes` tells them; a position
-    embedding of another size is interpolated; anything else that does not fit is a ValueError.
-    """
-    path = Path(path)
-    path = path / "best.safetensors" if path.is_dir() else path
-    stored = read_weights(path)
-    own = model.state_dict()
-    head = f"{getattr(model, 'pretrained_cfg', {}).get('classifier')}."
-    theirs = _classes(path)
-    other_classes = classes is not None and theirs is not None and list(classes) != theirs
-    changed = []
-    for name in [n for n in stored if n in own]:
-        same = stored[name].shape == own[name].shape
-        if name == "position.weight" and not same:
-            size = (own[name].shape[-2], own[name].shape[-1])
-            if stored[name].shape[:-2] != own[name].shape[:-2]:
-                continue
-            stored[name] = nn.functional.interpolate(stored[name].float(), size, mode="bicubic").to(own[name].dtype)
-            changed.append("position embedding interpolated")
-        elif name.startswith(head) and (other_classes or not same):
-            stored[name] = own[name]
-            changed.append(f"{name} {list(own[name].shape)} fresh")
-    result = LoadReport.of(own, stored)
-    if result:
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {result}; start from a checkpoint of the same network"
-        )
-    model.load_state_dict(stored)
-    return f"weights from {path}" + (f" ({', '.join(changed)})" if changed else "")
-
-
-def _classes(path: Path) -> list[str] | None:
-    """The classes that a checkpoint of ours names; bare weights name none."""
-    if path.suffix != ".safetensors":
-        return None
-    classes = json.loads(read_metadata(path).get("classes", "null"))
-    return classes if isinstance(classes, list) else None

@@ -14,6 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from sola_vision.engine import LoadReport
+from sola_vision.layers import resize_position
 
 _LEVELS = 4
 
@@ -61,8 +62,7 @@ class Pyramid(nn.Module):
         for mine, theirs in found.items():
             value = stored[theirs]
             if mine.endswith("position.weight") and value.shape != own[mine].shape and value.ndim == 4:
-                size = (own[mine].shape[-2], own[mine].shape[-1])
-                value = nn.functional.interpolate(value.float(), size, mode="bicubic").to(own[mine].dtype)
+                value = resize_position(value, own[mine].shape[-2:])
                 changed.append("position embedding interpolated")
             weights[mine] = value
         report = LoadReport(
@@ -94,7 +94,7 @@ class Pyramid(nn.Module):
     def group_matcher(self, prefix: str) -> dict[str, Any]:
         """timm's groups for layer-wise decay of a model that holds this module under `prefix`."""
         inner = self._network("layer_decay").group_matcher()
-        return {name: _below(f"{prefix}.body.model.", what) for name, what in inner.items()}
+        return {name: below(f"{prefix}.body.model.", what) for name, what in inner.items()}
 
     def no_weight_decay(self, prefix: str) -> set[str]:
         network: Any = getattr(self.body, "model", None)
@@ -108,11 +108,11 @@ class Pyramid(nn.Module):
         return self.body.model
 
 
-def _below(prefix: str, what: Any) -> Any:
+def below(prefix: str, what: Any) -> Any:
     """A specification of timm's group matcher for names that begin with `prefix`."""
     if isinstance(what, str):
         bare = re.sub(r"(?<!\[)\^", "", what)
         return f"^{re.escape(prefix)}(?:{bare})"
     if isinstance(what, list | tuple):
-        return [(_below(prefix, pattern), order) for pattern, order in what]
+        return [(below(prefix, pattern), order) for pattern, order in what]
     return what

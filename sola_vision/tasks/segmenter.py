@@ -11,7 +11,14 @@ from torch import nn
 
 from sola_vision.data import LabelRule, SegmentationConfig
 from sola_vision.engine import LoadReport, load_weights, read_weights
-from sola_vision.tasks.model import ModelConfig, foreign_metadata, read_description, read_network, read_settings
+from sola_vision.tasks.model import (
+    ModelConfig,
+    foreign_metadata,
+    read_description,
+    read_network,
+    read_settings,
+    weights_file,
+)
 from sola_vision.tasks.upernet import UPerNet, UPerNetConfig
 
 
@@ -81,8 +88,7 @@ def start_segmenter(model: UPerNet, path: str | Path, classes: Sequence[str], dr
 
     Of the latter the classifiers stay fresh where the classes differ.
     """
-    path = Path(path)
-    path = path / "best.safetensors" if path.is_dir() else path
+    path = weights_file(path)
     stored = read_weights(path)
     if not any(name.startswith("backbone.body.") for name in stored):
         return model.backbone.start_from(stored, path, drop_bridges)

@@ -8,6 +8,7 @@ import sys
 from sola_vision.cli import main
 from sola_vision.tasks import Classification
 from sola_vision.tasks.detection import Detection
+from sola_vision.tasks.distillation import Distillation
 from sola_vision.tasks.segmentation import Segmentation
 
 steps = int(sys.argv[1])
@@ -24,6 +25,6 @@ def dying(loss):
     return die
 
 
-for task in (Classification, Detection, Segmentation):
+for task in (Classification, Distillation, Detection, Segmentation):
     task.loss = dying(task.loss)  # type: ignore[method-assign]
 sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runs: one function each, whose docstring says source, command, expected result and cost.
+
+A recipe is a whole configuration; `sola train NAME --data FOLDER` runs it, any field can be given beside it.
+"""
+
+from collections.abc import Callable
+
+from sola_vision.recipes.classification import (
+    Recipe,
+    cifar10,
+    digits,
+    few_images,
+    imagenet_base,
+    imagenet_small,
+    imagenet_tiny,
+)
+from sola_vision.recipes.detection import DetectionRecipe, coco_base, coco_small, coco_tiny, few_objects
+from sola_vision.recipes.distillation import (
+    DistillationRecipe,
+    distill_few_images,
+    distill_imagenet_base,
+    distill_imagenet_small,
+    distill_imagenet_tiny,
+)
+from sola_vision.recipes.segmentation import (
+    SegmentationRecipe,
+    ade20k_base,
+    ade20k_small,
+    ade20k_tiny,
+    few_masks,
+)
+
+AnyRecipe = Recipe | DistillationRecipe | DetectionRecipe | SegmentationRecipe
+
+RECIPES: dict[str, Callable[[], AnyRecipe]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        *(imagenet_tiny, imagenet_small, imagenet_base, digits, cifar10, few_images),
+        *(distill_imagenet_tiny, distill_imagenet_small, distill_imagenet_base, distill_few_images),
+        *(coco_tiny, coco_small, coco_base, few_objects),
+        *(ade20k_tiny, ade20k_small, ade20k_base, few_masks),
+    )
+}
+
+__all__ = [
+    "RECIPES",
+    "AnyRecipe",
+    "DetectionRecipe",
+    "DistillationRecipe",
+    "Recipe",
+    "SegmentationRecipe",
+    "get_recipe",
+]
+
+
+def get_recipe(name: str) -> AnyRecipe:
+    """A recipe by name; ValueError lists the names if there is none."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} is unknown; the recipes are {', '.join(RECIPES)}")
+    return RECIPES[name]()

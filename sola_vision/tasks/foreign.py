@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that other programs wrote, described as our checkpoints describe themselves.
+
+Two kinds: a folder of timm's with a config.json (`save_for_hf`, the Hugging Face hub), and Vision-RWKV's files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import ImageNetInfo
+
+from sola_vision.engine import read_weights
+from sola_vision.vrwkv_weights import from_published, is_published
+
+_TIMM = ("model.safetensors", "pytorch_model.bin")
+_IMAGE = ("mean", "std", "interpolation", "crop_pct")
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """Task, model, image and classes of a file; None if nothing says so."""
+    beside = path.with_name("config.json")
+    if beside.is_file() and path.name in _TIMM:
+        return _timm(beside)
+    weights = read_weights(path)
+    try:
+        if not is_published(weights):
+            return None
+        name, network = from_published(weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    classes = _imagenet(network["num_classes"])
+    return {"task": "classification", "model": {"name": name, **network}, "image": {"size": size}, "classes": classes}
+
+
+def _timm(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        cfg = config.get("pretrained_cfg", config)  # older files have one level
+        name = config["architecture"]
+        count = int(config.get("num_classes", cfg.get("num_classes", 0)))
+        channels, *_, size = cfg["input_size"]
+        model = {"name": name, "in_chans": channels, **config.get("model_args", {})}
+        image = {"size": size} | {key: cfg[key] for key in _IMAGE if cfg.get(key) is not None}
+        image |= {key: [float(number) for number in image[key]] for key in ("mean", "std") if key in image}
+        names = config.get("label_names") or cfg.get("label_names") or _imagenet(count)
+        if len(names) != count:
+            raise ValueError(f"{len(names)} label_names for {count} classes")
+        classes = [names[str(index)] for index in range(count)] if isinstance(names, dict) else names
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{file} is not a config.json of timm's ({error!r}): write it with timm's save_for_hf"
+        ) from None
+    return {"task": "classification", "model": model, "image": image, "classes": classes}
+
+
+def _imagenet(count: int) -> list[str]:
+    """Names for classes that a file does not name: ImageNet's, which its folders have, or numbers."""
+    return ImageNetInfo().label_names() if count == 1000 else [str(index) for index in range(count)]

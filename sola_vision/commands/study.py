@@ -42,6 +42,13 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
+    segmentation = options.name in STUDIES and STUDIES[options.name].task == "segmentation"
+    if not segmentation and (options.ignore is not None or options.init):
+        raise ValueError(f"--ignore and --init belong to table8: {options.name} is on classification; leave them out")
+    if segmentation and options.classes:
+        raise ValueError(
+            f"--classes chooses folders of images: {options.name} has a class for every pixel; leave it out"
+        )
     if options.name != "custom" and (options.schedules or options.bridges):
         raise ValueError(f"--schedules and --bridges belong to custom: {options.name} has its own; leave them out")
     return options
@@ -50,13 +57,19 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 def _add(parser: ArgumentParser) -> None:
     names = ", ".join((*STUDIES, "fig1a", "custom", "all"))
     parser.add_argument("name", metavar="NAME", help=names)
-    parser.add_argument("--data", help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits")
+    parser.add_argument(
+        "--data",
+        help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits; for table8 a folder with "
+        "images/SPLIT and annotations/SPLIT",
+    )
     parser.add_argument("--out", default="runs/studies", help="folder of runs and pages (default: %(default)s)")
     parser.add_argument("--scale", choices=tuple(SCALES), default="small", help="network, images, length of training")
     parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one a line (ImageNet-100)")
+    parser.add_argument("--ignore", type=int, help="table8: the label that counts nowhere (default: the scale's)")
+    parser.add_argument("--init", nargs="+", default=[], metavar="CHECKPOINT", help="table8: weights to start from")
     parser.add_argument("--seeds", type=int, help="runs of each arm; more extend a study (default: the scale's)")
     parser.add_argument("--epochs", type=int, help="passes over the training images (default: the scale's)")
-    parser.add_argument("--limit", type=int, help="training images, evenly by class (default: the scale's)")
+    parser.add_argument("--limit", type=int, help="training images, evenly spread (default: the scale's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
     parser.add_argument("--schedules", nargs="+", default=[], help="with custom: the schedules to compare")
     parser.add_argument("--bridges", default="", help="with custom: Hidden State Bridges of all of them")
@@ -68,12 +81,19 @@ def _add(parser: ArgumentParser) -> None:
 def _run(options: Namespace, folder: Path) -> int:
     study: Study = custom(options.schedules, options.bridges) if options.name == "custom" else get_study(options.name)
     if options.data is None:
-        raise ValueError(f"sola study {study.name} needs --data: a folder with train/ and val/, or a .tar of them")
+        layout = (
+            "a folder with images/SPLIT and annotations/SPLIT"
+            if study.task == "segmentation"
+            else "a folder with train/ and val/, or a .tar of them"
+        )
+        raise ValueError(f"sola study {study.name} needs --data: {layout}")
     planned = plan(
         study,
         SCALES[options.scale],
         options.data,
         class_file=options.classes,
+        ignore=options.ignore,
+        init=options.init,
         seeds=options.seeds,
         epochs=options.epochs,
         limit=options.limit,

@@ -102,7 +102,7 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
         if num_classes is None:
             raise ValueError(
                 f"{root}: no classes.txt and no number of classes: write their names into {root / 'classes.txt'}, "
-                "one a line in the order of the labels, or give image.num_classes"
+                "one a line in the order of the labels, or give a recipe's image.num_classes"
             )
         return [f"class {first + index}" for index in range(num_classes)]
     named = _names_by_label(path, first)

@@ -8,7 +8,8 @@ A study is run into one folder by any number of processes (`runner`), and its pa
 from .catalogue import STUDIES, custom, get_study
 from .definition import Arm, Claim, Study
 from .pages import write_report
-from .runner import Plan, plan, run_plan
+from .planning import Plan, plan
+from .runner import run_plan
 from .scales import SCALES, Scale
 
 __all__ = [

@@ -8,6 +8,8 @@ the paper's scale and smaller ones.
 from dataclasses import dataclass
 from typing import Literal
 
+Size = Literal["tiny", "small", "base"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
@@ -16,6 +18,7 @@ class Arm:
     change: what is done to the built network, a name of `changes.CHANGES`.
     paper: the paper's result in per cent, None where it prints none.
     paper_gmacs: its cost column.
+    size: of the network, where a study has several; a scale leaves out arms of sizes that it does not have.
     """
 
     name: str
@@ -25,6 +28,7 @@ class Arm:
     change: str = ""
     paper: float | None = None
     paper_gmacs: float | None = None
+    size: Size = "tiny"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Study:
 
     network: "hierarchical" (four stages, as SoLA) or "isotropic" (one stage, as the six-layer study).
     epochs, data: the paper's; cost_size: pixels a side at which it counts MACs.
+    metric: a name in the results, in per cent.
     claims: what its text and numbers say.
     notes: what a reader has to know about it.
     """
@@ -67,8 +72,15 @@ class Study:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         assert len(set(names)) == len(names), names
+        # only runs of classification know what to do with one
+        assert self.task == "classification" or not any(arm.change for arm in self.arms), names
         for claim in self.claims:
             assert set(claim.better + claim.worse) <= set(names), claim
+
+    @property
+    def measure(self) -> str:
+        """The metric as a page calls it."""
+        return "mIoU" if self.metric == "miou" else "top-1 accuracy"
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)

@@ -13,7 +13,7 @@ LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
 
 
 def draw_study(outcome: Outcome, out: Path) -> None:
-    """Top-1 over MACs; the second panel is there when the paper has numbers."""
+    """The metric over MACs; the second panel is there when the paper has numbers."""
     with_paper = [row for row in outcome.rows if row.paper is not None]
     figure = Figure(figsize=(11.5 if with_paper else 6.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2 if with_paper else 1, squeeze=False)[0]
@@ -25,7 +25,7 @@ def draw_study(outcome: Outcome, out: Path) -> None:
         )
         _label(panels[0], row, row.mean or 0.0)
     panels[0].set_xlabel(f"MMACs an image of {plan['cost_size']} pixels")
-    panels[0].set_ylabel(f"{outcome.study.metric}, %")
+    panels[0].set_ylabel(f"{outcome.study.measure}, %")
     seeds = max((len(row.by_seed) for row in done), default=0)
     panels[0].set_title(f"here: {plan['data']['name']}, up to {seeds} seeds, bars are standard errors", fontsize=9)
     if with_paper:
@@ -33,7 +33,7 @@ def draw_study(outcome: Outcome, out: Path) -> None:
             panels[1].plot(row.macs / 1e6, row.paper, color=_colour(row), marker="s", linestyle="none")
             _label(panels[1], row, row.paper or 0.0)
         panels[1].set_xlabel(f"MMACs of the network here, an image of {plan['cost_size']} pixels")
-        panels[1].set_title(f"the paper's accuracies ({outcome.study.data})", fontsize=9)
+        panels[1].set_title(f"the paper's {outcome.study.measure} ({outcome.study.data})", fontsize=9)
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.1)

@@ -115,7 +115,11 @@ def gather(folder: Path, name: str) -> Outcome:
     study = STUDIES[name] if name in STUDIES else _custom(plan)
     rows = [_row(study, arm, plan, results) for arm in plan["arms"]]
     by_arm = {row.name: row.by_seed for row in rows}
-    judged = [Judged(claim, study.paper_difference(claim), _judge(claim, by_arm)) for claim in study.claims]
+    judged = [
+        Judged(claim, study.paper_difference(claim), _judge(claim, by_arm))
+        for claim in study.claims
+        if by_arm.keys() >= {*claim.better, *claim.worse}
+    ]
     return Outcome(study, plan, results, rows, judged)
 
 

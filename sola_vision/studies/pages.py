@@ -9,11 +9,13 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .figures import draw_study
 from .outcome import Judged, Outcome, gather
 
 PLOT = "accuracy.png"
+_MEASURES = {"top1": "Top-1", "miou": "Mean IoU over the classes that occur,"}
 
 
 @dataclass(frozen=True)
@@ -85,21 +87,20 @@ def _blocks(outcome: Outcome) -> list[Block]:
                 f"The paper's: {study.data}, {_epochs(study.epochs, study.task)}.",
                 f"Here, scale `{plan['scale']}`: {plan['what']}.",
                 f"Images: {data['name']}, {data['train']:,} for training and {data['val']:,} held out, "
-                f"{data['classes']} classes, {plan['size']} pixels (fingerprint {data['fingerprint']}).",
-                f"Training: {plan['epochs']} epochs, {plan['steps']:,} steps of {plan['batch_size']} images, learning "
-                f"rate {plan['lr']:g}; the network after the last epoch is evaluated. {plan['seeds']} seeds an arm.",
+                f"{data['classes']} classes, {_pixels(plan)} (fingerprint {data['fingerprint']}).",
+                f"Training: {plan['epochs']:g} epochs, {plan['steps']:,} steps of {plan['batch_size']} images, "
+                f"learning rate {plan['lr']:g}; the network after the last epoch is evaluated. {plan['seeds']} seeds "
+                "an arm.",
                 *study.notes,
             ]
         ),
         Heading(2, "Table"),
         _table(outcome),
         Text(
-            f"Top-1 on the held-out images in per cent, mean ± standard error over (n) seeds. {_beside(outcome)}"
-            f"MACs are those of one image of {plan['cost_size']} x {plan['cost_size']} pixels without the head, "
-            "parameters with it. Images a second are of training, the median over the run; other programs may have run "
-            "beside."
-            if study.metric == "top1"
-            else f"{study.metric}, mean ± standard error over (n) seeds."
+            f"{_MEASURES[study.metric]} on the held-out images in per cent, mean ± standard error over (n) seeds. "
+            f"{_beside(outcome)}MACs are those of one image of {plan['cost_size']} x {plan['cost_size']} pixels "
+            "without the head, parameters with it. Images a second are of training, the median over the run; other "
+            "programs may have run beside."
         ),
         Picture(PLOT, "accuracy against cost"),
         Heading(2, "Does the order hold here?"),
@@ -112,11 +113,17 @@ def _blocks(outcome: Outcome) -> list[Block]:
     return blocks
 
 
+def _pixels(plan: dict[str, Any]) -> str:
+    rule = plan["data"].get("rule")
+    return f"crops of {plan['size']} pixels; {rule}" if rule else f"{plan['size']} pixels"
+
+
 def _beside(outcome: Outcome) -> str:
     if all(row.paper is None for row in outcome.rows):
         return ""
     if outcome.plan["scale"] == "paper":
-        return "The paper's classes are not published, so its numbers are of other images. "
+        subset = "subset" in outcome.study.data
+        return "The paper's classes are not published, so its numbers are of other images. " if subset else ""
     return "The paper's numbers are of other images, larger networks and longer training: only orders can be compared. "
 
 
@@ -137,9 +144,10 @@ def _claims(outcome: Outcome) -> list[Block]:
     rows = [_claim(judged) for judged in outcome.judged]
     n = max((judged.ours.n for judged in outcome.judged if judged.ours), default=0)
     how = (
-        "Differences are in points of accuracy. Each is a mean over seeds of paired differences: the runs of a seed "
-        "share the order of images and their augmentation. The interval is Student's t for paired runs, which takes "
-        "the differences for normally distributed; p is the exact sign-flip test's (one-sided), which does not"
+        f"Differences are in points of {outcome.study.measure}. Each is a mean over seeds of paired differences: the "
+        "runs of a seed share the order of images and their augmentation. The interval is Student's t for paired runs, "
+        "which takes the differences for normally distributed; p is the exact sign-flip test's (one-sided), which does "
+        "not"
         + (f", and which cannot fall below {0.5**n:.3g} with {n} seeds" if n else "")
         + ". A statement holds, or is reversed, when the interval excludes zero; otherwise these runs do not decide "
         f"it. The {len(rows)} intervals stand each alone: nothing corrects for their number. They are about chance in "

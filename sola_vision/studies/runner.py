@@ -8,164 +8,25 @@
 KEY follows from everything that determines a run, so that studies share runs (Fig. 5 has two stacks of Table 1).
 """
 
-import hashlib
 import json
 import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sola_vision.analysis.cost import count
-from sola_vision.backbone import SolaVision
-from sola_vision.config import SolaConfig
-from sola_vision.data import ImageConfig
-from sola_vision.engine import TrainConfig, distributed, fit
+from sola_vision.engine import distributed, fit
 from sola_vision.engine.distributed import on_main
-from sola_vision.tasks import Classification, ModelConfig, metadata
 
-from .changes import CHANGES
 from .claims import claimed
-from .definition import Arm, Study
-from .images import Images
-from .scales import Scale
+from .planning import Plan
+from .runs import Run
 
 Say = Callable[[str], None]
 
-# fields of TrainConfig that do not change what a run ends with
-_FREE = ("device", "workers", "save_seconds", "save_steps", "log_every")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: an arm of a study, and a seed."""
-
-    arm: str
-    seed: int
-    config: SolaConfig
-    change: str
-    train: TrainConfig
-    images: ImageConfig | None
-    identity: dict[str, Any]
-
-    @property
-    def definition(self) -> dict[str, Any]:
-        """Everything that determines the result."""
-        train = {name: value for name, value in asdict(self.train).items() if name not in _FREE}
-        images = "crop and flip" if self.images is None else asdict(self.images)
-        network = {**asdict(self.config), "change": self.change}
-        # lists for tuples, as it will be read again
-        return json.loads(json.dumps({"network": network, "train": train, "images": images, "data": self.identity}))
-
-    @property
-    def key(self) -> str:
-        identity = {name: value for name, value in self.identity.items() if name != "name"}
-        text = json.dumps({**self.definition, "data": identity}, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-    def build(self, device: str | None = None) -> SolaVision:
-        model = SolaVision(self.config, device=device)
-        if self.change:
-            CHANGES[self.change](model)
-        return model
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study at a scale on some images: its runs, seeds outermost, so that every arm has as many at any time."""
-
-    study: Study
-    scale: Scale
-    images: Images
-    seeds: int
-    epochs: int
-    train: TrainConfig
-    runs: tuple[Run, ...]
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """What results.json keeps of the plan; the costs of all arms are counted for it."""
-        study, scale = self.study, self.scale
-        size = study.cost_size if scale.name == "paper" else scale.size
-        return {
-            "name": study.name,
-            "scale": scale.name,
-            "what": scale.what,
-            "data": self.images.describe(),
-            "epochs": self.epochs,
-            "batch_size": self.train.batch_size,
-            "steps": self.epochs * (self.images.identity.train // self.train.batch_size),
-            "lr": self.train.lr,
-            "size": scale.size,
-            "cost_size": size,
-            "seeds": self.seeds,
-            "arms": {
-                arm.name: {"schedule": arm.schedule, "bridges": arm.bridges, **_cost(run, size)}
-                for arm, run in zip(study.arms, self.runs, strict=False)
-            },
-            "keys": {run.key: [run.arm, run.seed] for run in self.runs},
-        }
-
-
-def plan(
-    study: Study,
-    scale: Scale,
-    data: str,
-    *,
-    class_file: str | None = None,
-    seeds: int | None = None,
-    epochs: int | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-) -> Plan:
-    """Checks everything that can be wrong before anything runs. Values that are None are the scale's or the study's."""
-    if study.task != "classification":
-        raise ValueError(f"{study.name} trains {study.task}, which studies cannot do yet: choose another study")
-    base = scale.hierarchical if study.network == "hierarchical" else scale.isotropic
-    epochs = epochs or scale.epochs.get(study.network, study.epochs)
-    limit = limit or scale.limit
-    images = Images(data, scale.size, scale.images, limit, class_file)
-    number = seeds or scale.seeds
-    train = replace(scale.train, epochs=epochs, device=device)
-    if train.warmup_epochs >= epochs:
-        train = replace(train, warmup_epochs=epochs / 10)
-    if images.identity.train < train.batch_size:
-        raise ValueError(
-            f"{data}: {images.identity.train} training images are fewer than one batch of {train.batch_size}: "
-            "give more images"
-        )
-    configs = {arm.name: _config(base, arm, images.identity.classes) for arm in study.arms}
-    runs = tuple(
-        Run(arm.name, seed, configs[arm.name], arm.change, replace(train, seed=seed), scale.images, images.describe())
-        for seed in range(number)
-        for arm in study.arms
-    )
-    return Plan(study, scale, images, number, epochs, train, runs)
-
-
-def _config(base: SolaConfig, arm: Arm, classes: int) -> SolaConfig:
-    stages = len(arm.schedule.split("/"))
-    if stages != len(base.dims):
-        raise ValueError(
-            f"schedule {arm.schedule!r} has {stages} stages but the scale's network has {len(base.dims)}: give one "
-            "group of letters for each stage, with a slash between them"
-        )
-    return base.with_changes(
-        schedule=arm.schedule, bridges=arm.bridges, token_shift=arm.token_shift, num_classes=classes
-    )
-
-
-def _cost(run: Run, size: int) -> dict[str, int]:
-    """Parameters with the head, MACs of one image without it, as the paper counts."""
-    cost = count(run.build("meta").eval(), (size, size))
-    head = sum(row.macs for row in cost.rows if row.module.startswith("head"))
-    return {"parameters": cost.parameters, "macs": cost.macs - head}
+_METRICS = ("top1", "top5", "loss", "miou", "miou_all", "mean_accuracy", "pixel_accuracy")
 
 
 def run_plan(plan: Plan, folder: Path, say: Say) -> int:
@@ -199,24 +60,20 @@ def _mine(run: Run, folder: Path) -> Iterator[str]:
         yield on_main(take)
 
 
-def _train(run: Run, images: Images, folder: Path) -> dict[str, Any]:
+def _train(run: Run, images: Any, folder: Path) -> dict[str, Any]:
     out = folder / "runs" / run.key
-    torch.manual_seed(run.seed)  # of the initial weights
-    model = run.build()
-    classes = images.identity.classes
-    task = Classification(classes, images.settings)
-    named = metadata("classification", ModelConfig(name="sola_tiny"), images.settings, images.classes, model)
+    job = run.prepare(images)
     begun = (out / "metrics.jsonl").exists()
     return fit(
-        task,
-        model,
+        job.task,
+        job.model,
         images.train,
         images.val,
         run.train,
         out,
         resume=begun,
-        # a changed network has other weights than its schedule tells: sola eval could not load it
-        metadata=None if run.change else named,
+        metadata=job.metadata,
+        eval_collate=job.eval_collate,
     )
 
 
@@ -232,7 +89,7 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
         "key": run.key,
         "seed": run.seed,
         **run.definition,
-        **{name: round(summary[name], 4) for name in ("top1", "top5", "loss") if name in summary},
+        **{name: round(summary[name], 4) for name in _METRICS if name in summary},
         "images_per_second": round(statistics.median(speeds), 1) if speeds else None,
         "seconds": summary["seconds"],
         "steps": summary["steps"],

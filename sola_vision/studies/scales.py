@@ -9,8 +9,30 @@ from dataclasses import dataclass, field
 
 from sola_vision import config
 from sola_vision.config import SolaConfig
-from sola_vision.data import ImageConfig
+from sola_vision.data import ImageConfig, SegmentationConfig
 from sola_vision.engine import TrainConfig
+from sola_vision.tasks import UPerNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationScale:
+    """What a study of segmentation has in place of a Scale's own fields.
+
+    networks: by the sizes that arms name; smaller scales have one.
+    pretrained: starts from weights that are given.
+    """
+
+    what: str
+    networks: Mapping[str, SolaConfig]
+    head: UPerNetConfig = field(default_factory=UPerNetConfig)
+    images: SegmentationConfig = field(default_factory=SegmentationConfig)
+    train: TrainConfig
+    pretrained: bool = False
+
+    @property
+    def size(self) -> int:
+        """Pixels a side of a crop."""
+        return self.images.crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +45,7 @@ class Scale:
     epochs: by kind of network; empty: the study's own number.
     train: everything else of the training.
     seeds: runs of each arm.
+    segmentation: the same for its studies.
     """
 
     name: str
@@ -34,6 +57,7 @@ class Scale:
     epochs: Mapping[str, int] = field(default_factory=dict)
     train: TrainConfig
     seeds: int = 3
+    segmentation: SegmentationScale
 
     @property
     def size(self) -> int:
@@ -59,6 +83,26 @@ PAPER = Scale(
         amp="bf16",
         evaluate_every=10,
     ),
+    segmentation=SegmentationScale(
+        what="the paper's recipe: SoLA-T, S and B under a UPerNet of 512 channels, from ImageNet weights; crops of 512 "
+        "pixels, batches of 16",
+        networks={"tiny": config.tiny(), "small": config.small(), "base": config.base()},
+        # the rest of section 5.2 and what it leaves open as in the recipes ade20k_*
+        images=SegmentationConfig(ignore=0),
+        train=TrainConfig(
+            steps=160_000,
+            batch_size=16,
+            lr=6e-5,
+            weight_decay=0.01,
+            schedule="poly",
+            min_lr=0.0,
+            warmup_steps=1500,
+            clip=None,
+            amp="bf16",
+            evaluate_every=10,
+        ),
+        pretrained=True,
+    ),
 )
 
 MEDIUM = Scale(
@@ -75,6 +119,25 @@ MEDIUM = Scale(
         batch_size=128, lr=2e-3, min_lr=1e-5, warmup_epochs=2, weight_decay=0.05, amp="bf16", evaluate_every=1000
     ),
     seeds=5,
+    # the recipe few_masks
+    segmentation=SegmentationScale(
+        what="sola_nano under a UPerNet of 128 channels, 2.8 M parameters, from scratch; crops of 288 pixels from "
+        "images of 360, 1,800 steps",
+        networks={"tiny": config.nano(drop_path_rate=0.05)},
+        head=UPerNetConfig(channels=128, auxiliary_channels=64),
+        images=SegmentationConfig(size=360, crop=288),
+        train=TrainConfig(
+            steps=1800,
+            batch_size=8,
+            lr=1e-3,
+            weight_decay=0.05,
+            schedule="poly",
+            min_lr=0.0,
+            warmup_steps=100,
+            amp="bf16",
+            evaluate_every=1000,
+        ),
+    ),
 )
 
 # stem patch 1, so that stage 3 has 8 x 8 tokens; sized for minutes a run on one core
@@ -96,6 +159,27 @@ SMALL = Scale(
         evaluate_every=1000,
         save_seconds=120,
         log_every=100,
+    ),
+    segmentation=SegmentationScale(
+        what="a network of 32 to 96 channels under a UPerNet of 32 channels, 0.9 M parameters, from scratch; crops of "
+        "128 pixels from images of 128, 800 steps",
+        networks={"tiny": config.nano(dims=(32, 48, 64, 96))},
+        head=UPerNetConfig(channels=32, auxiliary_channels=32),
+        # crops of about the whole image: parts of it would take longer to learn from
+        images=SegmentationConfig(size=128, crop=128, scale=(0.75, 1.5)),
+        train=TrainConfig(
+            steps=800,
+            batch_size=8,
+            lr=2e-3,
+            weight_decay=0.05,
+            schedule="poly",
+            min_lr=0.0,
+            warmup_steps=50,
+            workers=0,
+            evaluate_every=1000,
+            save_seconds=120,
+            log_every=20,
+        ),
     ),
 )
 

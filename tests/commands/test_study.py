@@ -65,7 +65,10 @@ def test_list_runs_nothing(sola, data, tmp_path):
         (("table2", "--data", "DATA", "--seeds", "0"), ["--seeds 0"]),
         (("table2", "--data", "DATA", "--schedules", "L"), ["belong to custom"]),
         (("table2", "--data", "DATA", "--scale", "huge"), ["--scale", "huge"]),
-        (("table8", "--data", "DATA"), ["segmentation"]),
+        (("table8",), ["needs --data", "annotations/SPLIT"]),
+        (("table8", "--data", "DATA"), ["images/SPLIT and annotations/SPLIT"]),
+        (("table8", "--data", "DATA", "--classes", "names.txt"), ["--classes", "leave it out"]),
+        (("table2", "--data", "DATA", "--ignore", "0"), ["--ignore and --init belong to table8"]),
         (("all",), ["--report"]),
         (("table2", "--report"), ["run the study into this folder first"]),
         (

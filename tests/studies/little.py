@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sola_vision import config
 from sola_vision.config import SolaConfig
+from sola_vision.data import SegmentationConfig
 from sola_vision.engine import TrainConfig
 from sola_vision.studies import Scale, custom, plan, run_plan
 from sola_vision.studies.outcome import begin
+from sola_vision.studies.scales import SegmentationScale
+from sola_vision.tasks import UPerNetConfig
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -30,6 +34,13 @@ LITTLE = Scale(
         batch_size=8, lr=2e-3, warmup_epochs=0.2, workers=0, evaluate_every=1000, save_steps=2, log_every=2
     ),
     seeds=2,
+    segmentation=SegmentationScale(
+        what="a segmenter for tests",
+        networks={"tiny": config.nano(dims=(8, 8, 16, 16), head_dim=8)},
+        head=UPerNetConfig(channels=8, auxiliary_channels=8),
+        images=SegmentationConfig(size=32, crop=32),
+        train=TrainConfig(steps=4, batch_size=4, lr=2e-3, warmup_steps=1, workers=0, evaluate_every=1000, save_steps=2),
+    ),
 )
 
 
@@ -44,6 +55,24 @@ def write_images(root, train=14, val=5, size=8):
             for index in range(count):
                 pixels = (colour + draw.normal(0, 60, (size, size, 3))).clip(0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    return str(root)
+
+
+def write_masks(root, train=6, val=2, size=32):
+    """Three stripes of different width, the last column ignored."""
+    draw = np.random.default_rng(0)
+    colours = np.array([[60, 200, 120], [120, 150, 120], [180, 100, 120]])
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "annotations"):
+            (Path(root) / kind / split).mkdir(parents=True)
+        for index in range(count):
+            first, second = sorted(draw.integers(4, size - 4, 2))
+            labels = np.zeros((size, size), np.uint8)
+            labels[first:], labels[second:], labels[:, -1] = 1, 2, 255
+            pixels = colours[labels.clip(0, 2)] + draw.normal(0, 30, (size, size, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(Path(root) / f"images/{split}/{index}.png")
+            Image.fromarray(labels).save(Path(root) / f"annotations/{split}/{index}.png")
+    (Path(root) / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     return str(root)
 
 

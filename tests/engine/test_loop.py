@@ -4,8 +4,8 @@
 import errno
 import json
 import os
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys

@@ -142,15 +142,24 @@ def save_state(
     on_main(lambda: write_atomically(folder / STATE, tensors, header))
 
 
-def load_progress(folder: Path) -> Progress | None:
-    """The `progress` of the folder's resumable state, None if there is no such state yet."""
+def load_progress(folder: Path, total: int | None = None) -> Progress | None:
+    """The `progress` of the folder's resumable state, None if there is no such state yet.
+
+    A state behind the `total` steps of the run that wants to go on is a ValueError.
+    """
     path = folder / STATE
     if not path.exists():
         return None
     try:
-        return Progress(**json.loads(read_metadata(path)["progress"]))
+        progress = Progress(**json.loads(read_metadata(path)["progress"]))
     except (KeyError, TypeError):
         raise ValueError(f"{path} is not a state that this version wrote: resume with the version that did") from None
+    if total is not None and progress.step > total:
+        raise ValueError(
+            f"{folder} is at step {progress.step}, behind the {total} steps that this run has: it was begun with more "
+            "images or epochs; resume it with these, or choose another folder"
+        )
+    return progress
 
 
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:

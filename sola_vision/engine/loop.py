@@ -177,13 +177,8 @@ def _prepare(
     optimizer = optim.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
 
-    saved = on_main(lambda: checkpoint.load_progress(folder)) if resume else None
+    saved = on_main(lambda: checkpoint.load_progress(folder, total)) if resume else None
     progress = saved or Progress(config=asdict(config))
-    if progress.step > total:
-        raise ValueError(
-            f"{folder} is at step {progress.step}, behind the {total} steps that this run has: it was begun with more "
-            "images or epochs; resume it with these, or choose another folder"
-        )
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
     known = {name: {int(index): text for index, text in some.items()} for name, some in progress.skipped.items()}
     skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))

@@ -4,6 +4,7 @@
 The paths: "reference" is the definition (`reference.py`, O(N^2)), "portable" is plain torch at linear cost
 (`portable.py`), "native" the compiled kernels (`cpu.py`, `gpu.py`). Without `use`, torch's dispatcher takes the kernel
 of the tensors' device, and the portable form where there is none. A backward takes the path of its forward.
+`torch.onnx.export` sees matrix products (`matrices.py`).
 """
 
 import warnings
@@ -12,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sola_vision.ops import cpu, gpu, reference, register
+from sola_vision.ops import cpu, gpu, matrices, reference, register
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
-from sola_vision.ops.path import Path, pinned, use
+from sola_vision.ops.path import Path, exporting_onnx, pinned, use
 from sola_vision.ops.vision_rwkv import published_wkv
 
 __all__ = [
@@ -46,6 +47,8 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
     """
     _check(decay, bonus, key, value)
+    if exporting_onnx():
+        return matrices.wkv(decay, bonus, key, value)
     if pinned() == "reference":
         return reference.wkv(decay, bonus, key, value)
     if pinned() == "portable":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sola_vision.ops.path import pinned
+from sola_vision.ops.path import exporting_onnx, pinned
 
 
 def norm_shift(
@@ -77,14 +77,16 @@ def quad_shift(x: Tensor) -> Tensor:
 
 def _plain(x: Tensor) -> bool:
     """Whether plain torch is to be seen: pinned, or by a compiler that fuses it better than it calls a kernel."""
-    return pinned() in ("reference", "portable") or (torch.compiler.is_compiling() and x.device.type != "cpu")
+    compiled = torch.compiler.is_compiling() and x.device.type != "cpu"
+    return pinned() in ("reference", "portable") or exporting_onnx() or compiled
 
 
 # ---- the definitions
 
 
 def _norm_shift(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int) -> Tensor:
-    n = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # int: where TorchScript traces, sizes are tensors
+    n = torch.nn.functional.layer_norm(x, (int(x.shape[-1]),), weight, bias, eps)
     shifted, height = quad_shift(n), x.shape[1]
     n, shifted = n[:, top : height - bottom], shifted[:, top : height - bottom]
     return torch.lerp(shifted, n, mixes.to(n.dtype)[:, None, None, None])

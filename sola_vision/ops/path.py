@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+import torch
+
 Path = Literal["reference", "portable", "native"]
 
 _pinned: Path | None = None
@@ -29,3 +31,8 @@ def use(path: Path) -> Iterator[None]:
 
 def pinned() -> Path | None:
     return _pinned
+
+
+def exporting_onnx() -> bool:
+    """Whether somebody's `torch.onnx.export` is looking, which knows torch's own operators only."""
+    return _pinned is None and torch.onnx.is_in_onnx_export()

@@ -104,8 +104,8 @@ def test_init_with_other_classes_and_size_says_so(sola, tmp_path, trained):
     said = sola(*TINY, "--data", "birds", "--out", "run", "--init", best, "--image.size", 48, "--train.lr", 1e-9)
     assert said.code == 0
     line = next(line for line in said.err.splitlines() if str(best) in line)
-    assert "position embedding interpolated" in line
-    assert "head.fc.weight [3, 32] fresh" in line
+    assert "position embedding 8x8 interpolated to 12x12" in line
+    assert "head.fc.weight 3x32 fresh" in line
     before, after = load_file(best), load_file(tmp_path / "run" / "best.safetensors")
     assert torch.allclose(before["stem.proj.weight"], after["stem.proj.weight"], atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_init_with_as_many_other_classes_starts_with_a_fresh_head(sola, tmp_path
     write_images(tmp_path / "birds", [f"bird {n}" for n in range(7)], train=1)
     said = sola(*TINY, "--data", "birds", "--out", "run", "--init", trained)
     assert said.code == 0
-    assert "head.fc.weight [7, 32] fresh" in said.err
+    assert "head.fc.weight 7x32 fresh" in said.err
 
 
 # resuming ------------------------------------------------------------------------------------------------------------

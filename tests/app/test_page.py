@@ -108,7 +108,10 @@ def test_a_picture_gets_classes_and_maps(page, served, picture):
 
 
 def test_a_tile_changes_the_cost(page):
-    page.get_by_role("tab", name="Schedule").click()
+    tab = page.get_by_role("tab", name="Schedule")
+    while tab.get_attribute("aria-selected") != "true":  # until the page's scripts listen, a click is lost
+        tab.click()
+        page.wait_for_timeout(300)
     page.wait_for_selector("#tile-1-1")
     before = page.locator("#cost").inner_text()
     assert "(+0 %)" in before

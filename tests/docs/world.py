@@ -23,7 +23,7 @@ def write(root):
     """Data alone; `train` adds the runs that pages begin with."""
     scenes.write_classification(root / "IMAGES", per_class=12, size=(32, 40))
     scenes.write_coco(root / "OBJECTS", train=8, val=2, size=(64, 80))
-    scenes.write_segmentation(root / "MASKS", train=4, val=2, size=(64, 80))
+    scenes.write_segmentation(root / "MASKS", train=8, val=2, size=(64, 80))
     for first, *others in (CLASSES, OBJECTS, MASKS):
         for name in others:
             (root / name).symlink_to(first)

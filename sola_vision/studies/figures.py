@@ -23,7 +23,6 @@ def draw_study(outcome: Outcome, out: Path) -> None:
         panels[0].errorbar(
             row.macs / 1e6, row.mean, yerr=row.error, color=_colour(row), marker="o", capsize=3, linestyle="none"
         )
-        _label(panels[0], row, row.mean or 0.0)
     panels[0].set_xlabel(f"MMACs an image of {plan['cost_size']} pixels")
     panels[0].set_ylabel(f"{outcome.study.measure}, %")
     seeds = max((len(row.by_seed) for row in done), default=0)
@@ -31,21 +30,29 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     if with_paper:
         for row in with_paper:
             panels[1].plot(row.macs / 1e6, row.paper, color=_colour(row), marker="s", linestyle="none")
-            _label(panels[1], row, row.paper or 0.0)
         panels[1].set_xlabel(f"MMACs of the network here, an image of {plan['cost_size']} pixels")
         panels[1].set_title(f"the paper's {outcome.study.measure} ({outcome.study.data})", fontsize=9)
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.1)
+    _label(panels[0], [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
+    if with_paper:
+        _label(panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
+    shown = {_colour(row) for row in done}
     for colour, text in ((LINEAR, "linear only"), (MIXED, "both kinds"), (SOFTMAX, "softmax only in what varies")):
-        panels[0].plot([], [], color=colour, marker="o", linestyle="none", label=text)
-    panels[0].legend(fontsize=8)
+        if colour in shown:
+            panels[0].plot([], [], color=colour, marker="o", linestyle="none", label=text)
+    if shown:
+        panels[0].legend(fontsize=8)
     figure.savefig(out, dpi=110)
 
 
-def _label(axes: Axes, row: Row, height: float) -> None:
-    place = (row.macs / 1e6, height)
-    axes.annotate(row.name, place, xytext=(5, 4), textcoords="offset points", fontsize=7)
+def _label(axes: Axes, points: list[tuple[str, float, float]]) -> None:
+    """Names beside their points, on the side of the panel's middle, so that none runs past the edge."""
+    middle = sum(axes.get_xlim()) / 2
+    for name, x, y in points:
+        side, shift = ("left", 5) if x <= middle else ("right", -5)
+        axes.annotate(name, (x, y), xytext=(shift, 4), textcoords="offset points", fontsize=7, ha=side)
 
 
 def _colour(row: Row) -> str:

@@ -150,8 +150,10 @@ def _claims(outcome: Outcome) -> list[Block]:
         "not"
         + (f", and which cannot fall below {0.5**n:.3g} with {n} seeds" if n else "")
         + ". A statement holds, or is reversed, when the interval excludes zero; otherwise these runs do not decide "
-        f"it. The {len(rows)} intervals stand each alone: nothing corrects for their number. They are about chance in "
-        "training on these images; other images, sizes or longer training may order the arms differently."
+        "it. "
+        + (f"The {len(rows)} intervals stand each alone: nothing corrects for their number. " if len(rows) > 1 else "")
+        + "Intervals are about chance in training on these images; other images, sizes or longer training may order "
+        "the arms differently."
     )
     held = [f"{judged.claim.text}: **{_verdict(judged)}**" for judged in outcome.judged]
     return [Table(header, rows), Text(how), Listing(held)]

@@ -16,9 +16,8 @@
 //     output      the scans inside a chunk from its carries                      parallel over registers and chunks
 // The backward has two more between the last two, for F and B. Only carries are kept (4 numbers in L tokens and their
 // maxima in the forward, 8 in the backward); what a phase needs of an earlier one inside a chunk it computes again.
-// When there are registers enough for all threads a thread takes its registers through all phases; else phases are
-// parallel regions. Every number is computed by the same operations either way, so the result does not depend on the
-// number of threads.
+// How they are divided among threads is in scheduling.h; every number is computed by the same operations either way, so
+// the result does not depend on the number of threads.
 //
 // Accuracy. Rounding lam to float32 once and multiplying by it n times is wrong by n roundings, always to the same
 // side. Here step j uses step[j % 4] = fl(lam^(j+1) / (step[0] ... step[j-1])), each factor repairing the rounding of
@@ -28,11 +27,10 @@
 // and v along, the adjoint phase the largest |g| and D; a register outside of the bounds below is left to robust.h.
 #include "wkv.h"
 
-#include <cstdlib>
-
 #include "lanes.h"
 #include "passes.h"
 #include "robust.h"
+#include "scheduling.h"
 
 namespace sola::SOLA_ISA {
 namespace {
@@ -345,7 +343,8 @@ void parameter_gradients(const Problem& p, const Register& r) {
 template <class T>
 struct Forward {
   using Element = T;
-  static constexpr int arrays = 3, slots = forward_slots, phases = 3;
+  using Register = SOLA_ISA::Register;
+  static constexpr int length = L, arrays = 3, slots = forward_slots, phases = 3;
   static constexpr bool by_chunk[phases] = {true, false, true};
 
   static void whole(const Problem& p, Register& r, int) {
@@ -361,7 +360,8 @@ struct Forward {
 template <class T>
 struct Backward {
   using Element = T;
-  static constexpr int arrays = 5, slots = backward_slots, phases = 6;
+  using Register = SOLA_ISA::Register;
+  static constexpr int length = L, arrays = 5, slots = backward_slots, phases = 6;
   static constexpr bool by_chunk[phases] = {true, false, true, false, true, false};
 
   static void whole(const Problem& p, Register& r, int phase) {
@@ -382,136 +382,6 @@ struct Backward {
                  : gradients<T, Whole>(p, r, start, slot);
   }
 };
-
-// ---- scheduling
-
-template <class Work>
-void parallel(ParallelFor loop, int64_t count, int64_t grain, const Work& work) {
-  loop(count, grain,
-       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
-       const_cast<Work*>(&work));
-}
-
-// registers and their slots in one piece of memory
-class Workspace {
-  void* memory_;
-
- public:
-  Register* registers;
-
-  Workspace(int64_t count, int64_t slots) {
-    const size_t each = sizeof(Register) + sizeof(Lanes) * static_cast<size_t>(slots);
-    memory_ = malloc(each * static_cast<size_t>(count) + 64);
-    if (!memory_) abort();
-    registers = reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
-    for (int64_t i = 0; i < count; ++i) registers[i].slots = reinterpret_cast<Lanes*>(registers + count) + i * slots;
-  }
-  ~Workspace() { free(memory_); }
-  Workspace(const Workspace&) = delete;
-};
-
-template <class Op>
-void chunk_phase(const Problem& p, const Register& r, int phase, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end && r.fast; ++c) {
-    const bool whole = r.n == W && (c + 1) * L <= p.tokens;
-    const auto chunk = whole ? Op::template chunk<true> : Op::template chunk<false>;
-    chunk(p, r, phase, c * L, r.slots + c * Op::slots);
-  }
-}
-
-// Asks for a part of a chunk's rows, of as many bytes from the first register's channels on, in the order of memory.
-// The processor foresees runs of addresses, but not the steps from row to row in which a register takes them. Inlined by
-// force: GCC drops calls of a function that has no effect but this one.
-__attribute__((always_inline)) inline void fetch(const Problem& p, const Register& first, int64_t chunk, int64_t begin,
-                                                 int64_t end, int64_t element, int64_t bytes) {
-  const Array* const arrays[] = {&p.key, &p.value, &p.grad};
-  for (const Array* a : arrays) {
-    if (a->data == nullptr) continue;
-    const char* image = static_cast<const char*>(a->data) + (first.image * a->batch_stride + first.channel) * element;
-    for (int64_t t = chunk * L + begin; t < chunk * L + end && t < p.tokens; ++t) {
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(image + t * a->row_stride * element + b, 0, 2);
-    }
-  }
-}
-
-// A thread takes its registers, `tile` at a time, through all phases. Streamed: their tokens do not stay in the cache
-// between two phases.
-template <class Op>
-void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, bool streamed, int64_t chunks) {
-  const FlushSubnormals flush(true);
-  const Workspace space(tile < end - begin ? tile : end - begin, chunks * Op::slots);
-  const int64_t columns = (p.channels + W - 1) / W;
-  for (int64_t first = begin, count = 0; first < end; first += count) {
-    const int64_t rest = columns - first % columns;  // a tile stays within its image
-    count = rest < tile ? rest : tile;
-    count = end - first < count ? end - first : count;
-    for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, first + i);
-    for (int phase = 0; phase < Op::phases; ++phase) {
-      if (!Op::by_chunk[phase]) {
-        for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
-        continue;
-      }
-      for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t i = 0; i < count; ++i) {
-          if (streamed) {
-            constexpr int64_t element = sizeof(typename Op::Element);
-            fetch(p, space.registers[0], c + 1, L * i / count, L * (i + 1) / count, element, count * W * element);
-          }
-          chunk_phase<Op>(p, space.registers[i], phase, c, c + 1);
-        }
-      }
-    }
-  }
-}
-
-// every phase is a parallel region over the registers' segments
-template <class Op>
-void by_segment(const Problem& p, int64_t count, int64_t segments, int64_t chunks, ParallelFor loop) {
-  const Workspace space(count, chunks * Op::slots);
-  for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, i);
-  for (int phase = 0; phase < Op::phases; ++phase) {
-    const int64_t parts = Op::by_chunk[phase] ? segments : 1;
-    parallel(loop, count * parts, 1, [&](int64_t begin, int64_t end) {
-      const FlushSubnormals flush(true);
-      for (int64_t k = begin; k < end; ++k) {
-        Register& r = space.registers[k / parts];
-        const int64_t part = k % parts;
-        if (!Op::by_chunk[phase]) {
-          Op::whole(p, r, phase);
-        } else {
-          chunk_phase<Op>(p, r, phase, chunks * part / parts, chunks * (part + 1) / parts);
-        }
-      }
-    });
-  }
-}
-
-template <class Op>
-void run(const Problem& p, ParallelFor loop) {
-  const int64_t count = p.batch * ((p.channels + W - 1) / W), chunks = (p.tokens + L - 1) / L;
-  const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
-  const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
-  if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
-  // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
-  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
-  const int64_t cache = 3 << 19, widest = 8, columns = (p.channels + W - 1) / W;
-  const bool streamed = (columns < widest ? columns : widest) * p.tokens * register_bytes * Op::arrays > cache;
-  const int64_t tile = widest;
-  parallel(loop, count, 1 + 1024 / p.tokens,
-           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, streamed, chunks); });
-}
-
-// float64 inputs always take the robust path, which is float64 throughout
-template <void (*function)(const Problem&, int64_t, int64_t, int)>
-void run_robust(const Problem& p, ParallelFor loop) {
-  const int64_t columns = (p.channels + W - 1) / W;
-  parallel(loop, p.batch * columns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t channel = i % columns * W, rest = p.channels - channel;
-      function(p, i / columns, channel, static_cast<int>(rest < W ? rest : W));
-    }
-  });
-}
 
 void forward(const Problem& p, Type type, ParallelFor loop) {
   switch (type) {

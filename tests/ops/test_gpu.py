@@ -170,7 +170,7 @@ def test_gpu_narrow_and_wide_agree(monkeypatch):
     inputs = random_inputs(1, 40, 6, calm=True)
     narrow = run(*inputs)
     if INTERPRETED:  # a compiled kernel has the limit inside
-        monkeypatch.setattr(triton_kernels, "NARROW", triton_kernels.tl.constexpr(-1.0))
+        monkeypatch.setattr(triton_kernels.scans, "NARROW", triton_kernels.tl.constexpr(-1.0))
     wide = run(*inputs)
     torch.testing.assert_close(narrow[0], wide[0], rtol=0, atol=2e-6)
     for a, b in zip(narrow[1], wide[1], strict=True):

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which thread does what when: an operator's phases over registers of channels and chunks of tokens.
+//
+// An operator Op says its phases, and which of them have a part for each chunk (by_chunk); `length` tokens make a chunk.
+// Op::chunk does a part, Op::whole a phase that has none, for one Op::Register. Where there are registers enough for all
+// threads a thread takes its registers through all phases; else phases are parallel regions.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+
+#include "lanes.h"
+#include "wkv.h"
+
+namespace sola::SOLA_ISA {
+namespace {
+
+template <class Work>
+void parallel(ParallelFor loop, int64_t count, int64_t grain, const Work& work) {
+  loop(count, grain,
+       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
+       const_cast<Work*>(&work));
+}
+
+// registers and their slots in one piece of memory
+template <class Register>
+class Workspace {
+  void* memory_;
+
+ public:
+  Register* registers;
+
+  Workspace(int64_t count, int64_t slots) {
+    const size_t each = sizeof(Register) + sizeof(Lanes) * static_cast<size_t>(slots);
+    memory_ = malloc(each * static_cast<size_t>(count) + 64);
+    if (!memory_) abort();
+    registers = reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
+    for (int64_t i = 0; i < count; ++i) registers[i].slots = reinterpret_cast<Lanes*>(registers + count) + i * slots;
+  }
+  ~Workspace() { free(memory_); }
+  Workspace(const Workspace&) = delete;
+};
+
+template <class Op>
+void chunk_phase(const Problem& p, const typename Op::Register& r, int phase, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end && r.fast; ++c) {
+    const bool whole = r.n == W && (c + 1) * Op::length <= p.tokens;
+    const auto chunk = whole ? Op::template chunk<true> : Op::template chunk<false>;
+    chunk(p, r, phase, c * Op::length, r.slots + c * Op::slots);
+  }
+}
+
+// Asks for rows begin to end of an image, of as many bytes from a channel on, in the order of memory.
+// The processor foresees runs of addresses, but not the steps from row to row in which a register takes them. Inlined by
+// force: GCC drops calls of a function that has no effect but this one.
+__attribute__((always_inline)) inline void fetch(const Problem& p, int64_t image, int64_t channel, int64_t begin,
+                                                 int64_t end, int64_t element, int64_t bytes) {
+  const Array* const arrays[] = {&p.key, &p.value, &p.grad};
+  for (const Array* a : arrays) {
+    if (a->data == nullptr) continue;
+    const char* from = static_cast<const char*>(a->data) + (image * a->batch_stride + channel) * element;
+    for (int64_t t = begin; t < end && t < p.tokens; ++t) {
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + t * a->row_stride * element + b, 0, 2);
+    }
+  }
+}
+
+// A thread takes its registers, `tile` at a time, through all phases. Streamed: their tokens do not stay in the cache
+// between two phases.
+template <class Op>
+void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, bool streamed, int64_t chunks) {
+  const FlushSubnormals flush(true);
+  const Workspace<typename Op::Register> space(tile < end - begin ? tile : end - begin, chunks * Op::slots);
+  const int64_t columns = (p.channels + W - 1) / W;
+  for (int64_t first = begin, count = 0; first < end; first += count) {
+    const int64_t rest = columns - first % columns;  // a tile stays within its image
+    count = rest < tile ? rest : tile;
+    count = end - first < count ? end - first : count;
+    for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, first + i);
+    for (int phase = 0; phase < Op::phases; ++phase) {
+      if (!Op::by_chunk[phase]) {
+        for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
+        continue;
+      }
+      for (int64_t c = 0; c < chunks; ++c) {
+        for (int64_t i = 0; i < count; ++i) {
+          if (streamed) {
+            constexpr int64_t element = sizeof(typename Op::Element), L = Op::length;
+            const auto& r = space.registers[0];
+            fetch(p, r.image, r.channel, (c + 1) * L + L * i / count, (c + 1) * L + L * (i + 1) / count, element,
+                  count * W * element);
+          }
+          chunk_phase<Op>(p, space.registers[i], phase, c, c + 1);
+        }
+      }
+    }
+  }
+}
+
+// every phase is a parallel region over the registers' segments
+template <class Op>
+void by_segment(const Problem& p, int64_t count, int64_t segments, int64_t chunks, ParallelFor loop) {
+  const Workspace<typename Op::Register> space(count, chunks * Op::slots);
+  for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, i);
+  for (int phase = 0; phase < Op::phases; ++phase) {
+    const int64_t parts = Op::by_chunk[phase] ? segments : 1;
+    parallel(loop, count * parts, 1, [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush(true);
+      for (int64_t k = begin; k < end; ++k) {
+        typename Op::Register& r = space.registers[k / parts];
+        const int64_t part = k % parts;
+        if (!Op::by_chunk[phase]) {
+          Op::whole(p, r, phase);
+        } else {
+          chunk_phase<Op>(p, r, phase, chunks * part / parts, chunks * (part + 1) / parts);
+        }
+      }
+    });
+  }
+}
+
+template <class Op>
+void run(const Problem& p, ParallelFor loop) {
+  const int64_t count = p.batch * ((p.channels + W - 1) / W), chunks = (p.tokens + Op::length - 1) / Op::length;
+  const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
+  const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
+  if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
+  // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
+  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
+  const int64_t cache = 3 << 19, widest = 8, columns = (p.channels + W - 1) / W;
+  const bool streamed = (columns < widest ? columns : widest) * p.tokens * register_bytes * Op::arrays > cache;
+  const int64_t tile = widest;
+  parallel(loop, count, 1 + 1024 / p.tokens,
+           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, streamed, chunks); });
+}
+
+// float64 inputs always take the robust path, which is float64 throughout
+template <void (*function)(const Problem&, int64_t, int64_t, int)>
+void run_robust(const Problem& p, ParallelFor loop) {
+  const int64_t columns = (p.channels + W - 1) / W;
+  parallel(loop, p.batch * columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t channel = i % columns * W, rest = p.channels - channel;
+      function(p, i / columns, channel, static_cast<int>(rest < W ? rest : W));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace sola::SOLA_ISA

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels of `triton_kernels.py` are made of: numbers with exponents, scans over a tile, states.
+
+A state is (n, a, b): the pair (a, b) times 2^n, so that no key, decay or bonus over- or underflows. Where a chunk's
+exponents lie close together (always, in a trained network) one exponent serves the whole chunk ("narrow", else "wide");
+each program looks at its own keys and takes its path by itself, so nothing waits for the host. What goes token by token
+is taken out of the tile row by row, all in registers.
+"""
+
+# a kernel is not Python: no unpacking, no types but constexpr, and tuples that grow
+# mypy: ignore-errors
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+# the exponent of a state without tokens: below every real one, and far enough from int32's end to be added to another
+EMPTY = tl.constexpr(-(2**29))
+# beyond these a token's weight is all or nothing: 2^22 for a key or bonus, 2^23 for a step, 2^27 for the whole row
+KEY_LIMIT = tl.constexpr(2.9e6)
+STEP_LIMIT = tl.constexpr(2.0**23)
+ROW_LIMIT = tl.constexpr(2.0**27)
+# what "close together" means, in powers of two: far from float32's range and small enough to round well
+NARROW = tl.constexpr(24.0)
+# how far an entering state may stand above the chunk's own tokens
+NARROW_STATE = tl.constexpr(48)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# ln 2 in two parts: a product of the first with an exponent below 2^15 is exact
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
+
+
+@triton.jit
+def power(n):
+    """2^n in float32 for integers n <= 127; 0 below -126."""
+    return ((tl.maximum(n, -127) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bounded(x, limit):
+    """x within +-limit; by comparison, because minimum and maximum would drop a nan."""
+    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+
+
+@triton.jit
+def mantissa(x, n):
+    """e^x / 2^n in float32, exact to rounding although both may be large."""
+    return tl.exp2(((x - n * LN2_HIGH) - n * LN2_LOW) * LOG2E)
+
+
+@triton.jit
+def split(x):
+    """e^x as 2^n m with m in [0.7, 1.42]: (n int32, m float32)."""
+    x = bounded(x, KEY_LIMIT)
+    n = tl.floor(x * LOG2E + 0.5)
+    return n.to(tl.int32), mantissa(x, n)
+
+
+@triton.jit
+def fade_over(decay_ptr, channel, inside, steps, num_tokens):
+    """lam^steps as 2^n m: (n int32, m float64). The only place that knows that w is divided by N."""
+    w = tl.load(decay_ptr + channel, mask=inside, other=0.0).to(tl.float64)
+    per_step = bounded(bounded(w * LOG2E, ROW_LIMIT) / num_tokens, STEP_LIMIT)
+    x = bounded(-per_step * steps, 2 * ROW_LIMIT)
+    n = tl.floor(x + 0.5)
+    return n.to(tl.int32), tl.exp2(x - n)
+
+
+@triton.jit
+def fade_of_step(decay_ptr, channel, inside, num_tokens):
+    """lam as 2^n (high + low), two floats: one would be wrong in the same direction at every step."""
+    n, m = fade_over(decay_ptr, channel, inside, 1, num_tokens)
+    high = m.to(tl.float32)
+    return n, high, (m - high.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b)
+
+
+@triton.jit
+def plus(a, b):
+    return a + b
+
+
+@triton.constexpr_function
+def levels(n):
+    return n.bit_length() - 1
+
+
+@triton.jit
+def rows_of(tile, L: tl.constexpr, BLOCK: tl.constexpr):
+    """The L rows of a tile [L, BLOCK], by halving: Triton cannot index registers."""
+    parts = (tile,)
+    for level in tl.static_range(levels(L)):
+        halves = ()
+        for i in tl.static_range(2**level):
+            pair = tl.permute(tl.reshape(parts[i], (2, L // 2 ** (level + 1), BLOCK)), (1, 2, 0))
+            first, second = tl.split(pair)
+            halves = halves + (first, second)
+        parts = halves
+    rows = ()
+    for i in tl.static_range(L):
+        rows = rows + (tl.reshape(parts[i], (BLOCK,)),)
+    return rows
+
+
+@triton.jit
+def fold(tile, combine: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile's rows combined into one, in a fixed order: halves onto halves."""
+    for level in tl.static_range(levels(L)):
+        pair = tl.permute(tl.reshape(tile, (2, L // 2 ** (level + 1), BLOCK)), (1, 2, 0))
+        first, second = tl.split(pair)
+        tile = combine(first, second)
+    return tl.reshape(tile, (BLOCK,))
+
+
+@triton.jit
+def tile_of(rows, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """L rows, or from the last to the first, as a tile [L, BLOCK]."""
+    parts = ()
+    for i in tl.static_range(L):
+        parts = parts + (tl.reshape(rows[L - 1 - i if REVERSE else i], (1, BLOCK)),)
+    for level in tl.static_range(levels(L)):
+        doubles = ()
+        for i in tl.static_range(L // 2 ** (level + 1)):
+            pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (2, 0, 1))
+            doubles = doubles + (tl.reshape(pair, (2 ** (level + 1), BLOCK)),)
+        parts = doubles
+    return parts[0]
+
+
+@triton.jit
+def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
+    """Which chunk and channels this program owns. One grid axis: only the first may pass 65535.
+
+    Returns the channels and which of them exist, the offsets of the chunk's tokens and which of them exist (tiles), and
+    the offset of the chunk's state.
+    """
+    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    channel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    index = program // blocks  # [B, chunks]
+    start = (index % chunks) * L
+    token = tl.arange(0, L)[:, None]
+    tokens = ((index // chunks).to(tl.int64) * num_tokens + start) * C + (token * C + channel[None, :])
+    there = (token < num_tokens - start) & (channel < C)[None, :]
+    return channel, channel < C, tokens, there, index.to(tl.int64) * C + channel
+
+
+@triton.jit
+def survey(k, there, fade, L: tl.constexpr, BLOCK: tl.constexpr):
+    """The chunk's reference exponent a channel (its largest key's), and where the span is too wide for one exponent."""
+    high = fold(tl.where(there, k, -float("inf")), larger, L, BLOCK)
+    low = fold(tl.where(there, k, float("inf")), smaller, L, BLOCK)
+    reference = tl.floor(bounded(high, KEY_LIMIT) * LOG2E + 0.5).to(tl.int32)
+    # without an exponent of its own a step fades by 0.7 .. 1.4, a chunk by 2^(L/2) at most
+    return reference, ((high - low) * LOG2E > NARROW) | (fade != 0)
+
+
+@triton.jit
+def far(own_n, exponents, state, stride, inside, reference):
+    """Where bonus or an entering state is too far from the chunk's reference for the narrow path."""
+    left = tl.load(exponents + state, mask=inside, other=EMPTY)
+    right = tl.load(exponents + stride + state, mask=inside, other=EMPTY)
+    return (tl.abs(own_n).to(tl.float32) > NARROW) | (tl.maximum(left, right) - reference > NARROW_STATE)
+
+
+@triton.jit
+def any_lane(lanes):
+    return tl.reduce(lanes.to(tl.int32), 0, either) != 0
+
+
+@triton.jit
+def weights(k, there, reference, WIDE: tl.constexpr):
+    """e^k of every token as 2^n m: n the chunk's where narrow (a row), the token's own where wide (a tile)."""
+    if WIDE:
+        n, m = split(k)
+        return tl.where(there, n, EMPTY), tl.where(there, m, 0.0)
+    else:
+        return reference, tl.where(there, mantissa(k, reference.to(tl.float32)[None, :]), 0.0)
+
+
+@triton.jit
+def scan(
+    E, a, b, n, a1, b1, fade, high, low,
+    L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The scan itself, token by token from the state (a, b) 2^E: state <- lam state + (a1, b1) 2^n.
+
+    Returns the states before every token (tiles; one row of exponents where narrow) and the one behind the last token.
+    """
+    ns = n
+    if WIDE:
+        ns = rows_of(n, L, BLOCK)
+    a1s = rows_of(a1, L, BLOCK)
+    b1s = rows_of(b1, L, BLOCK)
+    before_n = ()
+    before_a = ()
+    before_b = ()
+    for i in tl.static_range(L):
+        before_a = before_a + (a,)
+        before_b = before_b + (b,)
+        if WIDE:
+            before_n = before_n + (E,)
+            E = tl.maximum(E + fade, EMPTY)
+            top = tl.maximum(E, ns[L - 1 - i if REVERSE else i])
+            old = power(E - top)
+            new = power(ns[L - 1 - i if REVERSE else i] - top)
+            E = top
+            a = a * (high * old) + (a * (low * old) + a1s[L - 1 - i if REVERSE else i] * new)
+            b = b * (high * old) + (b * (low * old) + b1s[L - 1 - i if REVERSE else i] * new)
+        else:
+            a = a * high + (a * low + a1s[L - 1 - i if REVERSE else i])
+            b = b * high + (b * low + b1s[L - 1 - i if REVERSE else i])
+    exponents = n
+    if WIDE:
+        exponents = tile_of(before_n, L, BLOCK, REVERSE)
+    return exponents, tile_of(before_a, L, BLOCK, REVERSE), tile_of(before_b, L, BLOCK, REVERSE), E, a, b
+
+
+@triton.jit
+def normal(E, a, b, size):
+    """The same state with size, a bound of a and b, in [1, 2). In the pair's precision."""
+    raised = (size.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255
+    shift = tl.minimum(raised - 127, 126)
+    scale = power(-shift).to(size.dtype)
+    return tl.where(raised == 0, EMPTY, E + shift), a * scale, b * scale
+
+
+@triton.jit
+def load_state(exponents, pairs, state, side, stride, inside):
+    """The state that enters a chunk from one side: (exponent, a, b)."""
+    E = tl.load(exponents + side * stride + state, mask=inside, other=EMPTY)
+    a = tl.load(pairs + 2 * side * stride + state, mask=inside, other=0.0)
+    b = tl.load(pairs + (2 * side + 1) * stride + state, mask=inside, other=0.0)
+    return E, a, b
+
+
+@triton.jit
+def store_state(exponents, pairs, state, side, stride, inside, E, a, b):
+    tl.store(exponents + side * stride + state, E, mask=inside)
+    tl.store(pairs + 2 * side * stride + state, a.to(tl.float32), mask=inside)
+    tl.store(pairs + (2 * side + 1) * stride + state, b.to(tl.float32), mask=inside)
+
+
+@triton.jit
+def enter(exponents, pairs, state, side, stride, inside, reference, WIDE: tl.constexpr):
+    """An entering state in the chunk's terms: as it is where wide, at the chunk's exponent where narrow."""
+    E, a, b = load_state(exponents, pairs, state, side, stride, inside)
+    if WIDE:
+        return E, a, b
+    else:
+        scale = power(tl.minimum(E - reference, 127))
+        return reference, a * scale, b * scale
+
+
+@triton.jit
+def nothing(reference, WIDE: tl.constexpr):
+    """A state without tokens."""
+    zero = tl.full(reference.shape, 0.0, tl.float32)
+    if WIDE:
+        return tl.full(reference.shape, EMPTY, tl.int32), zero, zero
+    else:
+        return reference, zero, zero
+
+
+@triton.jit
+def whole(n, high, low, WIDE: tl.constexpr):
+    """A factor 2^n (high + low) with the exponent beside it where wide, inside it where narrow."""
+    if WIDE:
+        return n, high, low
+    else:
+        scale = power(tl.minimum(n, 127))
+        return n * 0, high * scale, low * scale
+
+
+@triton.jit
+def meeting(n, E, WIDE: tl.constexpr):
+    """2^(n + E) of a forward and a backward state (or token), whose product is a plain number: at most about 1."""
+    if WIDE:
+        return power(tl.minimum(n + E, 127))
+    else:
+        return 1.0
+
+
+@triton.jit
+def total(An, ax, ae, Rn, rx, re, own_n, x, e, WIDE: tl.constexpr):
+    """Left state, right state and the token itself as one: (exponent, numerator, denominator, the token's own part)."""
+    if WIDE:
+        top = tl.maximum(tl.maximum(An, Rn), own_n)
+        left = power(An - top)
+        right = power(Rn - top)
+        own = power(own_n - top)
+        return top, ax * left + rx * right + x * own, ae * left + re * right + e * own, e * own
+    else:
+        return An, ax + rx + x, ae + re + e, e

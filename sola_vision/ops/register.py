@@ -63,6 +63,7 @@ def _define(name: str) -> None:
         return backward(*ctx.saved_tensors, grad)
 
     torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_inputs, lib=library)
+    torch.library.register_autograd(f"sola::{name}_backward", passes.only_once(name), lib=library)
     register_flop_formula(forward)(_forward_cost)
     register_flop_formula(backward)(_backward_cost)
 

@@ -45,7 +45,7 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     decay w [C] (divided by N here), bonus u [C], key and value [B, N, C] -> [B, N, C] in value's dtype, which is
     float64, float32, bfloat16 or float16; decay and bonus may stay in float32 beside half-precision key and value.
-    The cost is linear in N. Second derivatives are those of `use("reference")`; the other paths raise RuntimeError.
+    The cost is linear in N; a backward that is to be differentiated again takes the portable form.
     Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
     """
     _check(decay, bonus, key, value)

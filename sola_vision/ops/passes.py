@@ -7,7 +7,6 @@ over (`csrc/passes.cpp`). The backwards read the inputs again; nothing else is k
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,10 +146,14 @@ def _squared_relu(x: Tensor) -> Tensor:
 def _norm_shift_backward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    again = torch.is_grad_enabled()  # then the result is to be differentiated, and the inputs are part of a graph
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, mixes)]
+        inputs = [tensor.view_as(tensor) if again else tensor.detach() for tensor in (x, weight, bias, mixes)]
+        for tensor in inputs:
+            if not tensor.requires_grad:
+                tensor.requires_grad_()
         out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
-        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad)
+        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad, create_graph=again)
     return gx.contiguous(), gw, gb, gm
 
 
@@ -163,6 +166,8 @@ def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Ten
 def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
     return 2 * torch.relu(x) * grad
 
+
+_BACKWARDS = {"norm_shift": _norm_shift_backward, "gate": _gate_backward, "squared_relu": _squared_relu_backward}
 
 # ---- registration
 
@@ -189,34 +194,30 @@ def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
 
 
+def _backward(name: str) -> Any:
+    """An operator's backward; its plain form where the result is to be differentiated again."""
+    return _BACKWARDS[name] if torch.is_grad_enabled() else getattr(torch.ops.sola, f"{name}_backward")
+
+
 def _differentiate_norm_shift(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, mixes = ctx.saved_tensors
     eps, top, bottom = ctx.numbers
     grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
-    gx, gw, gb, gm = torch.ops.sola.norm_shift_backward(x, weight, bias, eps, mixes, grad)
+    gx, gw, gb, gm = _backward("norm_shift")(x, weight, bias, eps, mixes, grad)
     return gx, gw, gb, None, gm, None, None
 
 
 def _differentiate_gate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.sola.gate_backward(*ctx.saved_tensors, grad)
+    return _backward("gate")(*ctx.saved_tensors, grad)
 
 
 def _differentiate_gated_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, receptance, value = ctx.saved_tensors
-    return grad, *torch.ops.sola.gate_backward(receptance, value, grad)
+    return grad, *_backward("gate")(receptance, value, grad)
 
 
 def _differentiate_squared_relu(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.sola.squared_relu_backward(*ctx.saved_tensors, grad)
-
-
-def only_once(name: str) -> Callable[..., Any]:
-    """The derivative of a backward: there is none, and torch would go on with zeros."""
-
-    def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f'sola::{name} has no second derivative; inside ops.use("reference") it has')
-
-    return refuse
+    return _backward("squared_relu")(*ctx.saved_tensors, grad)
 
 
 def _gated_sum_out(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor) -> None:
@@ -231,8 +232,6 @@ def register(library: torch.library.Library) -> None:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sola::{name}", fake, lib=library)
-        if name.endswith("_backward"):
-            differentiate = only_once(name.removesuffix("_backward"))
         if differentiate is not None:
             torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_tensors, lib=library)
 

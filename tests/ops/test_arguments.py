@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does not fit is refused on every path; transforms and second derivatives are right or refused, never silent."""
+"""What does not fit is refused on every path; transforms and second derivatives are the definition's."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sola_vision.ops import reference
 
 PATHS = ["reference", "portable", "default"]
 DECAY, BONUS = torch.tensor([0.5, 3.0, -1.0]), torch.tensor([0.1, -0.4, 0.0])
-KEY, VALUE = torch.randn(2, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+KEY, VALUE = torch.randn(2, 2, 21, 3, generator=torch.Generator().manual_seed(0))
 X = torch.randn(2, 5, 4, 8, generator=torch.Generator().manual_seed(1))
 WEIGHT, BIAS, MIXES = X[0, 0, 0], X[0, 0, 1], X[0, 0, :3].sigmoid()
 
@@ -173,15 +173,11 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_second_derivatives_are_the_definitions_or_refused(name):
-    call, *tensors = CALLS[name]
-    with pytest.raises(RuntimeError, match=r'no second derivative; inside ops.use\("reference"\) it has'):
-        penalty(call, *tensors)
+def test_second_derivatives_are_the_definitions(path, name):
+    got = penalty(*CALLS[name])
     with ops.use("reference"):
-        leaves = [t[:1, :3].double().requires_grad_() if t.ndim > 2 else t.double().requires_grad_() for t in tensors]
-        if name != "norm_shift":  # whose blocks are torch's own, and slow to check
-            assert torch.autograd.gradgradcheck(call, leaves)
-        assert all(g.isfinite().all() for g in penalty(call, *tensors))
+        expected = penalty(*CALLS[name])
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
 
-.PHONY: demo test timm-suite check format figures docs clean
+.PHONY: demo test sanitize timm-suite check format figures docs clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,6 +24,18 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# the CPU kernel built with the address and undefined-behaviour sanitizers (GCC's), in a copy of the package beside the
+# installed one, under its own tests (-s: reports pass by pytest); torch's leaks are not ours. PYTHONSAFEPATH keeps this
+# folder's package out of the way
+SANITIZED := build/sanitize
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: .venv/installed
+	rm -rf $(SANITIZED)
+	CXXFLAGS="$(SANITIZE)" SOLA_REQUIRE_KERNEL=1 $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
+		$(BIN)/python -m pytest -s $(addprefix tests/ops/test_,wkv.py cpu.py passes.py arguments.py)
 
 # timm's own model tests, from its source distribution, aimed at our names; TorchScript is left out: PyTorch has
 # deprecated it, and a schedule's mixed layers are not its subset of Python

@@ -95,7 +95,8 @@ def accuracy_table(results: Results) -> str:
         worst[key] = list(map(max, errors, worst.get(key, errors)))
     rows = [(*key, *(f"{value:.1e}" for value in errors)) for key, errors in worst.items()]
     head = ("shape BxNxC", "path", "referee", "y", "gw", "gu", "gk", "gv")
-    return markdown(head, rows) + "\n\nThe worst of all ranges. " + provenance(documents[0])
+    sources = "\n\n".join(provenance(document) for document in documents)
+    return markdown(head, rows) + "\n\nThe worst of all ranges. " + sources
 
 
 def network_table(name: str) -> Callable[[Results], str]:

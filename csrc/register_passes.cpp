@@ -22,6 +22,8 @@ int64_t count(const std::vector<int64_t>& sizes) {
   return count;
 }
 
+int64_t bytes(int64_t count, Type type) { return count * (type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2); }
+
 // ---- layer norm, quad shift, interpolations
 
 struct ShiftCall {
@@ -93,8 +95,12 @@ void norm_shift_backward(Value* stack, uint64_t, uint64_t) {
   s.grad_x = grad_x.write();
   std::vector<double> partial(static_cast<size_t>(bands(s) * (2 + s.mixes) * s.channels));
   s.partial = partial.data();
-  if (!call.nothing()) current_passes().shift_backward(s, call.type, parallel_for);
   const bool empty = call.nothing();
+  if (empty) {  // without mixes x has no gradient, but it may have elements
+    std::fill_n(static_cast<char*>(s.grad_x), bytes(count(call.sizes), call.type), 0);
+  } else {
+    current_passes().shift_backward(s, call.type, parallel_for);
+  }
   Tensor grads[3] = {Tensor::empty({s.channels}, Type::float64), Tensor::empty({s.channels}, Type::float64),
                      Tensor::empty({s.mixes, s.channels}, Type::float64)};
   for (int64_t row = 0; row < 2 + s.mixes; ++row) {
@@ -135,6 +141,13 @@ struct Flat {
     pass.count = count(sizes);
   }
   const void* operator[](size_t i) { return flat(tensors[i], "sola: pass", type); }
+  // not to be overwritten by what is written to `out` for another element
+  const void* beside(void* out, size_t i) {
+    const uintptr_t data = reinterpret_cast<uintptr_t>((*this)[i]), to = reinterpret_cast<uintptr_t>(out);
+    const uintptr_t size = static_cast<uintptr_t>(bytes(pass.count, type));
+    if (data != to && data < to + size && to < data + size) tensors[i] = tensors[i].copy(type);
+    return tensors[i].read();
+  }
   Tensor result(void*& data) const {
     Tensor made = Tensor::empty(sizes, type);
     data = made.write();
@@ -170,8 +183,9 @@ void gated_sum_(Value* stack, uint64_t, uint64_t) {
   Flat call(stack, {"sola::gated_sum_: residual", "sola::gated_sum_: receptance", "sola::gated_sum_: value",
                     "sola::gated_sum_: out"});
   if (!call.tensors[3].contiguous()) throw std::invalid_argument("sola::gated_sum_: out must be contiguous");
-  call.pass.residual = call[0], call.pass.receptance = call[1], call.pass.value = call[2];
-  call.pass.out = call.tensors[3].write();
+  void* out = call.pass.out = call.tensors[3].write();
+  call.pass.residual = call.beside(out, 0), call.pass.receptance = call.beside(out, 1);
+  call.pass.value = call.beside(out, 2);
   current_passes().gate(call.pass, call.type, parallel_for);
 }
 

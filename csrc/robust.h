@@ -19,6 +19,9 @@ namespace sola::SOLA_ISA::robust {
 
 constexpr int L = 32;
 constexpr double lowest = -1e300;  // the reference of an empty sum; finite, for infinity minus infinity is no number
+// of a step's decay: beyond it a token's weight is all or nothing, while the rounding of sums of steps would make
+// exponents that ought to be zero large ones
+constexpr double steepest = 1e8;
 
 struct alignas(64) Vector {
   double at[W];
@@ -75,7 +78,8 @@ struct Channels {
 
   Channels(const Problem& p, int64_t b, int64_t c, int lanes) : problem(p), image(b), channel(c), n(lanes) {
     for (int i = 0; i < W; ++i) {
-      decay.at[i] = i < n ? p.decay[c + i] / static_cast<double>(p.tokens) : 0.0;
+      const double d = i < n ? p.decay[c + i] / static_cast<double>(p.tokens) : 0.0;
+      decay.at[i] = d > steepest ? steepest : d < -steepest ? -steepest : d;
       bonus.at[i] = i < n ? p.bonus[c + i] : 0.0;
       one.at[i] = 1.0;
     }

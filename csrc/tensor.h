@@ -36,7 +36,7 @@ class Tensor {
 
   static Tensor empty(const std::vector<int64_t>& sizes, Type type) {
     std::vector<int64_t> strides(sizes.size(), 1);
-    for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+    for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
     Handle made = nullptr;
     check(shim.aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                         dtypes[static_cast<size_t>(type)], shim.aoti_torch_device_type_cpu(), 0, &made),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sola_vision.ops import pinned
+from sola_vision.ops import pinned, transformed
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
 
@@ -40,6 +40,7 @@ def in_bands(x: Tensor, *projections: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and pinned() in (None, "native")
+        and not transformed(x)
         and plain_linear(*projections)
     )
 

@@ -97,9 +97,10 @@ def _linear(
     parameters: tuple[Tensor, ...],
     projections: Sequence[nn.Linear],
 ) -> tuple[Tensor, ...]:
-    # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned
+    # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned and by
+    # transforms such as torch.func's
     pays = torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.pinned() in (None, "native")
-    if pays and plain_linear(*projections):
+    if pays and not ops.transformed(*inputs, *parameters) and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
     return tuple(projection(part) for part, projection in zip(make(*inputs, *parameters), projections, strict=True))

@@ -4,7 +4,7 @@
 The paths: "reference" is the definition (`reference.py`, O(N^2)), "portable" is plain torch at linear cost
 (`portable.py`), "native" the compiled kernels (`cpu.py`, `gpu.py`). Without `use`, torch's dispatcher takes the kernel
 of the tensors' device, and the portable form where there is none. A backward takes the path of its forward.
-`torch.onnx.export` sees matrix products (`matrices.py`).
+`torch.onnx.export` sees matrix products (`matrices.py`), torch.func and forward-mode differentiation the portable form.
 """
 
 import warnings
@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sola_vision.ops import cpu, gpu, matrices, reference, register
+from sola_vision.ops import cpu, gpu, matrices, portable, reference, register
+from sola_vision.ops.arguments import check_kind, size
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
-from sola_vision.ops.path import Path, exporting_onnx, pinned, use
+from sola_vision.ops.path import Path, exporting_onnx, pinned, transformed, use
 from sola_vision.ops.vision_rwkv import published_wkv
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "published_wkv",
     "quad_shift",
     "squared_relu",
+    "transformed",
     "use",
     "wkv",
 ]
@@ -43,7 +45,7 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
     decay w [C] (divided by N here), bonus u [C], key and value [B, N, C] -> [B, N, C] in value's dtype, which is
     float64, float32, bfloat16 or float16; decay and bonus may stay in float32 beside half-precision key and value.
-    The cost is linear in N.
+    The cost is linear in N; a backward that is to be differentiated again takes the portable form.
     Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
     """
     _check(decay, bonus, key, value)
@@ -51,6 +53,10 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return matrices.wkv(decay, bonus, key, value)
     if pinned() == "reference":
         return reference.wkv(decay, bonus, key, value)
+    if transformed(decay, bonus, key, value):
+        # under vmap the scans write into memory like key's and value's, which has to be a batch when anything is
+        zero = torch.zeros_like(decay + key + value)
+        return portable.wkv(decay, bonus, key + zero.to(key.dtype), value + zero.to(value.dtype))
     if pinned() == "portable":
         return torch.ops.sola.wkv_portable(decay, bonus, key, value)
     if pinned() == "native":
@@ -79,21 +85,12 @@ def _say_once(device: str) -> None:
 
 
 def _check(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> None:
+    check_kind("wkv", decay=decay, bonus=bonus, key=key, value=value)
     if key.ndim != 3 or key.shape != value.shape:
-        raise ValueError(f"wkv: key {_size(key)} and value {_size(value)} must have the same shape [B, N, C]")
+        raise ValueError(f"wkv: key {size(key)} and value {size(value)} must have the same shape [B, N, C]")
     channels = key.shape[2]
     if decay.ndim != 1 or bonus.ndim != 1 or decay.shape[0] != channels or bonus.shape[0] != channels:
         raise ValueError(
-            f"wkv: decay {_size(decay)} and bonus {_size(bonus)} must both be [C] = [{channels}], "
-            f"the channels of key {_size(key)}"
+            f"wkv: decay {size(decay)} and bonus {size(bonus)} must both be [C] = [{channels}], "
+            f"the channels of key {size(key)}"
         )
-    if not all(x.is_floating_point() for x in (decay, bonus, key, value)):
-        dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (decay, bonus, key, value))
-        raise TypeError(f"wkv: decay, bonus, key and value must be floating point, got {dtypes}")
-    if not decay.device == bonus.device == key.device == value.device:
-        devices = ", ".join(str(x.device) for x in (decay, bonus, key, value))
-        raise ValueError(f"wkv: decay, bonus, key and value must be on one device, got {devices}")
-
-
-def _size(x: Tensor) -> str:
-    return str(list(x.shape))

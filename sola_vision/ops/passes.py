@@ -6,12 +6,14 @@ What a pass computes is its plain form here, the underscored function of the sam
 over (`csrc/passes.cpp`). The backwards read the inputs again; nothing else is kept.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sola_vision.ops.path import exporting_onnx, pinned
+from sola_vision.ops.arguments import check_kind, check_same_shape, size
+from sola_vision.ops.path import exporting_onnx, pinned, transformed
 
 
 def norm_shift(
@@ -22,33 +24,41 @@ def norm_shift(
     x [B, H, W, C], weight and bias [C], mixes [M, C] -> [M, B, H - top - bottom, W, C]: the outermost rows of a part of
     an image only lend their tokens to their neighbours.
     """
-    if _plain(x):
+    _check_shift(x, weight, bias, mixes, top, bottom)
+    if _plain(x, weight, bias, mixes):
         return _norm_shift(x, weight, bias, eps, mixes, top, bottom)
     return torch.ops.sola.norm_shift(x, weight, bias, eps, mixes, top, bottom)
 
 
 def gate(receptance: Tensor, value: Tensor) -> Tensor:
     """sigmoid(receptance) * value, of one shape."""
-    if _plain(value) or receptance.dtype != value.dtype:
+    check_same_shape("gate", receptance=receptance, value=value)
+    if _plain(receptance, value) or receptance.dtype != value.dtype:
         return _gate(receptance, value)
     return torch.ops.sola.gate(receptance, value)
 
 
 def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
-    """residual + sigmoid(receptance) * value, of one shape; written to a contiguous `out` if there is one, without
-    gradients then.
+    """residual + sigmoid(receptance) * value, of one shape; written to `out` if there is one, contiguous and of their
+    dtype. That has no gradients: RuntimeError where one is wanted.
     """
-    if _plain(value) or not residual.dtype == receptance.dtype == value.dtype:
-        result = _gated_sum(residual, receptance, value)
-        return result if out is None else out.copy_(result)
+    operands = {"residual": residual, "receptance": receptance, "value": value}
+    check_same_shape("gated_sum", **operands, **({} if out is None else {"out": out}))
+    plain = _plain(*operands.values()) or not residual.dtype == receptance.dtype == value.dtype
     if out is None:
-        return torch.ops.sola.gated_sum(residual, receptance, value)
+        return (_gated_sum if plain else torch.ops.sola.gated_sum)(residual, receptance, value)
+    _check_out(out, *operands.values())
+    if plain:
+        return out.copy_(_gated_sum(residual, receptance, value))
     torch.ops.sola.gated_sum_(residual, receptance, value, out)
+    if not (torch.compiler.is_compiling() or out.is_inference()):
+        torch.autograd.graph.increment_version(out)  # for a backward that has kept it
     return out
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2."""
+    check_kind("squared_relu", x=x)
     return _squared_relu(x) if _plain(x) else torch.ops.sola.squared_relu(x)
 
 
@@ -65,20 +75,46 @@ def quad_shift(x: Tensor) -> Tensor:
     pad = torch.nn.functional.pad
     return torch.cat(
         (
-            pad(left[:, :, :-1], (0, 0, 1, 0)),
-            pad(right[:, :, 1:], (0, 0, 0, 1)),
-            pad(above[:, :-1], (0, 0, 0, 0, 1, 0)),
-            pad(below[:, 1:], (0, 0, 0, 0, 0, 1)),
+            # cut after padding: an image without pixels keeps its size
+            pad(left, (0, 0, 1, 0))[:, :, :-1],
+            pad(right, (0, 0, 0, 1))[:, :, 1:],
+            pad(above, (0, 0, 0, 0, 1, 0))[:, :-1],
+            pad(below, (0, 0, 0, 0, 0, 1))[:, 1:],
             rest,
         ),
         dim=-1,
     )
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether plain torch is to be seen: pinned, or by a compiler that fuses it better than it calls a kernel."""
-    compiled = torch.compiler.is_compiling() and x.device.type != "cpu"
-    return pinned() in ("reference", "portable") or exporting_onnx() or compiled
+def _plain(*tensors: Tensor) -> bool:
+    """Whether plain torch is to be seen: pinned, by transforms that know nothing else, or by a compiler that fuses it
+    better than it calls a kernel.
+    """
+    compiled = torch.compiler.is_compiling() and tensors[0].device.type != "cpu"
+    return pinned() in ("reference", "portable") or exporting_onnx() or compiled or transformed(*tensors)
+
+
+def _check_shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, top: int, bottom: int) -> None:
+    check_kind("norm_shift", x=x, weight=weight, bias=bias, mixes=mixes)
+    if x.ndim != 4:
+        raise ValueError(f"norm_shift: x {size(x)} must be [B, H, W, C]")
+    height, channels = x.shape[1], x.shape[3]
+    parameters = (weight, bias, mixes)
+    if [p.ndim for p in parameters] != [1, 1, 2] or any(p.shape[-1] != channels for p in parameters):
+        raise ValueError(
+            f"norm_shift: weight {size(weight)} and bias {size(bias)} must be [C] = [{channels}] "
+            f"and mixes {size(mixes)} [M, C], the channels of x {size(x)}"
+        )
+    if top < 0 or bottom < 0 or top + bottom > height:
+        raise ValueError(f"norm_shift: top {top} and bottom {bottom} must be rows of x's height of {height}")
+
+
+def _check_out(out: Tensor, *operands: Tensor) -> None:
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in operands))
+    if out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"gated_sum: out must be contiguous and {dtype}, got {out.dtype} with strides {out.stride()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *operands)):
+        raise RuntimeError("gated_sum: what is written to out has no gradient; leave out away, or use torch.no_grad()")
 
 
 # ---- the definitions
@@ -110,10 +146,14 @@ def _squared_relu(x: Tensor) -> Tensor:
 def _norm_shift_backward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    again = torch.is_grad_enabled()  # then the result is to be differentiated, and the inputs are part of a graph
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias, mixes)]
+        inputs = [tensor.view_as(tensor) if again else tensor.detach() for tensor in (x, weight, bias, mixes)]
+        for tensor in inputs:
+            if not tensor.requires_grad:
+                tensor.requires_grad_()
         out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
-        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad)
+        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad, create_graph=again)
     return gx.contiguous(), gw, gb, gm
 
 
@@ -126,6 +166,8 @@ def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Ten
 def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
     return 2 * torch.relu(x) * grad
 
+
+_BACKWARDS = {"norm_shift": _norm_shift_backward, "gate": _gate_backward, "squared_relu": _squared_relu_backward}
 
 # ---- registration
 
@@ -152,25 +194,30 @@ def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
 
 
+def _backward(name: str) -> Any:
+    """An operator's backward; its plain form where the result is to be differentiated again."""
+    return _BACKWARDS[name] if torch.is_grad_enabled() else getattr(torch.ops.sola, f"{name}_backward")
+
+
 def _differentiate_norm_shift(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, mixes = ctx.saved_tensors
     eps, top, bottom = ctx.numbers
     grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
-    gx, gw, gb, gm = torch.ops.sola.norm_shift_backward(x, weight, bias, eps, mixes, grad)
+    gx, gw, gb, gm = _backward("norm_shift")(x, weight, bias, eps, mixes, grad)
     return gx, gw, gb, None, gm, None, None
 
 
 def _differentiate_gate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.sola.gate_backward(*ctx.saved_tensors, grad)
+    return _backward("gate")(*ctx.saved_tensors, grad)
 
 
 def _differentiate_gated_sum(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, receptance, value = ctx.saved_tensors
-    return grad, *torch.ops.sola.gate_backward(receptance, value, grad)
+    return grad, *_backward("gate")(receptance, value, grad)
 
 
 def _differentiate_squared_relu(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.sola.squared_relu_backward(*ctx.saved_tensors, grad)
+    return _backward("squared_relu")(*ctx.saved_tensors, grad)
 
 
 def _gated_sum_out(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor) -> None:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 Path = Literal["reference", "portable", "native"]
 
@@ -31,6 +33,15 @@ def use(path: Path) -> Iterator[None]:
 
 def pinned() -> Path | None:
     return _pinned
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) is at work or a tensor carries a forward-mode tangent: both see through
+    torch's own operators only, and the tangent would be dropped without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(forward_ad.unpack_dual(x)[1] is not None for x in tensors)
 
 
 def exporting_onnx() -> bool:

@@ -21,7 +21,7 @@ def weights(decay: Tensor, bonus: Tensor, key: Tensor, rows: slice = slice(None)
     between = (token[rows, None] - token).abs() - 1  # [T, N], -1 for the token itself
     distance = between.clamp(min=0).double()[..., None]  # [T, N, 1]
     own = (between < 0)[..., None]
-    logits = torch.where(own, bonus, -distance * (decay / num_tokens)) + key[:, None]  # [B, T, N, C]
+    logits = torch.where(own, bonus, -distance * (decay / max(1, num_tokens))) + key[:, None]  # [B, T, N, C]
     return logits.softmax(dim=2)
 
 
@@ -32,6 +32,6 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     step = max(1, 2**24 // max(1, batch * num_tokens * channels))
     rows = [
         torch.einsum("btnc,bnc->btc", weights(decay, bonus, key, slice(start, start + step)), value.double())
-        for start in range(0, num_tokens, step)
+        for start in range(0, max(1, num_tokens), step)
     ]
     return torch.cat(rows, dim=1).to(value.dtype)

@@ -60,7 +60,10 @@ def _define(name: str) -> None:
     backward = getattr(torch.ops.sola, name + "_backward")
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return backward(*ctx.saved_tensors, grad)
+        # a backward that is to be differentiated again has to be torch's own operators
+        chosen = portable.wkv_backward if torch.is_grad_enabled() else backward
+        decay, bonus, key, value = ctx.saved_tensors
+        return chosen(decay, bonus, key, value, grad)
 
     torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_inputs, lib=library)
     register_flop_formula(forward)(_forward_cost)

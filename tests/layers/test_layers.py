@@ -177,3 +177,23 @@ def test_patch_merging_rounds_up():
     merge = PatchMerging(8, 12)
     assert merge(torch.randn(1, 5, 8, 8)).shape == (1, 3, 4, 12)
     assert merge(torch.randn(1, 1, 1, 8)).shape == (1, 1, 1, 12)
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_gradients_of_each_image_by_torch_func(shift):
+    torch.manual_seed(0)
+    layer = LinearLayer(8, token_shift=shift)
+    images = torch.randn(3, 1, 4, 5, 8)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, image):
+        out, _ = torch.func.functional_call(layer, parameters, (image,))
+        return out.square().mean()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        singly = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        for name, gradient in zip(parameters, singly, strict=True):
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(layer)(images)[0], torch.stack([layer(x)[0] for x in images]))

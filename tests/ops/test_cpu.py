@@ -127,6 +127,18 @@ def test_kernel_is_right_for_hostile_parameters(instruction_set, case, num_token
 
 
 @needs_kernel
+@pytest.mark.parametrize("num_tokens", [2, 131])
+def test_kernel_bounds_decays_as_the_portable_form_does(instruction_set, num_tokens):
+    """Steps of 1e28 leave no digit to the keys, in the definition neither; both bound them."""
+    case = inputs(2, num_tokens, 19, decay=(-1e30, 1e30), key=(-1e4, 1e4))
+    wide = [x.double() for x in case]
+    out, grads = kernel(*case)
+    expected = portable.wkv(*wide[:4]), *portable.wkv_backward(*wide)
+    for got, want in zip((out, *grads), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 * max(1.0, want.abs().max().item()))
+
+
+@needs_kernel
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-6, 1e6, 1e30])
 @pytest.mark.parametrize("which", ["value", "grad"])
 @pytest.mark.parametrize("key", [3, 44])

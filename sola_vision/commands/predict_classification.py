@@ -89,6 +89,6 @@ def _print(rows: list[Prediction], source: Path) -> None:
     for row in rows:
         guesses = [plain(f"{g['class']} {100 * float(g['probability']):.1f} %") for g in row.classes]
         # below the folder that was asked about, or long names would be broken over several lines
-        name = os.path.relpath(row.image, source) if source.is_dir() else row.image
+        name = os.path.relpath(row.image, source if source.is_dir() else source.parent)
         table.add_row(plain(name), *guesses)
     Console().print(table)

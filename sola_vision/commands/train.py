@@ -43,6 +43,8 @@ def _run(asked: Run, world: World) -> None:
         if job.report:
             print(job.report, file=sys.stderr)
         print(f"{job.says}; the run's folder is {asked.out}", file=sys.stderr)
+        if settings.amp == "bf16" and world.device.type == "cpu" and not _cpu_has_bfloat16():
+            print("sola: this CPU has no bfloat16 and is several times faster with --train.amp none", file=sys.stderr)
     summary = fit(
         job.task,
         job.model,
@@ -59,6 +61,11 @@ def _run(asked: Run, world: World) -> None:
     if world.is_main:
         draw_learning_curve(asked.out / "metrics.jsonl", asked.out / "curve.png", job.task.metric)
         _report(summary, job.shown, asked)
+
+
+def _cpu_has_bfloat16() -> bool:
+    # torch knows it of oneDNN alone; without that library nothing is said
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _check_classes(best: Path, classes: list[str]) -> None:

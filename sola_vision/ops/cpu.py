@@ -25,7 +25,11 @@ _LIBRARY = Path(__file__).with_name("_kernel.so")
 def load() -> str | None:
     """Registers the CPU kernel, the first time. None, or why there is none and the portable form runs instead."""
     if not _LIBRARY.exists():
-        return "the CPU kernel was not built; install again where a C++ compiler is found (CXX, default c++)"
+        # a clone that was installed as a copy has none in its own folder, which Python finds first when it starts there
+        return (
+            f"no CPU kernel in {_LIBRARY.parent}; install where a C++ compiler is found (CXX, default c++), "
+            "and a clone with pip install --editable"
+        )
     try:
         reason = _functions().sola_load(0)
     except (OSError, AttributeError) as error:

@@ -71,6 +71,14 @@ def test_seed_decides_the_initial_weights(sola, tmp_path, data, trained):
     assert not torch.allclose(a, b, atol=1e-3)
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_without_bfloat16_is_named(sola, data, monkeypatch, has):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    said = sola(*TINY, "--data", data, "--out", "run", "--train.steps", 1, "--train.amp", "bf16")
+    assert said.code == 0
+    assert ("--train.amp none" in said.err) != has
+
+
 @pytest.mark.parametrize("config_at", [0, 1])
 def test_print_config_shows_the_whole_and_the_command_line_wins(sola, capsys, tmp_path, config_at):
     (tmp_path / "mine.yaml").write_text("train:\n  lr: 0.125\n  epochs: 77\n")
@@ -239,6 +247,7 @@ def test_predict_names_the_classes_of_the_checkpoint(sola, data, trained, by_han
     said = sola("predict", file, "--checkpoint", trained)
     assert CLASSES[order[0]] in said.out
     assert f"{100 * probability[order[0]]:.1f} %" in said.out
+    assert "│ 0.png " in said.out  # not the path, which would be broken over several lines
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])

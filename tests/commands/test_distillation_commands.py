@@ -159,6 +159,7 @@ def test_two_killed_processes_end_with_the_same_bits(tmp_path, data, trained, st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the compiler
 def test_a_compiled_student_keeps_its_keys(sola, tmp_path, data, trained, taught):
     words = _taught(data, "--teacher.checkpoint", trained, "--train.steps", 1, "--train.compile", "true")
     assert sola(*words).code == 0

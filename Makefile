@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
+# a process a core with one thread each: nearly all tests are too small for more
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test sanitize timm-suite check format figures docs clean
 
@@ -23,7 +25,7 @@ demo: .venv/installed
 	@echo "Next, your own folder with train/CLASS/*.jpg and val/CLASS/*.jpg:  $(BIN)/sola train few_images --data FOLDER"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # the CPU kernel built with the address and undefined-behaviour sanitizers (GCC's), in a copy of the package beside the
 # installed one, under its own tests (-s: reports pass by pytest); torch's leaks are not ours. PYTHONSAFEPATH keeps this
@@ -52,7 +54,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -43,7 +43,7 @@ def draw_study(outcome: Outcome, out: Path) -> None:
         if colour in shown:
             panels[0].plot([], [], color=colour, marker="o", linestyle="none", label=text)
     if shown:
-        panels[0].legend(fontsize=8)
+        panels[0].legend(fontsize=8, loc="lower right")  # "best" takes seconds on a busy machine, and warns then
     figure.savefig(out, dpi=110)
 
 

@@ -6,7 +6,6 @@
 // threads a thread takes its registers through all phases; else phases are parallel regions.
 #pragma once
 #include <cstdlib>
-#include <cstring>
 
 #include "lanes.h"
 #include "wkv.h"

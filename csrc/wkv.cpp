@@ -27,6 +27,8 @@
 // and v along, the adjoint phase the largest |g| and D; a register outside of the bounds below is left to robust.h.
 #include "wkv.h"
 
+#include <cstring>
+
 #include "lanes.h"
 #include "passes.h"
 #include "robust.h"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network: the paper's parameter totals, any image size, gradients everywhere, bridges, timm's contract."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -234,3 +236,21 @@ def test_group_matcher_orders_every_parameter_by_depth():
 def test_config_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match="multiple of head_dim"):
         SolaVision(SolaConfig(schedule="S", dims=(33,)))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_traced_onnx_file_is_the_network(tmp_path, grad):
+    """torch.onnx.export with dynamo=False, with and without gradients: neither what inference writes to bands nor what
+    a training step computes again may be lost.
+    """
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = build(bridges="paper"), torch.randn(2, 3, 64, 64)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the exporter that traces
+        torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = model(images)
+    assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-4 * expected.abs().max()

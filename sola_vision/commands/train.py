@@ -31,7 +31,7 @@ def _run(asked: Run, world: World) -> None:
     job: Job = task_module("train", asked.configuration.task).prepare(asked, world)
     if asked.resume:
         _check_classes(asked.out / "best.safetensors", json.loads(job.metadata["classes"]))
-    count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]
+    count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
     make_optimizer(job.model, settings)
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
@@ -44,7 +44,7 @@ def _run(asked: Run, world: World) -> None:
             print(job.report, file=sys.stderr)
         print(f"{job.says}; the run's folder is {asked.out}", file=sys.stderr)
         if settings.amp == "bf16" and world.device.type == "cpu" and not _cpu_has_bfloat16():
-            print("sola: this CPU has no bfloat16 and is several times faster with --train.amp none", file=sys.stderr)
+            print("sola: this CPU only emulates bfloat16; --train.amp none trains in float32", file=sys.stderr)
     summary = fit(
         job.task,
         job.model,

@@ -156,7 +156,7 @@ def _prepare(
     collate: Collate | None,
     eval_collate: Collate | None,
 ) -> _Run:
-    size = len(train_set)  # type: ignore[arg-type]
+    size = len(train_set)  # type: ignore[arg-type]  # torch does not promise a length
     epoch_steps = loading.count_epoch_steps(size, config)
     total = optim.count_steps(config, epoch_steps)
     micro_batch = loading.micro_batch_size(config, world)

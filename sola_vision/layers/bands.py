@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sola_vision.ops import pinned, transformed
+from sola_vision.ops import pinned, seen_through
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
 
@@ -40,7 +40,7 @@ def in_bands(x: Tensor, *projections: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and pinned() in (None, "native")
-        and not transformed(x)
+        and not seen_through(x)  # who traces would lose what is written to a band
         and plain_linear(*projections)
     )
 

@@ -98,9 +98,9 @@ def _linear(
     projections: Sequence[nn.Linear],
 ) -> tuple[Tensor, ...]:
     # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned and by
-    # transforms such as torch.func's
+    # exporters and transforms such as torch.func's
     pays = torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.pinned() in (None, "native")
-    if pays and not ops.transformed(*inputs, *parameters) and plain_linear(*projections):
+    if pays and not ops.seen_through(*inputs, *parameters) and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
     return tuple(projection(part) for part, projection in zip(make(*inputs, *parameters), projections, strict=True))

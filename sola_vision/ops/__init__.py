@@ -16,7 +16,7 @@ from torch import Tensor
 from sola_vision.ops import cpu, gpu, matrices, portable, reference, register
 from sola_vision.ops.arguments import check_kind, size
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
-from sola_vision.ops.path import Path, exporting_onnx, pinned, transformed, use
+from sola_vision.ops.path import Path, exporting_onnx, pinned, seen_through, transformed, use
 from sola_vision.ops.vision_rwkv import published_wkv
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
     "pinned",
     "published_wkv",
     "quad_shift",
+    "seen_through",
     "squared_relu",
-    "transformed",
     "use",
     "wkv",
 ]

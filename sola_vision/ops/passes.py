@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sola_vision.ops.arguments import check_kind, check_same_shape, size
-from sola_vision.ops.path import exporting_onnx, pinned, transformed
+from sola_vision.ops.path import pinned, seen_through
 
 
 def norm_shift(
@@ -91,7 +91,7 @@ def _plain(*tensors: Tensor) -> bool:
     better than it calls a kernel.
     """
     compiled = torch.compiler.is_compiling() and tensors[0].device.type != "cpu"
-    return pinned() in ("reference", "portable") or exporting_onnx() or compiled or transformed(*tensors)
+    return pinned() in ("reference", "portable") or compiled or seen_through(*tensors)
 
 
 def _check_shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, top: int, bottom: int) -> None:

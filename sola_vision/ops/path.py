@@ -44,6 +44,11 @@ def transformed(*tensors: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or any(forward_ad.unpack_dual(x)[1] is not None for x in tensors)
 
 
+def seen_through(*tensors: Tensor) -> bool:
+    """Whether somebody looks who knows torch's own operators only: an exporter to ONNX, or what `transformed` names."""
+    return exporting_onnx() or transformed(*tensors)
+
+
 def exporting_onnx() -> bool:
     """Whether somebody's `torch.onnx.export` is looking, which knows torch's own operators only."""
     return _pinned is None and torch.onnx.is_in_onnx_export()

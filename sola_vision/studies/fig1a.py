@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from sola_vision.analysis.paper import ROWS
 
+from .figures import label_points
 from .outcome import RESULTS, Outcome, gather
 from .pages import Block, Heading, Picture, Table, Text, write_page
 
@@ -62,31 +63,32 @@ def _draw(ours: Sequence[Outcome], out: Path) -> None:
     for axes in panels.flat[3 + len(ours) :]:
         axes.axis("off")
     for axes, (table, (title, unit)) in zip(panels[0], _PANELS.items(), strict=True):
-        for printed in ROWS:
-            accuracy = ACCURACY[table].get(printed.method)
-            if printed.table == table and accuracy is not None and printed.gmacs is not None:
-                colour = _SOLA if printed.method.startswith("SoLA") else _OTHERS
-                _point(axes, printed.method, printed.gmacs, accuracy, colour)
+        known = [
+            (printed.method, printed.gmacs, ACCURACY[table][printed.method])
+            for printed in ROWS
+            if printed.table == table and printed.method in ACCURACY[table] and printed.gmacs is not None
+        ]
         axes.set_title(f"the paper's Table {table}: {title}", fontsize=10)
         axes.set_xlabel("GMACs, as printed")
         axes.set_ylabel(unit)
         axes.set_xscale("log")
+        _points(axes, known, [_SOLA if name.startswith("SoLA") else _OTHERS for name, _, _ in known])
     for axes, outcome in zip(panels.flat[3:], ours, strict=False):
-        for row in outcome.rows:
-            if row.mean is not None:
-                _point(axes, row.name, row.macs / 1e9, row.mean, _OURS)
+        done = [(row.name, row.macs / 1e9, row.mean) for row in outcome.rows if row.mean is not None]
+        _points(axes, done, [_OURS] * len(done))
         axes.set_title(f"here, {outcome.study.name}: scale {outcome.plan['scale']}", fontsize=10)
         axes.set_xlabel(f"GMACs at {outcome.plan['cost_size']} pixels")
         axes.set_ylabel(f"{outcome.study.metric}, %, on {outcome.plan['data']['name']}")
-    for axes in panels.flat[: 3 + len(ours)]:
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.15, y=0.1)
     figure.savefig(out, dpi=100)
 
 
-def _point(axes: Axes, name: str, macs: float, accuracy: float, colour: str) -> None:
-    axes.plot(macs, accuracy, color=colour, marker="o", linestyle="none")
-    axes.annotate(name, (macs, accuracy), xytext=(4, 3), textcoords="offset points", fontsize=7)
+def _points(axes: Axes, points: list[tuple[str, float, float]], colours: list[str]) -> None:
+    """Each (name, GMACs, accuracy) as a dot with its name."""
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.15, y=0.1)
+    for (_, macs, accuracy), colour in zip(points, colours, strict=True):
+        axes.plot(macs, accuracy, color=colour, marker="o", linestyle="none")
+    label_points(axes, points)
 
 
 def _blocks(ours: Sequence[Outcome]) -> list[Block]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy against cost: a study's arms with their standard errors, the paper's own numbers in a panel beside."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -35,9 +36,9 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.1)
-    _label(panels[0], [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
+    label_points(panels[0], [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
     if with_paper:
-        _label(panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
+        label_points(panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
     shown = {_colour(row) for row in done}
     for colour, text in ((LINEAR, "linear only"), (MIXED, "both kinds"), (SOFTMAX, "softmax only in what varies")):
         if colour in shown:
@@ -47,11 +48,12 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
-def _label(axes: Axes, points: list[tuple[str, float, float]]) -> None:
-    """Names beside their points, on the side of the panel's middle, so that none runs past the edge."""
-    middle = sum(axes.get_xlim()) / 2
+def label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside points that are drawn already, towards the panel's middle, so that none runs past the edge."""
+    low, high = axes.transData.transform([(x, axes.get_ylim()[0]) for x in axes.get_xlim()])[:, 0]
     for name, x, y in points:
-        side, shift = ("left", 5) if x <= middle else ("right", -5)
+        in_left_half = axes.transData.transform((x, y))[0] <= (low + high) / 2
+        side, shift = ("left", 5) if in_left_half else ("right", -5)
         axes.annotate(name, (x, y), xytext=(shift, 4), textcoords="offset points", fontsize=7, ha=side)
 
 

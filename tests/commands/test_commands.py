@@ -32,7 +32,7 @@ def _records(folder, *without):
 def _best(folder):
     """Every bit of the weights and what is said about them; safetensors writes its header in no fixed order."""
     with safe_open(folder / "best.safetensors", "pt") as file:
-        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+        return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
 # train ---------------------------------------------------------------------------------------------------------------

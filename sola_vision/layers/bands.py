@@ -46,15 +46,16 @@ def in_bands(x: Tensor, *projections: nn.Module) -> bool:
 
 
 def plain_linear(*projections: nn.Module) -> bool:
-    """Whether each is its weight and nothing else. A low-rank adapter, a quantised module or one that is hooked does
-    more, and has to be called.
-    """
-    return all(
+    """Whether each is its weight and nothing else."""
+    return all(unchanged(projection) and projection.bias is None for projection in projections)
+
+
+def unchanged(projection: nn.Module) -> bool:
+    """A low-rank adapter, a quantised module or one that is hooked does more, and has to be called."""
+    return (
         type(projection) is nn.Linear
-        and projection.bias is None
         and not (projection._forward_hooks or projection._forward_pre_hooks)
         and not (projection._backward_hooks or projection._backward_pre_hooks)
-        for projection in projections
     )
 
 

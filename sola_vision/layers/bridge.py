@@ -7,6 +7,8 @@ X_bridge = sample(H) W_hsb,    x <- x + sigmoid(x W_g) * X_bridge
 import torch
 from torch import Tensor, nn
 
+from sola_vision.layers.products import project
+
 
 def sample(state: Tensor, height: int, width: int) -> Tensor:
     """Equidistant tokens of a finer grid: [B, H_s, W_s, C] -> [B, height, width, C], without parameters.
@@ -40,4 +42,4 @@ class HiddenStateBridge(nn.Module):
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         """x [B, H, W, C] and the source's state [B, H_s, W_s, C_s] -> the refinement [B, H, W, C]."""
         sampled = sample(state, x.shape[1], x.shape[2])
-        return torch.sigmoid(self.gate(x)) * self.proj(sampled)
+        return torch.sigmoid(project(x, self.gate)) * project(sampled, self.proj)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from sola_vision import ops
 from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, plain_linear
+from sola_vision.layers.products import product, product_into, project, weight_gradient
 
 # from the pass's inputs and the gradient of its result to the gradients of the inputs
 Backward = Callable[..., tuple[Tensor, ...]]
@@ -55,7 +55,7 @@ def _shift_linear_in_bands(
         near = band.with_neighbours(x)
         shifted = ops.norm_shift(near, weight, bias, eps, mixes, top=band.top, bottom=band.bottom)
         for part, projection, out in zip(shifted, projections, made, strict=True):
-            torch.mm(part.flatten(0, 2), projection.weight.t(), out=band.of(out).flatten(0, 2))
+            product_into(band.of(out).flatten(0, 2), part.flatten(0, 2), projection.weight)
     return made
 
 
@@ -66,7 +66,7 @@ def gate_linear(receptance: Tensor, value: Tensor, projection: nn.Linear) -> Ten
         made = value.new_empty((*value.shape[:3], projection.out_features))
         for band in bands(value, value.shape[3]):
             gated = ops.gate(band.of(receptance), band.of(value))
-            torch.mm(gated.flatten(0, 2), projection.weight.t(), out=band.of(made).flatten(0, 2))
+            product_into(band.of(made).flatten(0, 2), gated.flatten(0, 2), projection.weight)
         return made
 
     def gate(receptance: Tensor, value: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ def _linear(
     if pays and not ops.seen_through(*inputs, *parameters) and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
-    return tuple(projection(part) for part, projection in zip(make(*inputs, *parameters), projections, strict=True))
+    made = make(*inputs, *parameters)
+    return tuple(project(part, projection) for part, projection in zip(made, projections, strict=True))
 
 
 class _Linear(torch.autograd.Function):
@@ -130,7 +131,7 @@ class _Linear(torch.autograd.Function):
         parts = _images(inputs[0])
         if len(parts) == 1:
             made = make(*inputs, *parameters)
-            return tuple(linear(part.to(dtype), weight) for part, weight in zip(made, weights, strict=True))
+            return tuple(product(part.to(dtype), weight) for part, weight in zip(made, weights, strict=True))
         results: list[Tensor] = []
         for images in parts:
             made = make(*(x[images] for x in inputs), *parameters)
@@ -138,7 +139,7 @@ class _Linear(torch.autograd.Function):
                 made.new_empty((len(inputs[0]), *made.shape[2:-1], len(weight)), dtype=dtype) for weight in weights
             ]
             for part, weight, result in zip(made, weights, results, strict=True):
-                torch.mm(part.flatten(0, -2).to(dtype), weight.t(), out=result[images].flatten(0, -2))
+                product_into(result[images].flatten(0, -2), part.flatten(0, -2).to(dtype), weight)
         return tuple(results)
 
     @staticmethod
@@ -157,8 +158,8 @@ class _Linear(torch.autograd.Function):
             grad_made = torch.empty(made.shape, dtype=dtype, device=made.device)
             for part, grad, weight, grad_part, total in zip(made, grads, casts, grad_made, of_weights, strict=True):
                 rows = grad[images].reshape(-1, len(weight))
-                torch.mm(rows, weight, out=grad_part.flatten(0, -2))
-                total += rows.t() @ part.flatten(0, -2).to(dtype)
+                product_into(grad_part.flatten(0, -2), rows, weight.t())
+                total += weight_gradient(rows, part.flatten(0, -2).to(dtype))
             found = ctx.backward_of_make(*some, *parameters, grad_made.to(made.dtype))
             for whole, grad in zip(of_inputs, found[: len(inputs)], strict=True):
                 whole[images] = grad

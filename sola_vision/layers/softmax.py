@@ -9,6 +9,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from sola_vision.layers.products import project
+
 
 class SoftmaxMixer(nn.Module):
     """Multi-head self-attention over all tokens (eq. 1)."""
@@ -31,10 +33,10 @@ class SoftmaxMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same."""
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, heads, head_dim]
+        qkv = project(x, self.qkv).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, heads, head_dim]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, N, head_dim]
-        return self.output(mixed.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+        return project(mixed.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]), self.output)
 
 
 class ConvMlp(nn.Module):
@@ -49,10 +51,10 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same."""
-        x = self.fc1(x).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
+        x = project(x, self.fc1).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
         # not in the paper: before the activation, as in PVT v2, which introduced this MLP
         x = self.depthwise(x).permute(0, 2, 3, 1)
-        return self.fc2(nn.functional.gelu(x))
+        return project(nn.functional.gelu(x), self.fc2)
 
 
 class SoftmaxLayer(nn.Module):

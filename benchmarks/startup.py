@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cold start of the command line, beside importing timm: whole processes, in interleaved rounds, files in the page cache.
+"""Cold start of the command line beside importing timm: whole processes, in interleaved rounds, files in memory.
 
 python benchmarks/startup.py               # writes benchmarks/results/startup.json; one quiet minute
 """
@@ -34,7 +34,7 @@ def run() -> None:
         checkpoint = Path(folder) / NETWORK
         names = [f"class {i}" for i in range(1000)]
         tasks.save_pretrained(timm.create_model(NETWORK), checkpoint, classes=names)
-        sola = [sys.executable, "-m", "sola_vision"]
+        sola = [str(Path(sys.executable).with_name("sola"))]
         commands = {
             "import timm": [sys.executable, "-c", "import timm"],
             "sola --help": [*sola, "--help"],

@@ -9,24 +9,31 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def check_kind(operator: str, **tensors: Tensor) -> None:
     """Raises TypeError unless all are dense and of a dtype that the kernels know, ValueError unless on one device."""
+    device = next(iter(tensors.values())).device
+    for x in tensors.values():  # plain loops: every call of every operator waits for them
+        if x.layout is not torch.strided or x.is_nested or x.dtype not in _DTYPES or x.device != device:
+            raise _wrong_kind(operator, tensors)
+
+
+def _wrong_kind(operator: str, tensors: dict[str, Tensor]) -> Exception:
     given, names = tensors.values(), _listed(list(tensors))
     if any(x.is_nested or x.layout is not torch.strided for x in given):
-        raise TypeError(f"{operator}: {names} must be dense tensors, neither sparse nor nested; convert them")
+        return TypeError(f"{operator}: {names} must be dense tensors, neither sparse nor nested; convert them")
     if any(x.dtype not in _DTYPES for x in given):
         dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in given)
-        raise TypeError(f"{operator}: {names} must be float64, float32, bfloat16 or float16, got {dtypes}")
-    if len({x.device for x in given}) > 1:
-        devices = ", ".join(str(x.device) for x in given)
-        raise ValueError(f"{operator}: {names} must be on one device, got {devices}")
+        return TypeError(f"{operator}: {names} must be float64, float32, bfloat16 or float16, got {dtypes}")
+    devices = ", ".join(str(x.device) for x in given)
+    return ValueError(f"{operator}: {names} must be on one device, got {devices}")
 
 
 def check_same_shape(operator: str, **tensors: Tensor) -> None:
     """`check_kind`, and ValueError unless all have one shape."""
     check_kind(operator, **tensors)
-    first, *others = tensors.values()
-    if any(x.shape != first.shape for x in others):
-        shapes = ", ".join(f"{name} {size(x)}" for name, x in tensors.items())
-        raise ValueError(f"{operator}: all must have one shape, got {shapes}")
+    shape = next(iter(tensors.values())).shape
+    for x in tensors.values():
+        if x.shape != shape:
+            shapes = ", ".join(f"{name} {size(x)}" for name, x in tensors.items())
+            raise ValueError(f"{operator}: all must have one shape, got {shapes}")
 
 
 def size(x: Tensor) -> str:

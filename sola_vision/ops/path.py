@@ -41,7 +41,10 @@ def transformed(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or any(forward_ad.unpack_dual(x)[1] is not None for x in tensors)
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # no level, no tangents: unpacking is slow
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x)[1] is not None for x in tensors)
 
 
 def seen_through(*tensors: Tensor) -> bool:
@@ -51,4 +54,5 @@ def seen_through(*tensors: Tensor) -> bool:
 
 def exporting_onnx() -> bool:
     """Whether somebody's `torch.onnx.export` is looking, which knows torch's own operators only."""
-    return _pinned is None and torch.onnx.is_in_onnx_export()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced and _pinned is None and torch.onnx.is_in_onnx_export()

@@ -165,7 +165,7 @@ void sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
 
 void carry(const Problem& p, const Register& r, int slots, int s) {
   const int64_t chunks = (p.tokens + L - 1) / L;
-  const auto pass = [&](Lanes* slot, Wide& running) {
+  const auto pass = [&](Lanes* slot, Wide& running) SOLA_FORCED {
     const Wide sum = Wide::of(*slot);
     running.round_to(*slot);
     running = running * r.lam_chunk + sum;

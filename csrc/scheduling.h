@@ -40,12 +40,10 @@ class Workspace {
 };
 
 template <class Op>
-void chunk_phase(const Problem& p, const typename Op::Register& r, int phase, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end && r.fast; ++c) {
-    const bool whole = r.n == W && (c + 1) * Op::length <= p.tokens;
-    const auto chunk = whole ? Op::template chunk<true> : Op::template chunk<false>;
-    chunk(p, r, phase, c * Op::length, r.slots + c * Op::slots);
-  }
+void chunk_phase(const Problem& p, const typename Op::Register& r, int phase, int64_t c) {
+  if (!r.fast) return;
+  const bool whole = r.n == W && (c + 1) * Op::length <= p.tokens;
+  (whole ? Op::template chunk<true> : Op::template chunk<false>)(p, r, phase, c * Op::length, r.slots + c * Op::slots);
 }
 
 // Asks for rows begin to end of an image, of as many bytes from a channel on, in the order of memory.
@@ -60,6 +58,20 @@ __attribute__((always_inline)) inline void fetch(const Problem& p, int64_t image
     for (int64_t t = begin; t < end && t < p.tokens; ++t) {
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + t * a->row_stride * element + b, 0, 2);
     }
+  }
+}
+
+// One chunk of some registers side by side, and the next one on its way.
+template <class Op>
+void chunk_of_registers(const Problem& p, const typename Op::Register* registers, int64_t count, int phase, int64_t c,
+                        bool streamed) {
+  constexpr int64_t element = sizeof(typename Op::Element), L = Op::length;
+  for (int64_t i = 0; i < count; ++i) {
+    if (streamed) {
+      fetch(p, registers[0].image, registers[0].channel, (c + 1) * L + L * i / count, (c + 1) * L + L * (i + 1) / count,
+            element, count * W * element);
+    }
+    chunk_phase<Op>(p, registers[i], phase, c);
   }
 }
 
@@ -81,36 +93,32 @@ void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, boo
         continue;
       }
       for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t i = 0; i < count; ++i) {
-          if (streamed) {
-            constexpr int64_t element = sizeof(typename Op::Element), L = Op::length;
-            const auto& r = space.registers[0];
-            fetch(p, r.image, r.channel, (c + 1) * L + L * i / count, (c + 1) * L + L * (i + 1) / count, element,
-                  count * W * element);
-          }
-          chunk_phase<Op>(p, space.registers[i], phase, c, c + 1);
-        }
+        chunk_of_registers<Op>(p, space.registers, count, phase, c, streamed);
       }
     }
   }
 }
 
-// every phase is a parallel region over the registers' segments
+// Every phase is a parallel region: over segments of an image, whose rows are taken whole, or over registers.
 template <class Op>
-void by_segment(const Problem& p, int64_t count, int64_t segments, int64_t chunks, ParallelFor loop) {
+void by_segment(const Problem& p, int64_t count, int64_t segments, bool streamed, int64_t chunks, ParallelFor loop) {
   const Workspace<typename Op::Register> space(count, chunks * Op::slots);
   for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, i);
+  const int64_t columns = count / p.batch;
   for (int phase = 0; phase < Op::phases; ++phase) {
-    const int64_t parts = Op::by_chunk[phase] ? segments : 1;
-    parallel(loop, count * parts, 1, [&](int64_t begin, int64_t end) {
+    if (!Op::by_chunk[phase]) {
+      parallel(loop, count, 1, [&](int64_t begin, int64_t end) {
+        const FlushSubnormals flush(true);
+        for (int64_t i = begin; i < end; ++i) Op::whole(p, space.registers[i], phase);
+      });
+      continue;
+    }
+    parallel(loop, p.batch * segments, 1, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush(true);
       for (int64_t k = begin; k < end; ++k) {
-        typename Op::Register& r = space.registers[k / parts];
-        const int64_t part = k % parts;
-        if (!Op::by_chunk[phase]) {
-          Op::whole(p, r, phase);
-        } else {
-          chunk_phase<Op>(p, r, phase, chunks * part / parts, chunks * (part + 1) / parts);
+        const int64_t image = k / segments, part = k % segments;
+        for (int64_t c = chunks * part / segments; c < chunks * (part + 1) / segments; ++c) {
+          chunk_of_registers<Op>(p, space.registers + image * columns, columns, phase, c, streamed);
         }
       }
     });
@@ -119,14 +127,16 @@ void by_segment(const Problem& p, int64_t count, int64_t segments, int64_t chunk
 
 template <class Op>
 void run(const Problem& p, ParallelFor loop) {
-  const int64_t count = p.batch * ((p.channels + W - 1) / W), chunks = (p.tokens + Op::length - 1) / Op::length;
-  const int64_t wanted = (4 * p.threads + count - 1) / count, most = chunks / 4;
-  const int64_t segments = p.threads == 1 || count >= 2 * p.threads ? 1 : wanted < most ? wanted : most;
-  if (segments > 1) return by_segment<Op>(p, count, segments, chunks, loop);
+  const int64_t columns = (p.channels + W - 1) / W, count = p.batch * columns;
+  const int64_t chunks = (p.tokens + Op::length - 1) / Op::length;
   // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
   // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
-  const int64_t cache = 3 << 19, widest = 8, columns = (p.channels + W - 1) / W;
+  const int64_t cache = 3 << 19, widest = 8;
   const bool streamed = (columns < widest ? columns : widest) * p.tokens * register_bytes * Op::arrays > cache;
+  const int64_t wanted = (4 * p.threads + p.batch - 1) / p.batch, most = chunks / 4;
+  const int64_t segments = wanted < most ? wanted : most;
+  const bool few = count < 2 * p.threads || (streamed && p.batch < p.threads);
+  if (p.threads > 1 && few && segments > 1) return by_segment<Op>(p, count, segments, streamed, chunks, loop);
   const int64_t tile = widest;
   parallel(loop, count, 1 + 1024 / p.tokens,
            [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, streamed, chunks); });

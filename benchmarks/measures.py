@@ -15,7 +15,7 @@ TINY, SMALL = "sola_tiny", "sola_small"
 SWIN, EFFICIENT, CONVNEXT = "swin_tiny_patch4_window7_224", "efficientformer_l1", "convnext_tiny"
 DEIT_TINY, DEIT_SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
 ACCURACY = ("operator_accuracy", "operator_accuracy_triton", "operator_accuracy_triton_3136")
-Results = dict[str, Any]  # name of the file -> its document
+Results = dict[str, Any]  # name of the file -> its document; name of a folder -> another machine's results
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Measure:
 
 
 def load(folder: Path = RESULTS) -> Results:
-    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return files | {path.name: load(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
 def measures(results: Results) -> list[Measure]:

@@ -17,6 +17,7 @@ from typing import Any
 from measures import ACCURACY, RESULTS, Results, load, measures
 
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+OTHER_MACHINE = "xeon"  # folder of its results
 # name of a result -> the part of cpu.py that measures it
 _PARTS = {
     "operator": "operator",
@@ -57,8 +58,46 @@ def filled(page: str, results: Results) -> str:
 
 
 def measures_table(results: Results) -> str:
-    rows = [(m.what, m.shown, m.target_shown, m.verdict) for m in measures(results)]
-    return markdown(("measure", "value", "target", "met"), rows)
+    """One machine's measures beside another's; what was not measured there stays empty."""
+    here = {m.what: m for m in measures(results)}
+    other = {m.what: m for m in measures(results.get(OTHER_MACHINE, {})) if m.value is not None}
+    rows = []
+    for what in dict.fromkeys((*here, *other)):
+        of_both = [machine.get(what) for machine in (here, other)]
+        cells = [cell for m in of_both for cell in (("", "") if m is None else (m.shown, m.verdict))]
+        rows.append((what, (here.get(what) or other[what]).target_shown, *cells))
+    names = (hardware(results), hardware(results.get(OTHER_MACHINE, {})))
+    return markdown(("measure", "target", names[0], "met", names[1], "met"), rows)
+
+
+def hardware(results: Results) -> str:
+    document = results.get("operator", {})
+    return f"{document.get('hardware', 'none')}, {document.get('kernel', 'no kernel')}"
+
+
+def startup_table(results: Results) -> str:
+    document = results.get("startup")
+    if document is None:
+        return "*Not measured yet:* `python benchmarks/startup.py`"
+    rows = [(what, f"{seconds:.2f} s") for what, seconds in document["seconds"].items()]
+    where = (
+        f"{document['hardware']}, torch {document['torch']}, timm {document['timm']}, commit {document['commit'][:10]}"
+    )
+    return markdown(("process", "time"), rows) + f"\n\n{where}: `python benchmarks/startup.py`"
+
+
+def products_table(results: Results) -> str:
+    document = results.get("products")
+    if document is None:
+        return "*Not measured yet:* `python benchmarks/products.py`"
+    rows = []
+    for row in document["rows"]:
+        rates = (f"{row['gmacs_per_second'][way]:,.0f}" for way in ("matrices", "convolution"))
+        faster = f"{row['convolution_over_matrices']['ratio']:.2f}"
+        rows.append((str(row["threads"]), "x".join(map(str, row["shape"])), row["what"], *rates, faster))
+    head = ("threads", "rows x inner x outer", "what", "matrices, GMACs/s", "convolution, GMACs/s", "times as fast")
+    where = f"{document['hardware']}, torch {document['torch']}, commit {document['commit'][:10]}"
+    return markdown(head, rows) + f"\n\n{where}: `python benchmarks/products.py`"
 
 
 def operator_table(results: Results) -> str:
@@ -144,6 +183,8 @@ def provenance(document: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "measures": measures_table,
+    "products": products_table,
+    "startup": startup_table,
     "operator": operator_table,
     "accuracy": accuracy_table,
     **{

@@ -55,6 +55,8 @@ def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
     """grad.T @ rows: of a product's result [M, D] and its rows [M, K] -> its weight's [D, K]."""
     if not _convolves(rows, grad):
         return grad.t() @ rows
+    if rows.shape[1] > grad.shape[1]:  # oneDNN is faster where the results are the wider side
+        return weight_gradient(rows, grad).t()
     shape = (grad.shape[1], rows.shape[1], 1, 1)
     return conv2d_weight(_image(rows), shape, _image(grad), dilation=_DILATION).flatten(1)
 

@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy against cost: a study's arms with their standard errors, the paper's own numbers in a panel beside."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from .outcome import Outcome, Row
 
 # Okabe and Ito's colours: told apart by colour-blind readers and in print
 LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
+# of a name's nearer end and middle from its point, in points, the nearest first
+_PLACES = sorted(
+    ((side * (5 + right), up) for side in (1, -1) for right in range(0, 80, 6) for up in range(-80, 84, 6)),
+    key=lambda place: math.hypot(*place),
+)
 
 
 def draw_study(outcome: Outcome, out: Path) -> None:
@@ -49,12 +58,35 @@ def draw_study(outcome: Outcome, out: Path) -> None:
 
 
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names beside points that are drawn already, towards the panel's middle, so that none runs past the edge."""
-    low, high = axes.transData.transform([(x, axes.get_ylim()[0]) for x in axes.get_xlim()])[:, 0]
-    for name, x, y in points:
-        in_left_half = axes.transData.transform((x, y))[0] <= (low + high) / 2
-        side, shift = ("left", 5) if in_left_half else ("right", -5)
-        axes.annotate(name, (x, y), xytext=(shift, 4), textcoords="offset points", fontsize=7, ha=side)
+    """Names beside points that are drawn already: each at the nearest place around its point where the fewest points,
+    earlier names and edges are in the way, with a line between the two.
+    """
+    figure = axes.get_figure(root=True)
+    if figure is None or not points:
+        return
+    figure.draw_without_rendering()  # places are pixels, and the layout has to be settled
+    pixels_a_point = figure.dpi / 72
+    panel = axes.get_window_extent()
+    centres = axes.transData.transform([(x, y) for _, x, y in points])
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
+    for (name, x, y), centre in zip(points, centres, strict=True):
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 2}
+        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)
+        size = label.get_window_extent()
+
+        def box(place: tuple[float, float], centre: Any = centre, size: Bbox = size) -> Bbox:
+            left, bottom = centre + pixels_a_point * np.array(place)
+            left -= size.width * (place[0] < 0)  # ends at the point
+            return Bbox.from_bounds(left, bottom - size.height / 2, size.width, size.height)
+
+        def in_the_way(place: tuple[float, float], box: Callable[..., Bbox] = box) -> int:
+            mine = box(place)
+            outside = not (panel.contains(*mine.min) and panel.contains(*mine.max))
+            return outside * len(taken) + mine.count_overlaps(taken)
+
+        place = min(_PLACES, key=in_the_way)  # the first of equal ones: they are sorted by distance
+        taken.append(box(place))
+        label.set(position=place, horizontalalignment="right" if place[0] < 0 else "left", verticalalignment="center")
 
 
 def _colour(row: Row) -> str:

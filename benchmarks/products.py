@@ -19,7 +19,16 @@ from sola_vision.engine.log import surroundings, write_json
 from sola_vision.layers import products
 
 # rows, inner, outer: what the stages of sola_tiny and sola_small multiply for an image of 224 or a few
-SHAPES = ((3136, 96, 96), (6272, 96, 384), (6272, 384, 96), (6272, 192, 768), (1568, 384, 1536), (1568, 1536, 384))
+SHAPES = (
+    (128, 768, 768),
+    (392, 768, 768),
+    (3136, 96, 96),
+    (6272, 96, 384),
+    (6272, 384, 96),
+    (6272, 192, 768),
+    (1568, 384, 1536),
+    (1568, 1536, 384),
+)
 
 
 def run() -> None:
@@ -41,10 +50,10 @@ def measure(threads: int, shape: tuple[int, int, int], protocol: Protocol) -> li
     torch.manual_seed(0)
     number, inner, outer = shape
     x, weight, grad = torch.randn(number, inner), torch.randn(outer, inner), torch.randn(number, outer)
-    out = torch.empty(number, outer)
+    out, grad_x = torch.empty(number, outer), torch.empty(number, inner)
     what: dict[str, Callable[[], object]] = {
         "product": partial(products.product_into, out, x, weight),
-        "gradient of the rows": partial(products.product, grad, weight.t()),
+        "gradient of the rows": partial(products.product_into, grad_x, grad, weight.t()),
         "gradient of the weight": partial(products.weight_gradient, grad, x),
     }
     jobs = {(name, way): partial(chosen_way, way == "convolution", job) for name, job in what.items() for way in WAYS}

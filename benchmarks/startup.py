@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cold start of the command line beside importing timm: whole processes, in interleaved rounds, files in memory.
 
-python benchmarks/startup.py               # writes benchmarks/results/startup.json; one quiet minute
+    python benchmarks/startup.py               # writes benchmarks/results/startup.json; one quiet minute
+
+The first round brings the files into memory and does not count.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from measures import RESULTS
 from PIL import Image
 
 from sola_vision import tasks
@@ -26,7 +29,7 @@ NETWORK = "sola_small"
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/startup.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "startup.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.jpg"
@@ -45,7 +48,7 @@ def run() -> None:
             for what, command in commands.items():
                 start = time.perf_counter()
                 subprocess.run(command, capture_output=True, check=True)
-                if number:  # the first round brings files into memory
+                if number:
                     times[what].append(time.perf_counter() - start)
                     print(f"{what}: {times[what][-1]:.2f} s", flush=True)
     results: dict[str, Any] = {

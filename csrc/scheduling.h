@@ -3,7 +3,8 @@
 //
 // An operator Op says its phases, and which of them have a part for each chunk (by_chunk); `length` tokens make a chunk.
 // Op::chunk does a part, Op::whole a phase that has none, for one Op::Register. Where there are registers enough for all
-// threads a thread takes its registers through all phases; else phases are parallel regions.
+// threads a thread takes its registers through all phases; else, and where long images are fewer than threads, phases are
+// parallel regions.
 #pragma once
 #include <cstdlib>
 
@@ -137,9 +138,8 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t segments = wanted < most ? wanted : most;
   const bool few = count < 2 * p.threads || (streamed && p.batch < p.threads);
   if (p.threads > 1 && few && segments > 1) return by_segment<Op>(p, count, segments, streamed, chunks, loop);
-  const int64_t tile = widest;
   parallel(loop, count, 1 + 1024 / p.tokens,
-           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, streamed, chunks); });
+           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, widest, streamed, chunks); });
 }
 
 // float64 inputs always take the robust path, which is float64 throughout

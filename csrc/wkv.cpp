@@ -11,9 +11,9 @@
 //     gw = -lam / N sum_t (A^x B^h - A^e B^q + R^x F^h - R^e F^q)
 //
 // Tokens are cut into chunks of L, channels lie on the lanes of a register, and an operator is a list of phases:
-//     sums        A and R of each chunk by itself, starting from zero            parallel over registers and chunks
+//     sums        A and R of each chunk by itself, starting from zero            parallel over chunks
 //     carry       the states at the chunks' edges from these, in float64         parallel over registers
-//     output      the scans inside a chunk from its carries                      parallel over registers and chunks
+//     output      the scans inside a chunk from its carries                      parallel over chunks
 // The backward has two more between the last two, for F and B. Only carries are kept (4 numbers in L tokens and their
 // maxima in the forward, 8 in the backward); what a phase needs of an earlier one inside a chunk it computes again.
 // How they are divided among threads is in scheduling.h; every number is computed by the same operations either way, so

@@ -8,7 +8,6 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
-    register_notrace_function,
     register_notrace_module,
 )
 from torch import Tensor, nn
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 from sola_vision import config, layers
 from sola_vision.backbone import SolaVision
 from sola_vision.layers import resize_position
-from sola_vision.layers.products import project
 
 # what looks at sizes is a leaf for torch.fx, as timm's own models have it
 register_notrace_module(layers.PositionEmbedding)
 register_notrace_module(layers.HiddenStateBridge)
 register_notrace_module(layers.LinearLayer)
-register_notrace_function(project)
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:

@@ -51,9 +51,13 @@ def plain_linear(*projections: nn.Module) -> bool:
 
 
 def unchanged(projection: nn.Module) -> bool:
-    """A low-rank adapter, a quantised module or one that is hooked does more, and has to be called."""
+    """Whether it is a linear layer that does what its weight and bias say. A low-rank adapter, a quantised module or
+    weight, and one that is hooked or whose forward was replaced does more, and has to be called.
+    """
     return (
         type(projection) is nn.Linear
+        and type(projection.weight) in (nn.Parameter, Tensor)
+        and "forward" not in vars(projection)
         and not (projection._forward_hooks or projection._forward_pre_hooks)
         and not (projection._backward_hooks or projection._backward_pre_hooks)
     )

@@ -19,17 +19,21 @@ from sola_vision.layers.bands import unchanged
 from sola_vision.ops import pinned, seen_through
 
 _FEWEST_VALUES = 1 << 15  # torch itself leaves small convolutions to another library
+_FEWEST_ROWS = 128  # for fewer, oneDNN's rearranging of the weight is a large part
 _DILATION = (2, 2)  # a 1x1 kernel knows no difference, but torch, which on one thread leaves plain ones to MKL, does
-_ZEN_5 = 26  # AMD's family; earlier ones with AVX-512 compute it in halves, and nobody has measured them
+# AMD's family. Earlier ones with AVX-512 compute it in halves, as mobile ones of this family may; neither was measured
+_ZEN_5 = 26
 
 
 def project(x: Tensor, projection: nn.Linear) -> Tensor:
     """projection(x): [..., K] -> [..., D]."""
     convolves = (
-        not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
+        type(x) is Tensor  # not what torch.fx traces with
+        and not torch.compiler.is_compiling()
         and _convolves(x, projection.weight)
+        and x.shape[-1] == projection.in_features
         and unchanged(projection)
+        and not torch.nn.modules.module._has_any_global_hook()
         and pinned() in (None, "native")
         and not seen_through(x)
     )
@@ -62,8 +66,9 @@ def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    made = conv2d(_image(x), weight[:, :, None, None], bias, dilation=_DILATION)
-    return made.permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
+    made = conv2d(_image(x), weight[:, :, None, None], bias, dilation=_DILATION).permute(0, 2, 3, 1)
+    # not a view in autograd's eyes, so that it may be changed in place
+    return torch.ops.aten._unsafe_view(made, (*x.shape[:-1], weight.shape[0]))
 
 
 def _image(x: Tensor) -> Tensor:
@@ -73,10 +78,13 @@ def _image(x: Tensor) -> Tensor:
 
 def _convolves(x: Tensor, other: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        _convolution_is_faster()
+        and not torch.jit.is_tracing()  # a traced file is for any processor
+        and x.device.type == other.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
-        and x.numel() >= _FEWEST_VALUES
-        and _convolution_is_faster()
+        and x.numel() >= max(_FEWEST_VALUES, _FEWEST_ROWS * x.shape[-1])
+        and other.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -96,4 +104,5 @@ def _processor() -> tuple[str, int]:
         return "", 0
     lines = (line.split(":", 1) for line in file.read_text().split("\n\n")[0].splitlines() if ":" in line)
     said = {name.strip(): value.strip() for name, value in lines}
-    return said.get("vendor_id", ""), int(said.get("cpu family", 0))
+    family = said.get("cpu family", "")
+    return said.get("vendor_id", ""), int(family) if family.isdigit() else 0

@@ -54,5 +54,6 @@ def seen_through(*tensors: Tensor) -> bool:
 
 def exporting_onnx() -> bool:
     """Whether somebody's `torch.onnx.export` is looking, which knows torch's own operators only."""
+    # asked first, and cheap: nobody exports without tracing
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return traced and _pinned is None and torch.onnx.is_in_onnx_export()

@@ -58,7 +58,8 @@ def write_fig1a(folder: Path) -> None:
 
 def _draw(ours: Sequence[Outcome], out: Path) -> None:
     lower = -(-len(ours) // 3)
-    figure = Figure(figsize=(16, 4.8 * (1 + lower)), layout="constrained")
+    figure = Figure(figsize=(16, 4.8 * (1 + lower)), layout="constrained", dpi=100)
+    named: dict[Axes, list[tuple[str, float, float]]] = {}
     panels = figure.subplots(1 + lower, 3, squeeze=False)
     for axes in panels.flat[3 + len(ours) :]:
         axes.axis("off")
@@ -73,22 +74,25 @@ def _draw(ours: Sequence[Outcome], out: Path) -> None:
         axes.set_ylabel(unit)
         axes.set_xscale("log")
         _points(axes, known, [_SOLA if name.startswith("SoLA") else _OTHERS for name, _, _ in known])
+        named[axes] = known
     for axes, outcome in zip(panels.flat[3:], ours, strict=False):
         done = [(row.name, row.macs / 1e9, row.mean) for row in outcome.rows if row.mean is not None]
         _points(axes, done, [_OURS] * len(done))
+        named[axes] = done
         axes.set_title(f"here, {outcome.study.name}: scale {outcome.plan['scale']}", fontsize=10)
         axes.set_xlabel(f"GMACs at {outcome.plan['cost_size']} pixels")
         axes.set_ylabel(f"{outcome.study.metric}, %, on {outcome.plan['data']['name']}")
-    figure.savefig(out, dpi=100)
+    for axes, points in named.items():
+        label_points(figure, axes, points)
+    figure.savefig(out)
 
 
 def _points(axes: Axes, points: list[tuple[str, float, float]], colours: list[str]) -> None:
-    """Each (name, GMACs, accuracy) as a dot with its name."""
+    """Each (name, GMACs, accuracy) as a dot."""
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.1)
     for (_, macs, accuracy), colour in zip(points, colours, strict=True):
         axes.plot(macs, accuracy, color=colour, marker="o", linestyle="none")
-    label_points(axes, points)
 
 
 def _blocks(ours: Sequence[Outcome]) -> list[Block]:

@@ -17,7 +17,7 @@ from .outcome import Outcome, Row
 LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
 # of a name's nearer end and middle from its point, in points, the nearest first
 _PLACES = sorted(
-    ((side * (5 + right), up) for side in (1, -1) for right in range(0, 80, 6) for up in range(-80, 84, 6)),
+    ((side * (5 + right), up) for side in (1, -1) for right in range(0, 80, 12) for up in range(-80, 84, 8)),
     key=lambda place: math.hypot(*place),
 )
 
@@ -45,30 +45,32 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.1)
-    label_points(panels[0], [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
-    if with_paper:
-        label_points(panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
     shown = {_colour(row) for row in done}
     for colour, text in ((LINEAR, "linear only"), (MIXED, "both kinds"), (SOFTMAX, "softmax only in what varies")):
         if colour in shown:
             panels[0].plot([], [], color=colour, marker="o", linestyle="none", label=text)
     if shown:
         panels[0].legend(fontsize=8, loc="lower right")  # "best" takes seconds on a busy machine, and warns then
-    figure.savefig(out, dpi=110)
+    figure.set_dpi(110)
+    label_points(figure, panels[0], [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
+    if with_paper:
+        label_points(figure, panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
+    figure.savefig(out)
 
 
-def label_points(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Names beside points that are drawn already: each at the nearest place around its point where the fewest points,
-    earlier names and edges are in the way, with a line between the two.
+def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names beside the points of a figure that is complete but for them: each at the nearest place around its point
+    where the fewest points, earlier names and edges are in the way, with a line between the two.
     """
-    figure = axes.get_figure(root=True)
-    if figure is None or not points:
+    if not points:
         return
     figure.draw_without_rendering()  # places are pixels, and the layout has to be settled
     pixels_a_point = figure.dpi / 72
     panel = axes.get_window_extent()
     centres = axes.transData.transform([(x, y) for _, x, y in points])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
+    legend = axes.get_legend()
+    taken += [] if legend is None else [legend.get_window_extent()]
     for (name, x, y), centre in zip(points, centres, strict=True):
         line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 2}
         label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 import sola_vision  # noqa: F401 - names of the networks
-from sola_vision import ops
+from sola_vision import layers, ops
 from sola_vision.layers import products
 
 
@@ -38,7 +38,7 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize(("rows", "inner", "outer"), [(49, 700, 33), (3136, 96, 384), (1, 1 << 15, 7), (40_000, 1, 1)])
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(129, 700, 33), (3136, 96, 384), (3136, 384, 96), (40_000, 1, 1)])
 def test_every_product_is_that_of_matrices(convolutions, rows, inner, outer):
     torch.manual_seed(0)
     x, weight, grad = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
@@ -75,6 +75,8 @@ def test_only_large_float32_products_on_a_cpu_are_convolutions(monkeypatch, conv
     x, weight = torch.randn(400, 96), torch.randn(8, 96)
     products.product(x, weight)
     products.product(x[:8], weight)
+    products.product(torch.randn(100, 4096), torch.randn(8, 4096))  # few rows, though many values
+    assert products.product(x, weight[:0]).shape == (400, 0)
     products.product(x.double(), weight.double())
     products.product(x.bfloat16(), weight.bfloat16())
     assert products.product(x.to("meta"), weight.to("meta")).shape == (400, 8)
@@ -89,15 +91,61 @@ def test_modules_are_called_where_more_than_their_weight_is_asked_for(convolutio
         assert products.project(x, projection).equal(linear(x, projection.weight, projection.bias))
     with torch.autocast("cpu", torch.bfloat16):
         assert products.project(x, projection).dtype == torch.bfloat16
+        assert products.weight_gradient(x, x).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        products.project(x[:, :64].repeat(4, 1), projection)
     torch.func.vmap(lambda row: products.project(row, projection))(x)
     torch.compile(lambda x: products.project(x, projection), backend="eager", fullgraph=True)(x)
     assert not convolutions
     seen = []
-    handle = projection.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+
+    def hook(module, inputs, output):
+        seen.append(output.shape)
+
+    for register in (projection.register_forward_hook, nn.modules.module.register_module_forward_hook):
+        handle = register(hook)
+        products.project(x, projection)
+        handle.remove()
+    projection.forward = lambda x: seen.append(x.shape)  # as accelerate replaces it
     products.project(x, projection)
-    handle.remove()
-    assert seen == [(400, 8)]
+    assert seen == [(400, 8), (400, 8), (400, 96)]
     assert not convolutions
+
+
+class Quantised(torch.Tensor):
+    """As torchao's: a weight that knows a few operators."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is linear:
+            return torch.full((len(args[0]), 8), 7.0)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_weight_of_another_kind_multiplies_itself(convolutions):
+    projection = nn.Linear(96, 8)
+    projection.weight = nn.Parameter(torch.randn(8, 96).as_subclass(Quantised))
+    assert products.project(torch.randn(400, 96), projection).eq(7).all()
+    assert not convolutions
+
+
+def test_what_is_traced_holds_matrix_products(convolutions):
+    layer = layers.SoftmaxLayer(96).eval()
+    x = torch.randn(1, 20, 20, 96)
+    traced = torch.jit.trace(layer.mlp, x)
+    assert str(traced.inlined_graph).count("aten::_convolution") == 1  # the depth-wise one
+    torch.testing.assert_close(traced(x), layer.mlp(x), atol=1e-5, rtol=1e-5)
+    graph = torch.fx.symbolic_trace(layer).graph
+    assert {"mixer.qkv", "mlp.fc1"} <= {node.target for node in graph.nodes if node.op == "call_module"}
+
+
+def test_results_may_be_changed_in_place(convolutions):
+    x = torch.randn(1, 20, 20, 96, requires_grad=True)
+    layer = layers.LinearLayer(96)
+    mixed, _ = layer.mixer(x, layer.norm1)
+    mixed.mul_(2)
+    mixed.sum().backward()
+    assert convolutions
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -124,10 +172,11 @@ def test_a_network_computes_the_same(monkeypatch, convolutions, grad):
 
 def test_timm_extracts_features_by_torch_fx(convolutions):
     network = timm.create_model("sola_nano").eval()
-    features = create_feature_extractor(network, {"stages.2": "c4"})
+    features = create_feature_extractor(network, {"stages.2": "c4", "stages.3.layers.1.mlp.fc1": "hidden"})
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         found = features(images)["c4"]
+        assert features(images)["hidden"].shape == (1, 7, 7, 512)
         torch.testing.assert_close(found, network.forward_intermediates(images)[1][2].permute(0, 2, 3, 1))
     assert convolutions
 

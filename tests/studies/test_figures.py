@@ -19,7 +19,7 @@ def test_names_keep_clear_of_each_other(scale):
     axes = figure.subplots()
     axes.set_xscale(scale)
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], "o")
-    label_points(axes, points)
+    label_points(figure, axes, points)
     figure.draw_without_rendering()
     panel = axes.get_window_extent()
     boxes = [Text.get_window_extent(label) for label in axes.texts]
@@ -33,6 +33,7 @@ def test_names_keep_clear_of_each_other(scale):
 
 
 def test_no_points_no_names():
-    axes = Figure().subplots()
-    label_points(axes, [])
+    figure = Figure()
+    axes = figure.subplots()
+    label_points(figure, axes, [])
     assert not axes.texts

@@ -6,12 +6,15 @@ Importing it registers `sola_nano`, `sola_tiny`, `sola_small` and `sola_base` wi
 
 from typing import TYPE_CHECKING, Any
 
-from sola_vision import ops, sola, vrwkv
-from sola_vision.backbone import SolaVision
-from sola_vision.config import SolaConfig, base, nano, small, tiny
-from sola_vision.ops import wkv
-from sola_vision.schedule import parse_bridges, parse_schedule
+from sola_vision.startup import uncollected
 from sola_vision.version import __version__
+
+with uncollected():
+    from sola_vision import ops, sola, vrwkv
+    from sola_vision.backbone import SolaVision
+    from sola_vision.config import SolaConfig, base, nano, small, tiny
+    from sola_vision.ops import wkv
+    from sola_vision.schedule import parse_bridges, parse_schedule
 
 if TYPE_CHECKING:
     from sola_vision.tasks import load, save_pretrained

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sola_vision.startup import uncollected
+
 # verb -> what it does; the module of the same name (`eval` lives in `evaluate`) is imported when the verb is used
 VERBS = {
     "train": "train a network by a recipe",
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sola_vision.engine import keep_heap
 
     keep_heap()
-    command = importlib.import_module(f"sola_vision.commands.{_MODULES.get(verb, verb)}")
+    with uncollected():
+        command = importlib.import_module(f"sola_vision.commands.{_MODULES.get(verb, verb)}")
     try:
         return command.run(arguments[1:]) or 0
     except KeyboardInterrupt:

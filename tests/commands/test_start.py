@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command imports before it works: counted, since times differ from machine to machine."""
 
+import gc
 import json
 import sys
 
+import pytest
 from small import python
+
+from sola_vision.startup import uncollected
 
 # of other programs, or heavy and of other commands
 HEAVY = {"matplotlib", "tensorboard", "jsonargparse", "sklearn", "faster_coco_eval", "onnx", "onnxruntime", "gradio"}
@@ -34,3 +38,17 @@ def test_help_costs_what_timm_costs():
 def test_a_prediction_loads_no_library_of_other_commands(trained, data):
     names = loaded("predict", data / "val" / "ant", "--checkpoint", trained)
     assert {name.split(".")[0] for name in names} & HEAVY == set()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_importing_leaves_the_garbage_collector_as_it_was(on):
+    switch = "" if on else "gc.disable();"
+    said = python("-c", f"import gc; {switch} import sola_vision; print(gc.isenabled())").stdout
+    assert said.split()[-1] == str(on)
+
+
+def test_the_garbage_collector_is_back_after_an_error():
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()

@@ -10,8 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sola_vision.startup import uncollected
-
 # verb -> what it does; the module of the same name (`eval` lives in `evaluate`) is imported when the verb is used
 VERBS = {
     "train": "train a network by a recipe",
@@ -43,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _refuse(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
     from sola_vision.engine import keep_heap
+    from sola_vision.startup import uncollected
 
     keep_heap()
     with uncollected():

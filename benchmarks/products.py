@@ -18,6 +18,7 @@ from sola_vision.bench.rounds import Protocol, interleave, ratio
 from sola_vision.engine.log import surroundings, write_json
 from sola_vision.layers import products
 
+WAYS = ("matrices", "convolution")
 # rows, inner, outer: what the stages of sola_tiny and sola_small multiply for an image of 224 or a few
 SHAPES = (
     (128, 768, 768),
@@ -56,7 +57,7 @@ def measure(threads: int, shape: tuple[int, int, int], protocol: Protocol) -> li
         "gradient of the rows": partial(products.product_into, grad_x, grad, weight.t()),
         "gradient of the weight": partial(products.weight_gradient, grad, x),
     }
-    jobs = {(name, way): partial(chosen_way, way == "convolution", job) for name, job in what.items() for way in WAYS}
+    jobs = {(name, way): partial(by_way, way == "convolution", job) for name, job in what.items() for way in WAYS}
     with torch.no_grad():
         times = interleave(jobs, protocol)
     rows = []
@@ -77,11 +78,8 @@ def measure(threads: int, shape: tuple[int, int, int], protocol: Protocol) -> li
     return rows
 
 
-WAYS = ("matrices", "convolution")
-
-
-def chosen_way(convolution: bool, job: Callable[[], object]) -> None:
-    products._convolution_is_faster = lambda: convolution  # type: ignore[assignment]
+def by_way(convolution: bool, job: Callable[[], object]) -> None:
+    products._convolution_is_faster = lambda: convolution
     job()
 
 

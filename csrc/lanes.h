@@ -72,10 +72,10 @@ inline bool is_zero(float a) {
 }
 
 // exp(a) to 1.1 ulp for small a and 2.5 ulp for |a| near the limit of 44, with fused multiply-adds; for larger a and NaN
-// the result is nonsense, and afterwards `seen` >= exp_range. exp(a) = 2^n exp(r) with |r| <= ln(2) / 2: adding 1.5 * 2^23 + 64 rounds to an integer
-// and leaves n + 64 in the low bits. From there it is added to the exponent of exp(r), which the polynomial makes 2^64
-// times too small; and n is within [-64, 63] exactly if no other bits differ from the constant's. Their union over all
-// arguments is the check.
+// the result is nonsense, and afterwards `seen` >= exp_range. exp(a) = 2^n exp(r) with |r| <= ln(2) / 2: adding
+// 1.5 * 2^23 + 64 rounds to an integer and leaves n + 64 in the low bits. From there it is added to the exponent of
+// exp(r), which the polynomial makes 2^64 times too small; and n is within [-64, 63] exactly if no other bits differ
+// from the constant's. Their union over all arguments is the check.
 constexpr uint32_t exp_range = 128;
 constexpr double exp_limit = 44.0;
 

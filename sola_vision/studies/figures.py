@@ -2,11 +2,9 @@
 """Accuracy against cost: a study's arms with their standard errors, the paper's own numbers in a panel beside."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -71,24 +69,27 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, 
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]
     legend = axes.get_legend()
     taken += [] if legend is None else [legend.get_window_extent()]
-    for (name, x, y), centre in zip(points, centres, strict=True):
-        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 2}
+    line = {"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 2}
+    for (name, x, y), (across, up) in zip(points, centres, strict=True):
         label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)
-        size = label.get_window_extent()
-
-        def box(place: tuple[float, float], centre: Any = centre, size: Bbox = size) -> Bbox:
-            left, bottom = centre + pixels_a_point * np.array(place)
-            left -= size.width * (place[0] < 0)  # ends at the point
-            return Bbox.from_bounds(left, bottom - size.height / 2, size.width, size.height)
-
-        def in_the_way(place: tuple[float, float], box: Callable[..., Bbox] = box) -> int:
-            mine = box(place)
-            outside = not (panel.contains(*mine.min) and panel.contains(*mine.max))
-            return outside * len(taken) + mine.count_overlaps(taken)
-
-        place = min(_PLACES, key=in_the_way)  # the first of equal ones: they are sorted by distance
-        taken.append(box(place))
-        label.set(position=place, horizontalalignment="right" if place[0] < 0 else "left", verticalalignment="center")
+        width, height = label.get_window_extent().size
+        boxes = [  # a name to the left ends at its place
+            Bbox.from_bounds(
+                across + pixels_a_point * right - width * (right < 0),
+                up + pixels_a_point * above - height / 2,
+                width,
+                height,
+            )
+            for right, above in _PLACES
+        ]
+        in_the_way = [
+            box.count_overlaps(taken) + len(taken) * (not (panel.contains(*box.min) and panel.contains(*box.max)))
+            for box in boxes
+        ]
+        best = in_the_way.index(min(in_the_way))  # the first of equal ones: places are sorted by distance
+        taken.append(boxes[best])
+        side = "right" if _PLACES[best][0] < 0 else "left"
+        label.set(position=_PLACES[best], horizontalalignment=side, verticalalignment="center")
 
 
 def _colour(row: Row) -> str:

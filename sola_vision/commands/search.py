@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sola search --data FOLDER --budget COST`: finds which layers should be softmax, for what the network may cost.
 
-The budget is a schedule (its cost), MACs such as 43.9M or 1.9G, or milliseconds such as 12.5ms, measured here. Prints
-the schedule; leaves search.json, curve.png and recipe.yaml in --out. A stopped search goes on when repeated.
+The budget is a network (its cost: a schedule, with bridges behind it if it has any), MACs such as 43.9M or 1.9G, or
+milliseconds such as 12.5ms, measured here. Prints what it found in the same form; leaves search.json, curve.png and
+recipe.yaml in --out. A stopped search goes on when repeated.
 """
 
 import json
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sola search runs in one process: start it without torchrun")
     scale = SCALES[options.scale]
-    space = Space(options.space)
+    space = Space(options.space, options.bridges)
     if options.data is None:
         raise ValueError("sola search needs --data: a folder with train/ and val/, or a .tar of them")
     images = Images(options.data, scale.size, scale.images, options.limit or scale.limit, options.classes)
@@ -51,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.json:
         print((problem.out / "search.json").read_text(), end="")
         return
-    print(found.schedule + (f"  bridges {found.bridges}" if found.bridges else ""))
+    print(f"{found.schedule} {found.bridges}".rstrip())
     print(
         f"{costs.text(found.cost)} for a budget of {costs.text(budget)} ({100 * (found.cost / budget - 1):+.2f} %); "
         f"the search cost {found.trainings:.2f} trainings; {problem.out} has search.json, curve.png and recipe.yaml",
@@ -66,7 +67,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--budget", required=True, help="a schedule, or 43.9M, 1.9G (MACs), or 12.5ms (measured)")
     parser.add_argument("--space", default="LL/LL/??????/LL", help="a schedule with ? for open layers (%(default)s)")
     parser.add_argument("--method", choices=METHODS, default="gates", help="default: %(default)s")
-    parser.add_argument("--bridges", action="store_true", help="gates: also choose bridges from earlier stages")
+    parser.add_argument("--bridges", action="store_true", help="also choose bridges from earlier stages")
     parser.add_argument("--size", help="HxW of the images that the cost is counted or measured at")
     parser.add_argument("--latency", action="store_true", help="measure a budget that is a schedule, instead of MACs")
     parser.add_argument("--scale", choices=tuple(SCALES), default="small", help="network, images, length of a training")
@@ -81,8 +82,6 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     for name in ("epochs", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value} must be at least 1")
-    if options.bridges and options.method != "gates":
-        raise ValueError(f"--bridges belongs to --method gates, not to {options.method}: leave it out")
     return options
 
 
@@ -93,7 +92,7 @@ def _fitting(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
             f"space {space.template!r} has {stages} stages but the scale's network has {len(base.dims)}: give one "
             "group of letters for each stage"
         )
-    return base.with_changes(schedule=space.schedule("L" * space.size), bridges="", num_classes=classes)
+    return space.config(base, "L" * space.size).with_changes(num_classes=classes)
 
 
 def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
@@ -113,8 +112,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def _budget(options: Namespace, costs: Costs) -> float:
     text = options.budget
-    if set(text) <= set("LS/"):
-        return costs.of(costs.space.kinds(text))
+    schedule, _, bridges = text.partition(" ")
+    if set(schedule) <= set("LS/"):
+        return costs.of(costs.space.kinds(schedule, bridges))
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)(M|G|ms)", text)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"--budget {text!r} must be a schedule, MACs such as 43.9M or 1.9G, or time such as 12.5ms")
@@ -146,7 +146,6 @@ def _problem(
         train_set=train_set,
         choose_set=choose_set,
         out=Path(options.out),
-        bridges=options.bridges,
     )
 
 

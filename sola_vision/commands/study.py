@@ -49,8 +49,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         raise ValueError(
             f"--classes chooses folders of images: {options.name} has a class for every pixel; leave it out"
         )
-    if options.name != "custom" and (options.schedules or options.bridges):
-        raise ValueError(f"--schedules and --bridges belong to custom: {options.name} has its own; leave them out")
+    if options.name != "custom" and options.schedules:
+        raise ValueError(f"--schedules belongs to custom: {options.name} has its own; leave it out")
     return options
 
 
@@ -71,15 +71,20 @@ def _add(parser: ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="passes over the training images (default: the scale's)")
     parser.add_argument("--limit", type=int, help="training images, evenly spread (default: the scale's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    parser.add_argument("--schedules", nargs="+", default=[], help="with custom: the schedules to compare")
-    parser.add_argument("--bridges", default="", help="with custom: Hidden State Bridges of all of them")
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        default=[],
+        metavar="SCHEDULE",
+        help='with custom: what to compare; bridges stand behind, as in "LL/LL/LLSLLS/LL 1.2>3.3"',
+    )
     parser.add_argument("--list", action="store_true", help="say which runs there would be, and do nothing")
     parser.add_argument("--report", action="store_true", help="write the page again and run nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
 
 
 def _run(options: Namespace, folder: Path) -> int:
-    study: Study = custom(options.schedules, options.bridges) if options.name == "custom" else get_study(options.name)
+    study: Study = custom(options.schedules) if options.name == "custom" else get_study(options.name)
     if options.data is None:
         layout = (
             "a folder with images/SPLIT and annotations/SPLIT"

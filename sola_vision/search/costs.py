@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What schedules cost, in MACs or in measured time, and which of them meet a budget.
 
-Layers add up: a schedule costs what it costs with every open layer linear, and more for each that is softmax.
+Layers add up: a network costs what it costs with every open layer linear, and more for each that is softmax, and again
+for each bridge.
 """
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +22,18 @@ TOLERANCE = 0.02  # by how much a schedule may miss the budget
 
 @dataclass(frozen=True)
 class Costs:
-    """base: with all open layers linear; extra: what softmax adds, an entry an open layer (below zero if it saves)."""
+    """base: with all open layers linear; extra: what else costs more, by letter, an entry an open layer.
+
+    What is cheaper than linear has an extra below zero.
+    """
 
     space: Space
     base: float
-    extra: tuple[float, ...]
+    extra: tuple[dict[str, float], ...]
     unit: str
 
     def of(self, kinds: str) -> float:
-        return self.base + sum(more for kind, more in zip(kinds, self.extra, strict=True) if kind == "S")
+        return self.base + sum(extra[kind] for kind, extra in zip(kinds, self.extra, strict=True) if kind != "L")
 
     @property
     def cheapest(self) -> str:
@@ -46,8 +49,8 @@ class Costs:
         if not low <= budget * (1 + TOLERANCE) or not high >= budget * (1 - TOLERANCE):
             raise ValueError(
                 f"budget {self.text(budget)}: no schedule of {self.space.template} meets it; they cost "
-                f"{self.text(low)} ({self.space.schedule(self.cheapest)}) to {self.text(high)} "
-                f"({self.space.schedule(self.dearest)})"
+                f"{self.text(low)} ({self.space.text(self.cheapest)}) to {self.text(high)} "
+                f"({self.space.text(self.dearest)})"
             )
         near = [kinds for kinds in self.space if abs(self.of(kinds) / budget - 1) <= TOLERANCE]
         if near:
@@ -61,11 +64,16 @@ class Costs:
 
 def mac_costs(config: SolaConfig, space: Space, size: tuple[int, int]) -> Costs:
     """MACs of one image of `size` (height, width), head included; exact."""
-    return _costs(space, lambda kinds: float(_macs(config, space.schedule(kinds), size)), "MACs")
 
+    def macs(kinds: str) -> int:
+        return count(SolaVision(space.config(config, kinds), device="meta").eval(), size).macs
 
-def _macs(config: SolaConfig, schedule: str, size: tuple[int, int]) -> int:
-    return count(SolaVision(config.with_changes(schedule=schedule, bridges=""), device="meta").eval(), size).macs
+    base = macs("L" * space.size)
+    extra = tuple(
+        {letter: float(macs(_only(space, index, letter)) - base) for letter in letters[1:]}
+        for index, letters in enumerate(space.letters)
+    )
+    return Costs(space, float(base), extra, "MACs")
 
 
 def latency_costs(
@@ -73,26 +81,33 @@ def latency_costs(
 ) -> Costs:
     """Seconds of one forward of one image on this machine, medians of interleaved rounds.
 
-    Layers of a stage are alike, so one of each stage is measured as softmax.
+    Layers of a stage are alike, so one of each stage is measured, with each of its letters.
     """
     first = {layer.stage: index for index, layer in reversed(list(enumerate(space.open_layers)))}
-    networks = {-1: "L" * space.size}
-    networks |= {stage: "".join("S" if i == at else "L" for i in range(space.size)) for stage, at in first.items()}
-    models = {
-        stage: SolaVision(config.with_changes(schedule=space.schedule(kinds), bridges="")).to(device).eval()
-        for stage, kinds in networks.items()
-    }
+    networks = {(0, "L"): "L" * space.size}
+    for stage, index in first.items():
+        networks |= {(stage, letter): _only(space, index, letter) for letter in space.letters[index][1:]}
+    models = {name: SolaVision(space.config(config, kinds)).to(device).eval() for name, kinds in networks.items()}
     image = torch.randn(1, config.in_chans, *size, device=device)
-    times: dict[int, list[float]] = {stage: [] for stage in models}
+    times: dict[tuple[int, str], list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for round_ in range(rounds + 2):
-            for stage, model in models.items():
+            for name, model in models.items():
                 seconds = _seconds(model, image)
                 if round_ >= 2:  # the first ones warm up
-                    times[stage].append(seconds)
-    median = {stage: statistics.median(values) for stage, values in times.items()}
-    extra = tuple(median[layer.stage] - median[-1] for layer in space.open_layers)
-    return Costs(space, median[-1], extra, "seconds")
+                    times[name].append(seconds)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    base = median[0, "L"]
+    extra = tuple(
+        {letter: median[layer.stage, letter] - base for letter in letters[1:]}
+        for layer, letters in zip(space.open_layers, space.letters, strict=True)
+    )
+    return Costs(space, base, extra, "seconds")
+
+
+def _only(space: Space, index: int, letter: str) -> str:
+    """All linear but for one layer."""
+    return "L" * index + letter + "L" * (space.size - index - 1)
 
 
 def _seconds(model: SolaVision, image: torch.Tensor) -> float:
@@ -101,9 +116,3 @@ def _seconds(model: SolaVision, image: torch.Tensor) -> float:
     if image.device.type == "cuda":
         torch.cuda.synchronize(image.device)
     return time.perf_counter() - start
-
-
-def _costs(space: Space, price: Callable[[str], float], unit: str) -> Costs:
-    base = price("L" * space.size)
-    extra = tuple(price("L" * i + "S" + "L" * (space.size - i - 1)) - base for i in range(space.size))
-    return Costs(space, base, extra, unit)

@@ -46,7 +46,6 @@ class Problem:
     train_set: Dataset[Any]
     choose_set: Dataset[Any]
     out: Path
-    bridges: bool = False
 
     @property
     def steps(self) -> int:
@@ -57,9 +56,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Point:
-    """A schedule that was tried: its cost, its accuracy on the images to choose by, and how that was found."""
+    """A network that was tried: its cost, its accuracy on the images to choose by, and how that was found."""
 
     schedule: str
+    bridges: str
     cost: float
     top1: float
     how: str
@@ -75,14 +75,14 @@ class Found:
     cost: float
     trainings: float
     points: tuple[Point, ...]
-    gates: tuple[float, ...] = ()
+    gates: tuple[dict[str, float], ...] = ()
 
 
 def search(problem: Problem, method: str, say: Say) -> Found:
     """Runs one of METHODS; what an interrupted search had finished is not done again."""
     candidates = problem.costs.meeting(problem.budget)
     budget = problem.costs.text(problem.budget)
-    say(f"{len(candidates)} of {2**problem.costs.space.size} schedules meet the budget of {budget}")
+    say(f"{len(candidates):,} of {len(list(problem.costs.space)):,} networks meet the budget of {budget}")
     if method == "rule":
         return _found(problem, method, rule(problem.costs, problem.budget), 0.0, [])
     if method == "gates":
@@ -103,7 +103,7 @@ def rule(costs: Costs, budget: float) -> str:
 def _gates(problem: Problem, say: Say) -> Found:
     steps, costs = problem.steps, problem.costs
     folder = problem.out / "supernet"
-    model = SuperNet(problem.config, costs, problem.budget, steps, problem.bridges, problem.train.seed)
+    model = SuperNet(problem.config, costs, problem.budget, steps, problem.train.seed)
     task = SearchTask(problem.config.num_classes, problem.image)
     done = _stored(folder / "points.json")
     fit(
@@ -115,7 +115,8 @@ def _gates(problem: Problem, say: Say) -> Found:
         folder,
         resume=(folder / "metrics.jsonl").exists(),
     )
-    say("gates " + " ".join(f"{logit:+.2f}" for logit in model.logits) + " (above zero: softmax)")
+    gates = ("/".join(f"{letter}{logit:+.2f}" for letter, logit in each.items()) for each in model.logits)
+    say("gates " + " ".join(gates) + " (beside L at 0)")
     ranked = model.ranked(model.candidates)[:_JUDGED]
     judged = ranked + _elsewhere(model, ranked)
     for kinds in judged:
@@ -126,35 +127,39 @@ def _gates(problem: Problem, say: Say) -> Found:
     points = [_point(problem, kinds, done[kinds], "supernet") for kinds in judged]
     best = max(ranked, key=lambda kinds: done[kinds])
     found = _found(problem, "gates", best, _supernet_trainings(problem, len(judged)), points)
-    return replace(found, bridges=model.chosen_bridges(best), gates=tuple(model.logits))
+    return replace(found, gates=tuple(model.logits))
 
 
 def _elsewhere(model: SuperNet, near: list[str]) -> list[str]:
     """The gates' favourite with each number of softmax layers that costs something else: for the curve."""
-    numbers = {kinds.count("S") for kinds in model.candidates}
+    numbers = {_softmax_layers(kinds) for kinds in model.candidates}
     favourites: dict[int, str] = {}
-    for kinds in model.ranked([kinds for kinds in model.costs.space if kinds.count("S") not in numbers]):
-        favourites.setdefault(kinds.count("S"), kinds)
+    for kinds in model.ranked([kinds for kinds in model.costs.space if _softmax_layers(kinds) not in numbers]):
+        favourites.setdefault(_softmax_layers(kinds), kinds)
     return [kinds for _, kinds in sorted(favourites.items()) if kinds not in near]
 
 
+def _softmax_layers(kinds: str) -> int:
+    return len(kinds) - kinds.count("L")
+
+
 def _supernet_trainings(problem: Problem, judged: int) -> float:
-    """Half of the steps take one path, the other half both kinds of every open layer; and the evaluations."""
+    """Half of the steps take one path, the other half everything that open layers may be; and the evaluations."""
     costs = problem.costs
     single = costs.of(costs.meeting(problem.budget)[0])
     # of the network that is not open; what both kinds cost together follows from the two extremes
     rest = _rest(problem)
     both = costs.of("L" * costs.space.size) + costs.of("S" * costs.space.size) - rest
+    both += sum(cost - extra["S"] for extra in costs.extra for letter, cost in extra.items() if letter != "S")
     return 0.5 + 0.5 * both / single + judged * _evaluation(problem)
 
 
 def _rest(problem: Problem) -> float:
     """Cost of everything but the open layers, which only a count of MACs tells; its share holds for time as well."""
-    config = problem.config
-    schedule = problem.costs.space.schedule("L" * problem.costs.space.size)
-    model = SolaVision(config.with_changes(schedule=schedule, bridges=""), device="meta").eval()
+    config, space = problem.config, problem.costs.space
+    model = SolaVision(space.config(config, "L" * space.size), device="meta").eval()
     cost = count(model, (config.img_size, config.img_size))
-    places = {f"{place} L" for place in problem.costs.space.open_layers}
+    places = {f"{place} L" for place in space.open_layers}
     inside = sum(group.macs for group in cost.layers if group.name in places)
     return problem.costs.base * (1 - inside / cost.macs)
 
@@ -189,7 +194,7 @@ def _best_of(problem: Problem, method: str, tried: dict[str, float]) -> Found:
 def _share(problem: Problem) -> float:
     """Of a training, for each of the trials, so that all of them with their evaluations cost what the gates do."""
     candidates = problem.costs.meeting(problem.budget)
-    elsewhere = problem.costs.space.size + 1 - len({kinds.count("S") for kinds in candidates})
+    elsewhere = problem.costs.space.size + 1 - len({_softmax_layers(kinds) for kinds in candidates})
     judged = min(_JUDGED, len(candidates)) + elsewhere
     return _supernet_trainings(problem, judged) / _TRIALS - _evaluation(problem)
 
@@ -208,15 +213,14 @@ def _trial(problem: Problem, kinds: str, say: Say) -> float:
         steps = max(2, round(problem.steps * _share(problem)))
         warmup = min(steps // 4, round(problem.train.warmup_epochs * problem.steps / problem.train.epochs))
         torch.manual_seed(problem.train.seed)
-        schedule = problem.costs.space.schedule(kinds)
-        model = SolaVision(problem.config.with_changes(schedule=schedule, bridges=""))
+        model = SolaVision(problem.costs.space.config(problem.config, kinds))
         task = Classification(problem.config.num_classes, problem.image)
         train = replace(problem.train, steps=steps, warmup_steps=warmup, evaluate_every=10**6)
         begun = (folder / "metrics.jsonl").exists()
         summary = fit(task, model, problem.train_set, problem.choose_set, train, folder, resume=begun)
         done = {kinds: float(summary["top1"])}
         _write(folder / "point.json", done)
-    say(f"{problem.costs.space.schedule(kinds)}: {done[kinds]:.2f} after a short training")
+    say(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after a short training")
     return done[kinds]
 
 
@@ -227,12 +231,13 @@ def _top1(problem: Problem, task: Classification, model: SuperNet) -> float:
 
 
 def _point(problem: Problem, kinds: str, top1: float, how: str) -> Point:
-    return Point(problem.costs.space.schedule(kinds), problem.costs.of(kinds), round(top1, 4), how)
+    space = problem.costs.space
+    return Point(space.schedule(kinds), space.bridges_of(kinds), problem.costs.of(kinds), round(top1, 4), how)
 
 
 def _found(problem: Problem, method: str, kinds: str, trainings: float, points: list[Point]) -> Found:
-    schedule = problem.costs.space.schedule(kinds)
-    return Found(method, schedule, "", problem.costs.of(kinds), round(trainings, 3), tuple(points))
+    space, cost = problem.costs.space, problem.costs.of(kinds)
+    return Found(method, space.schedule(kinds), space.bridges_of(kinds), cost, round(trainings, 3), tuple(points))
 
 
 def _stored(path: Path) -> dict[str, float]:

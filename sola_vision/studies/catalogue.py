@@ -7,7 +7,7 @@ paper's, top-1 in per cent. Figure 5 is a drawing: its text names three of its o
 
 from collections.abc import Sequence
 
-from sola_vision.schedule import parse_schedule
+from sola_vision.schedule import parse_bridges, parse_schedule
 
 from .definition import Arm, Claim, Size, Study
 
@@ -315,32 +315,39 @@ def _claim(text: str, better: str, worse: str, source: str = "") -> Claim:
     return Claim(text=text, better=(better,), worse=(worse,), source=source)
 
 
-def custom(schedules: Sequence[str], bridges: str = "") -> Study:
-    """Any schedules of one depth, each compared with the first.
+def custom(schedules: Sequence[str]) -> Study:
+    """Any networks of one depth, each compared with the first: schedules, with bridges behind them if there are any.
 
-    bridges: for all of them, so they must end at layers that are softmax in each.
+    "LL/LL/LLSLLS/LS" or "LL/LL/LLSLLS/LS 1.2>3.3 2.2>3.6", as `sola search` prints what it finds.
     """
-    parsed = [parse_schedule(text) for text in schedules]
     if len(schedules) < 2:
         raise ValueError(
             'custom compares schedules: give two or more, such as --schedules "LL/LL/LLSLLS/LS" "LL/LL/LLLSSS/LS"'
         )
-    for schedule in parsed[1:]:
-        if schedule.depths != parsed[0].depths:
+    arms = []
+    for text in schedules:
+        schedule, _, bridges = text.strip().partition(" ")
+        parsed = parse_schedule(schedule)
+        bridges = str(parse_bridges(bridges, parsed))
+        arms.append(Arm(name=f"{schedule} {bridges}".rstrip(), schedule=schedule, bridges=bridges))
+    depths = [parse_schedule(arm.schedule).depths for arm in arms]
+    for arm, theirs in zip(arms, depths, strict=True):
+        if theirs != depths[0]:
             raise ValueError(
-                f"schedule {str(schedule)!r} has {_depths(schedule.depths)} layers a stage but {str(parsed[0])!r} has "
-                f"{_depths(parsed[0].depths)}: give schedules of one depth"
+                f"schedule {arm.schedule!r} has {_depths(theirs)} layers a stage but {arms[0].schedule!r} has "
+                f"{_depths(depths[0])}: give schedules of one depth"
             )
-    names = [str(schedule) for schedule in parsed]
+    names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         raise ValueError(f"schedule {max(names, key=names.count)!r} is there twice: name each once")
+    bridged = any(arm.bridges for arm in arms)
     return Study(
         name="custom",
         title="Schedules of your own",
-        varies="the schedule",
-        fixed="everything else" + (f"; bridges {bridges}" if bridges else ""),
-        network="hierarchical" if len(parsed[0].stages) > 1 else "isotropic",
-        arms=tuple(Arm(name=name, schedule=name, bridges=bridges) for name in names),
+        varies="the schedule, and bridges" if bridged else "the schedule",
+        fixed="everything else",
+        network="hierarchical" if len(depths[0]) > 1 else "isotropic",
+        arms=tuple(arms),
         claims=tuple(_claim(f"{name} > {names[0]}", name, names[0]) for name in names[1:]),
     )
 

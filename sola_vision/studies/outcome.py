@@ -124,8 +124,7 @@ def gather(folder: Path, name: str) -> Outcome:
 
 
 def _custom(plan: dict[str, Any]) -> Study:
-    bridges = next(iter(plan["arms"].values()))["bridges"]
-    return custom([arm["schedule"] for arm in plan["arms"].values()], bridges)
+    return custom([f"{arm['schedule']} {arm['bridges']}" for arm in plan["arms"].values()])
 
 
 def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> Row:

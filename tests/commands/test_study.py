@@ -63,7 +63,7 @@ def test_list_runs_nothing(sola, data, tmp_path):
         (("table2", "--data", "nowhere"), ["nowhere: no such folder"]),
         (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes are too few"]),
         (("table2", "--data", "DATA", "--seeds", "0"), ["--seeds 0"]),
-        (("table2", "--data", "DATA", "--schedules", "L"), ["belong to custom"]),
+        (("table2", "--data", "DATA", "--schedules", "L"), ["belongs to custom"]),
         (("table2", "--data", "DATA", "--scale", "huge"), ["--scale", "huge"]),
         (("table8",), ["needs --data", "annotations/SPLIT"]),
         (("table8", "--data", "DATA"), ["images/SPLIT and annotations/SPLIT"]),
@@ -78,7 +78,7 @@ def test_list_runs_nothing(sola, data, tmp_path):
         (("custom", "--data", "DATA", "--schedules", "L/X", "L/L"), ["'X' is not a layer"]),
         (("custom", "--data", "DATA", "--schedules", "L/L", "L/S"), ["has 2 stages", "has 4"]),
         (
-            ("custom", "--data", "DATA", "--schedules", "L/L/LL/L", "L/L/LS/L", "--bridges", "1.1>3.2"),
+            ("custom", "--data", "DATA", "--schedules", "L/L/LL/L", "L/L/LL/L 1.1>3.2"),
             ["must end at a softmax layer"],
         ),
     ],
@@ -90,18 +90,23 @@ def test_a_study_refuses(refused, data, tmp_path, words, names):
 SEARCH = ("search", "--space", "L/L/???/L", "--limit", "42", "--device", "cpu")
 
 
-def test_a_search_prints_a_schedule_and_leaves_a_recipe_that_trains(sola, data, tmp_path):
-    words = (*SEARCH, "--budget", "L/L/LLS/L", "--size", "128", "--data", data, "--out", tmp_path / "s")
+@pytest.mark.parametrize("bridges", ["", "1.1>3.3"])
+def test_a_search_prints_a_network_and_leaves_a_recipe_that_trains(sola, data, tmp_path, bridges):
+    budget = f"L/L/LLS/L {bridges}".rstrip()
+    words = (*SEARCH, "--budget", budget, "--size", "128", "--data", data, "--out", tmp_path / "s")
+    words += ("--bridges",) if bridges else ()
     said = sola(*words)
     assert said.code == 0, said.err
     schedule = said.out.split()[0]
     assert (len(schedule), schedule.count("S")) == (9, 1)
     document = json.loads((tmp_path / "s" / "search.json").read_text())
-    assert document["schedule"] == schedule
+    assert f"{document['schedule']} {document['bridges']}".rstrip() == said.out.strip()
+    assert bool(document["bridges"]) <= bool(bridges)
     assert abs(document["off_budget_percent"]) <= 2
     assert (tmp_path / "s" / "curve.png").exists()
     recipe = tmp_path / "s" / "recipe.yaml"
-    assert yaml.safe_load(recipe.read_text())["model"]["schedule"] == schedule
+    model = yaml.safe_load(recipe.read_text())["model"]
+    assert (model["schedule"], model["bridges"]) == (schedule, document["bridges"])
     said = sola("train", "--config", recipe, "--out", tmp_path / "t", "--json")
     assert said.code == 0, said.err
     assert json.loads(said.out)["epochs"] == 1
@@ -121,7 +126,8 @@ def test_a_search_prints_a_schedule_and_leaves_a_recipe_that_trains(sola, data, 
         (("--budget", "1M", "--space", "L/???"), ["has 2 stages"]),
         (("--budget", "1M", "--space", "L/L/LL/L"), ["0 open layers"]),
         (("--budget", "1M", "--latency"), ["--latency"]),
-        (("--budget", "1M", "--method", "rule", "--bridges"), ["--bridges belongs to --method gates"]),
+        (("--budget", "L/L/LLS/L 1.1>3.3"), ["1.1>3.3", "--bridges"]),
+        (("--budget", "L/L/LLS/L 1.1>3.2", "--bridges"), ["must end at a softmax layer"]),
         (("--budget", "L/L/LLS/L", "--size", "0x3"), ["--size"]),
         (("--budget", "L/L/LLS/L", "--limit", "7"), ["too few"]),
         ((), ["--budget"]),

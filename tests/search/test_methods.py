@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sola_vision import SolaConfig
+from sola_vision import SolaConfig, SolaVision
+from sola_vision.analysis.cost import count
 from sola_vision.data import ImageConfig, MemoryImages
 from sola_vision.engine import TrainConfig
 from sola_vision.search import METHODS, Problem, Space, mac_costs, search
@@ -15,7 +16,7 @@ CONFIG = SolaConfig(schedule="L/LLL/L", dims=(8, 16, 16), patch_size=1, img_size
 
 
 def problem(out, seed=0, bridges=False, budget="LSL"):
-    space = Space("L/???/L")
+    space = Space("L/???/L", bridges)
     # at 64 pixels softmax costs so much more that one number of softmax layers meets the budget
     costs = mac_costs(CONFIG, space, (64, 64))
     labels = [index % 2 for index in range(48)]
@@ -32,7 +33,6 @@ def problem(out, seed=0, bridges=False, budget="LSL"):
         train_set=MemoryImages(pixels[:32], labels[:32], augment=True),
         choose_set=MemoryImages(pixels[32:], labels[32:], augment=False),
         out=Path(out),
-        bridges=bridges,
     )
 
 
@@ -40,17 +40,20 @@ def quiet(_):
     pass
 
 
+@pytest.mark.parametrize("bridges", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_meets_the_budget_and_says_its_cost(method, tmp_path):
-    given = problem(tmp_path)
+def test_a_method_meets_the_budget_and_says_its_cost(method, bridges, tmp_path):
+    given = problem(tmp_path, bridges=bridges)
     found = search(given, method, quiet)
     assert found.schedule.count("S") == 1
+    network = SolaVision(CONFIG.with_changes(schedule=found.schedule, bridges=found.bridges), device="meta")
+    assert found.cost == count(network.eval(), (64, 64)).macs
     assert abs(found.cost / given.budget - 1) <= 0.02
     assert 0 <= found.trainings <= 3
     assert all(0 <= point.top1 <= 100 for point in found.points)
     if method in ("random", "evolution"):
-        gates = search(problem(tmp_path / "gates"), "gates", quiet)
-        # six trials cost what the gates do; here there are fewer schedules
+        gates = search(problem(tmp_path / "gates", bridges=bridges), "gates", quiet)
+        # six trials cost what the gates do; here there may be fewer networks
         assert found.trainings == pytest.approx(gates.trainings * len(found.points) / 6, abs=2e-3)
 
 

@@ -25,7 +25,7 @@ def test_schedules_and_kinds_are_opposites():
     ("template", "says"),
     [
         ("LL/LL", "0 open layers"),
-        ("?" * 17, "17 open layers"),
+        ("?" * 17, "17 open layers and so 131,072 networks"),
         ("L?X", "'X' is not a layer"),
         ("??//L", "at least one"),
     ],
@@ -41,16 +41,42 @@ def test_schedules_that_do_not_fit_the_space(schedule):
         SPACE.kinds(schedule)
 
 
+def test_bridges_start_at_the_last_layer_of_an_earlier_stage():
+    space = Space("LL/L?/???/?L", bridges=True)  # stages 2 and 3 end open, so none starts there
+    assert space.letters == ("LS1",) * 5
+    kinds = "LL1S1"
+    assert space.schedule(kinds) == "LL/LL/LSS/SL"
+    assert space.bridges_of(kinds) == "1.2>3.2 1.2>4.1"
+    for kinds in space:
+        assert space.kinds(space.schedule(kinds), space.bridges_of(kinds)) == kinds
+    assert Space("LL/LL/??/?", bridges=True).letters == ("LS12", "LS12", "LS12")
+
+
+@pytest.mark.parametrize("bridges", ["1.1>3.1", "1.2>3.1 1.2>4.1", "2.1>3.1"])
+def test_bridges_that_do_not_fit_the_space(bridges):
+    with pytest.raises(ValueError, match=r"does not fit the space .*: bridges start at 1.2, and one"):
+        Space("LL/LS/??/S", bridges=True).kinds("LL/LS/SL/S", bridges)
+    with pytest.raises(ValueError, match="start at nowhere, without --bridges"):
+        Space("LL/LL/??/L").kinds("LL/LL/SL/L", "1.2>3.1")
+
+
+def test_a_space_too_large_with_bridges():
+    with pytest.raises(ValueError, match="10 open layers and so 1,048,576 networks, more than 65,536"):
+        Space("L/L/??????????", bridges=True)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (40, 24)])
 def test_macs_add_up_to_those_of_the_whole_network(size):
     costs = mac_costs(CONFIG, SPACE, size)
-    for kinds in ("LLLL", "SSSS", "LSLS", "SLLL"):
-        network = SolaVision(CONFIG.with_changes(schedule=SPACE.schedule(kinds)), device="meta").eval()
-        assert costs.of(kinds) == count(network, size).macs
+    bridged = mac_costs(CONFIG, Space("L/????/L", bridges=True), size)
+    for kinds in ("LLLL", "SSSS", "LSLS", "SLLL", "L1LS", "1111"):
+        network = SolaVision(bridged.space.config(CONFIG, kinds), device="meta").eval()
+        assert bridged.of(kinds) == count(network, size).macs
+        assert "1" in kinds or costs.of(kinds) == bridged.of(kinds)
 
 
 def test_every_budget_between_two_levels_is_met_within_two_per_cent():
-    costs = Costs(SPACE, 100.0, (3.0, 3.0, 3.0, 3.0), "MACs")
+    costs = Costs(SPACE, 100.0, ({"S": 3.0},) * 4, "MACs")
     for budget in (100.0, 101.4, 101.6, 104.0, 107.5, 112.0):
         met = costs.meeting(budget)
         assert met
@@ -58,27 +84,27 @@ def test_every_budget_between_two_levels_is_met_within_two_per_cent():
 
 
 def test_between_levels_that_lie_far_apart_the_lower_one_is_taken():
-    costs = Costs(SPACE, 100.0, (20.0, 20.0, 20.0, 20.0), "MACs")
+    costs = Costs(SPACE, 100.0, ({"S": 20.0},) * 4, "MACs")
     assert {kinds.count("S") for kinds in costs.meeting(135.0)} == {1}
     assert {kinds.count("S") for kinds in costs.meeting(140.5)} == {2}
 
 
 @pytest.mark.parametrize("budget", [90.0, 130.0])
 def test_a_budget_that_no_schedule_meets(budget):
-    costs = Costs(SPACE, 100.0, (5.0, 5.0, 5.0, 5.0), "MACs")
+    costs = Costs(SPACE, 100.0, ({"S": 5.0},) * 4, "MACs")
     with pytest.raises(ValueError, match=r"no schedule of L/\?\?\?\?/L meets it; they cost .* to .*L/SSSS/L"):
         costs.meeting(budget)
 
 
 def test_softmax_may_be_the_cheaper_kind():
-    costs = Costs(SPACE, 100.0, (-5.0, -5.0, -5.0, -5.0), "MACs")
+    costs = Costs(SPACE, 100.0, ({"S": -5.0},) * 4, "MACs")
     assert (costs.cheapest, costs.dearest) == ("SSSS", "LLLL")
     assert {kinds.count("S") for kinds in costs.meeting(90.0)} == {2}
 
 
 def test_the_papers_rule():
     space = Space("LL/LL/??????/LL")
-    costs = Costs(space, 100.0, (10.0,) * 6, "MACs")
+    costs = Costs(space, 100.0, ({"S": 10.0},) * 6, "MACs")
     assert rule(costs, 120.0) == "LLSLLS"
     assert rule(costs, 110.0) == "LLLLLS"
     assert rule(costs, 100.0) == "LLLLLL"
@@ -86,8 +112,9 @@ def test_the_papers_rule():
 
 
 def test_latency_is_measured_for_every_stage():
-    costs = latency_costs(CONFIG, Space("L/??LL/?"), (16, 16), rounds=3)
+    costs = latency_costs(CONFIG, Space("L/??LL/?", bridges=True), (16, 16), rounds=3)
     assert costs.base > 0
+    assert [list(extra) for extra in costs.extra] == [["S", "1"], ["S", "1"], ["S", "1", "2"]]
     assert costs.extra[0] == costs.extra[1]  # layers of a stage are alike
     assert costs.unit == "seconds"
 

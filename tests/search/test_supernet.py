@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supernet is each of its schedules in turn, and its gates learn what is rewarded."""
 
+import re
+
 import pytest
 import torch
 
-from sola_vision import SolaConfig
+from sola_vision import SolaConfig, SolaVision
 from sola_vision.search import Space, mac_costs
 from sola_vision.search.supernet import SuperNet
 
 CONFIG = SolaConfig(schedule="L/LLL/L", dims=(8, 16, 16), patch_size=1, img_size=8, head_dim=8, num_classes=3)
 SPACE = Space("L/???/L")
 COSTS = mac_costs(CONFIG, SPACE, (64, 64))
+BRIDGED = mac_costs(CONFIG, Space("L/???/L", bridges=True), (64, 64))
 
 
 def supernet(steps=20, bridges=False, seed=0, budget="LSL"):
-    return SuperNet(CONFIG, COSTS, COSTS.of(budget), steps, bridges, seed)
+    costs = BRIDGED if bridges else COSTS
+    return SuperNet(CONFIG, costs, costs.of(budget), steps, seed)
 
 
 def images(count=2):
@@ -46,19 +50,19 @@ def test_the_first_half_takes_one_path_and_the_second_blends():
     seen = set()
     for step in range(20):
         model(images())
-        shares = [mixed.share for mixed in model.mixed]
-        assert all(isinstance(share, float) for share in shares) == (step < 10)
+        chosen = [mixed.chosen for mixed in model.mixed]
+        assert all(letter is not None for letter in chosen) == (step < 10)
         if step < 10:
-            seen.add(tuple(shares))
+            seen.add(tuple(chosen))
             assert float(model.penalty()) == 0.0
+        else:
+            assert all(mixed.shares.sum().item() == pytest.approx(1) for mixed in model.mixed)
     assert len(seen) > 2
 
 
 def test_all_parameters_learn():
     model = supernet(steps=2, bridges=True).train()
     model.step += 1  # in the second half
-    for ends in model.bridges:
-        model.bridges[ends].bridge.gate.weight.data.normal_()
     (model(images()).square().sum() + model.penalty()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -70,11 +74,11 @@ def test_the_cost_term_draws_the_gates_to_the_budget():
         optimizer = torch.optim.Adam(gates, 0.02)
         for _ in range(300):
             for mixed in model.mixed:
-                mixed.share = torch.tensor(0.5)
+                mixed.blend(1.0)
             optimizer.zero_grad()
             model.penalty().backward()
             optimizer.step()
-        softmax = sum(torch.sigmoid(torch.tensor(logit)).item() for logit in model.logits)
+        softmax = sum(torch.sigmoid(torch.tensor(logit["S"])).item() for logit in model.logits)
         assert softmax == pytest.approx(budget.count("S"), abs=0.35)
 
 
@@ -87,7 +91,8 @@ def test_gates_find_the_layer_that_pays():
     for _ in range(150):
         model._draw()
         model.step += 1
-        reward = model.mixed[1].share - 0.2 * model.mixed[0].share - 0.2 * model.mixed[2].share
+        first, middle, last = (mixed.share("S") for mixed in model.mixed)
+        reward = middle - 0.2 * first - 0.2 * last
         optimizer.zero_grad()
         (model.penalty() - reward).backward()
         optimizer.step()
@@ -110,27 +115,46 @@ def test_the_same_seed_draws_the_same():
         torch.manual_seed(5)
         model.step += 10
         model(images())
-        draws.append((model.mixed[0].share.item(), model.mixed[0].linear.mixer.key.weight[0, 0].item()))
+        draws.append((model.mixed[0].share("S").item(), model.mixed[0].linear.mixer.key.weight[0, 0].item()))
     assert draws[0] == draws[1]
 
 
-def test_bridges_come_from_linear_layers_before():
-    model = supernet(bridges=True)
-    assert {f"{s}>{t}" for s, t in model.bridges} == {"1.1>2.1", "1.1>2.2", "1.1>2.3"}
-    gates = dict(zip(("2.1", "2.2", "2.3"), (0.5, -0.5, 0.5), strict=True))
-    for (_, target), gated in model.bridges.items():
-        gated.gate.data.fill_(gates[str(target)])
-    assert model.chosen_bridges("SSL") == "1.1>2.1"
+def test_gates_find_the_bridge_that_pays():
+    model = supernet(steps=400, bridges=True, budget="L1L")
+    model.step += 200
+    optimizer = torch.optim.Adam([mixed.gate for mixed in model.mixed], 0.01)
+    torch.manual_seed(0)
+    for _ in range(150):
+        model._draw()
+        model.step += 1
+        first, middle, last = model.mixed
+        reward = middle.share("1") - 0.2 * middle.share("S") - 0.2 * first.share("1") - 0.2 * last.share("1")
+        optimizer.zero_grad()
+        (model.penalty() - reward).backward()
+        optimizer.step()
+    assert model.ranked(model.candidates)[0] == "L1L"
+    assert model.logits[1]["1"] > max(model.logits[1]["S"], 0)
 
 
 @torch.no_grad()
-def test_a_bridge_to_a_linear_layer_is_silent():
+@pytest.mark.parametrize("kinds", ["LLL", "LSL", "S1L", "11S"])
+def test_a_network_with_bridges_is_that_network(kinds):
     model = supernet(bridges=True).eval()
-    on, off = dict.fromkeys(model.bridges, True), dict.fromkeys(model.bridges, False)
-    outputs = {}
-    for kinds in ("LLL", "LSL"):
-        for name, which in (("on", on), ("off", off)):
-            model.choose(kinds, which)
-            outputs[kinds, name] = model(images())
-    assert torch.equal(outputs["LLL", "on"], outputs["LLL", "off"])
-    assert not torch.equal(outputs["LSL", "on"], outputs["LSL", "off"])
+    model.choose(kinds)
+    network = SolaVision(BRIDGED.space.config(CONFIG, kinds)).eval()
+    own = network.state_dict()
+    theirs = {
+        re.sub(r"^(stages\.\d+\.layers\.\d+)\.(linear|softmax)", r"\1", name).replace(".bridge.", "."): value
+        for name, value in model.network.state_dict().items()
+        if ".gate" not in name or "bridges" in name
+        if not (place := re.match(r"stages\.1\.layers\.(\d)\.(linear|softmax)", name))
+        or (place[2] == "linear") == (kinds[int(place[1])] == "L")
+    }
+    # the supernet has a bridge for each layer, in their order; the network only those that are chosen
+    bridged = [index for index, kind in enumerate(kinds) if kind == "1"]
+    numbers = {f"stages.1.bridges.{new}.": f"stages.1.bridges.{old}." for new, old in enumerate(bridged)}
+    for name in own:
+        prefix = name[: len("stages.1.bridges.0.")]
+        own[name] = theirs[numbers.get(prefix, prefix) + name[len(prefix) :]]
+    network.load_state_dict(own)
+    torch.testing.assert_close(model(images()), network(images()))

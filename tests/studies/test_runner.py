@@ -140,6 +140,12 @@ def test_too_few_images_for_the_classes(data):
         planned(data, limit=12)
 
 
+def test_schedules_with_bridges_are_arms_of_their_own():
+    bare, bridged = custom(["L/LS", "L/LS 1.1>2.2"]).arms
+    assert (bare.schedule, bare.bridges) == ("L/LS", "")
+    assert (bridged.name, bridged.schedule, bridged.bridges) == ("L/LS 1.1>2.2", "L/LS", "1.1>2.2")
+
+
 def test_schedules_that_do_not_fit(data):
     with pytest.raises(ValueError, match="give schedules of one depth"):
         custom(["L/LL", "L/LLL"])
@@ -147,6 +153,8 @@ def test_schedules_that_do_not_fit(data):
         custom(["L/LL", "L/LL"])
     with pytest.raises(ValueError, match="two or more"):
         custom(["L/LL"])
+    with pytest.raises(ValueError, match="a bridge must end at a softmax layer"):
+        custom(["L/LS", "L/LS 1.1>2.1"])
     with pytest.raises(ValueError, match="has 3 stages but the scale's network has 2"):
         planned(data, schedules=("L/L/L", "L/L/S"))
 

@@ -24,7 +24,7 @@ from sola_vision.engine import EvaluationBatches, TrainConfig, distributed, eval
 from sola_vision.tasks import Classification
 
 from .costs import Costs
-from .supernet import SearchTask, SuperNet
+from .supernet import SuperNet
 
 METHODS = ("gates", "random", "evolution", "rule")
 _TRIALS = 6  # short trainings of random search and of evolution
@@ -104,7 +104,7 @@ def _gates(problem: Problem, say: Say) -> Found:
     steps, costs = problem.steps, problem.costs
     folder = problem.out / "supernet"
     model = SuperNet(problem.config, costs, problem.budget, steps, problem.train.seed)
-    task = SearchTask(problem.config.num_classes, problem.image)
+    task = Classification(problem.config.num_classes, problem.image)
     done = _stored(folder / "points.json")
     fit(
         task,

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network whose open layers hold both kinds, and gates that learn which one to keep.
 
-First half of the training: every step takes one network at random, mostly of those that meet the budget, so that all
-layers and bridges learn, and each kind in company of the other. Second half: gates are concrete variables (a softmax
-over what a layer may be, with Gumbel noise), whose temperature falls until they all but choose; a term draws their
-expected cost to the budget.
+First half of the training: every step takes one network at random, half of them among those that meet the budget, so
+that all layers and bridges learn, and each kind in company of the other. Second half: gates are concrete variables (a
+softmax over what a layer may be, with Gumbel noise), whose temperature falls until they all but choose.
+
+Cost enters as a price. What a letter costs, times the price, is taken off its logit, and the price is the one at which
+the expected cost is the budget. So gates are free to learn what serves accuracy: a penalty that is added to the loss
+has a gradient without noise, which drowned the loss's own in Adam's steps.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,15 +20,13 @@ from torch import Tensor, nn
 from sola_vision.backbone import SolaVision
 from sola_vision.config import SolaConfig
 from sola_vision.schedule import Bridge
-from sola_vision.tasks import Classification
 
 from .costs import Costs
 
 _RANDOM_PART = 0.5  # of the training, before gates are learned
-_ELSEWHERE = 0.25  # of the random schedules cost anything, so that the curve has other points than the budget
+_ELSEWHERE = 0.5  # of the random networks cost anything: the curve has other points than the budget, all bridges learn
 _TEMPERATURES = (1.0, 0.1)  # of the gates, at the beginning and at the end of the second half
 _GATE_SPEED = 5.0  # a gate's logits are its parameters times this: the optimiser moves parameters by the learning rate
-_COST_WEIGHT = 4.0  # of the squared distance to the budget, where the whole range of costs is 1
 
 
 class MixedLayer(nn.Module):
@@ -44,11 +46,11 @@ class MixedLayer(nn.Module):
     def logits(self) -> Tensor:
         return _GATE_SPEED * self.gate
 
-    def blend(self, temperature: float) -> None:
-        """Draws shares around the gate's, the nearer to one letter the lower the temperature is."""
+    def blend(self, toll: Tensor, temperature: float) -> None:
+        """Draws shares by the gate less a toll on each letter, the nearer to one letter the lower the temperature."""
         uniform = torch.rand(len(self.letters)).clamp(1e-6, 1 - 1e-6)
         gumbel = -torch.log(-torch.log(uniform)).to(self.gate.device)
-        self.chosen, self.shares = None, torch.softmax((self.logits + gumbel) / temperature, dim=0)
+        self.chosen, self.shares = None, torch.softmax((self.logits - toll + gumbel) / temperature, dim=0)
 
     def share(self, letter: str) -> Tensor:
         return self.shares[self.letters.index(letter)]
@@ -126,24 +128,36 @@ class SuperNet(nn.Module):
             return
         progress = min(1.0, (done - _RANDOM_PART) / (1 - _RANDOM_PART))
         hot, cold = _TEMPERATURES
-        for mixed in self.mixed:
-            mixed.blend(hot * (cold / hot) ** progress)
+        price = self.price()
+        for mixed, extra in zip(self.mixed, self.costs.extra, strict=True):
+            toll = mixed.gate.new_tensor([0.0, *(price * cost for cost in extra.values())])
+            mixed.blend(toll, hot * (cold / hot) ** progress)
 
     def choose(self, kinds: str) -> None:
         """One network, a letter for every open layer."""
         for mixed, kind in zip(self.mixed, kinds, strict=True):
             mixed.chosen = kind
 
-    def penalty(self) -> Tensor:
-        """Squared distance of the gates' expected cost from the budget; zero while networks are drawn at random."""
-        if any(mixed.chosen is not None for mixed in self.mixed):
-            return torch.zeros(())
-        expected = torch.tensor(self.costs.base)
-        for mixed, extra in zip(self.mixed, self.costs.extra, strict=True):
-            chances = torch.softmax(mixed.logits, dim=0)
-            expected = expected + (chances[1:] * chances.new_tensor(list(extra.values()))).sum()
-        spread = self.costs.of(self.costs.dearest) - self.costs.of(self.costs.cheapest)
-        return _COST_WEIGHT * ((expected - self.budget) / max(spread, 1e-12)).square()
+    def price(self) -> float:
+        """Of a unit of cost, at which the gates expect to cost the budget; by bisection, for that falls with it."""
+        steepest = min((abs(cost) for extra in self.costs.extra for cost in extra.values() if cost), default=1.0)
+        # at the ends all gates but choose by cost alone; a budget beyond is met as nearly as can be
+        low, high = -30 / steepest, 30 / steepest
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.expected_cost(middle) > self.budget else (low, middle)
+        return (low + high) / 2
+
+    def expected_cost(self, price: float) -> float:
+        total = self.costs.base
+        for logits, extra in zip(self.logits, self.costs.extra, strict=True):
+            tolled = {letter: logits[letter] - price * cost for letter, cost in extra.items()}
+            most = max(0.0, *tolled.values())
+            weights = {letter: math.exp(logit - most) for letter, logit in tolled.items()}
+            total += sum(weights[letter] * extra[letter] for letter in extra) / (
+                math.exp(-most) + sum(weights.values())
+            )
+        return total
 
     @property
     def logits(self) -> list[dict[str, float]]:
@@ -155,16 +169,12 @@ class SuperNet(nn.Module):
         ]
 
     def ranked(self, candidates: Sequence[str]) -> list[str]:
-        """Those first whose product of gates is largest."""
-        logits = [{"L": 0.0} | each for each in self.logits]  # what all letters share changes no order
-        return sorted(candidates, key=lambda kinds: -sum(map(dict.__getitem__, logits, kinds)))
-
-
-class SearchTask(Classification):
-    """Classification with the supernet's cost term."""
-
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, _ = super().loss(model, batch)
-        assert isinstance(model, SuperNet)
-        penalty = model.penalty().to(loss.device)
-        return loss + penalty, {"cost_term": penalty.detach()}
+        """Those first whose product of gates, at their price, is largest."""
+        price = self.price()
+        scores = [
+            {"L": 0.0} | {letter: logits[letter] - price * cost for letter, cost in extra.items()}
+            for logits, extra in zip(self.logits, self.costs.extra, strict=True)
+        ]
+        return sorted(
+            candidates, key=lambda kinds: -sum(score[kind] for score, kind in zip(scores, kinds, strict=True))
+        )

@@ -54,7 +54,6 @@ def test_the_first_half_takes_one_path_and_the_second_blends():
         assert all(letter is not None for letter in chosen) == (step < 10)
         if step < 10:
             seen.add(tuple(chosen))
-            assert float(model.penalty()) == 0.0
         else:
             assert all(mixed.shares.sum().item() == pytest.approx(1) for mixed in model.mixed)
     assert len(seen) > 2
@@ -63,23 +62,29 @@ def test_the_first_half_takes_one_path_and_the_second_blends():
 def test_all_parameters_learn():
     model = supernet(steps=2, bridges=True).train()
     model.step += 1  # in the second half
-    (model(images()).square().sum() + model.penalty()).backward()
+    model(images()).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
-def test_the_cost_term_draws_the_gates_to_the_budget():
-    for budget in ("LLL", "LSL", "SSS"):
-        model = supernet(budget=budget)
-        gates = [mixed.gate for mixed in model.mixed]
-        optimizer = torch.optim.Adam(gates, 0.02)
-        for _ in range(300):
+@pytest.mark.parametrize("bridges", [False, True])
+def test_the_price_holds_the_gates_at_the_budget_whatever_they_prefer(bridges):
+    for budget in ("LSL", "LSS"):
+        model = supernet(budget=budget, bridges=bridges)
+        torch.manual_seed(0)
+        for _ in range(5):
             for mixed in model.mixed:
-                mixed.blend(1.0)
-            optimizer.zero_grad()
-            model.penalty().backward()
-            optimizer.step()
-        softmax = sum(torch.sigmoid(torch.tensor(logit["S"])).item() for logit in model.logits)
-        assert softmax == pytest.approx(budget.count("S"), abs=0.35)
+                mixed.gate.data.normal_()
+            assert model.expected_cost(model.price()) == pytest.approx(model.budget)
+            assert model.expected_cost(2 * abs(model.price()) + 1e-6) < model.budget
+    cheapest = supernet(budget="LLL", bridges=bridges)
+    assert cheapest.expected_cost(cheapest.price()) == pytest.approx(cheapest.budget, rel=1e-6)
+
+
+def test_layers_of_one_cost_keep_the_order_of_their_gates():
+    model = supernet(budget="LSL")
+    for mixed, preference in zip(model.mixed, (0.1, -0.2, 0.3), strict=True):
+        mixed.gate.data[1] = preference
+    assert model.ranked(["SLL", "LSL", "LLS"]) == ["LLS", "SLL", "LSL"]
 
 
 def test_gates_find_the_layer_that_pays():
@@ -94,7 +99,7 @@ def test_gates_find_the_layer_that_pays():
         first, middle, last = (mixed.share("S") for mixed in model.mixed)
         reward = middle - 0.2 * first - 0.2 * last
         optimizer.zero_grad()
-        (model.penalty() - reward).backward()
+        (-reward).backward()
         optimizer.step()
     assert model.ranked(model.candidates)[0] == "LSL"
 
@@ -104,7 +109,7 @@ def test_both_halves_run_in_bfloat16():
     for _ in range(4):
         with torch.autocast("cpu", torch.bfloat16):
             out = model(images())
-        (out.float().square().sum() + model.penalty()).backward()
+        out.float().square().sum().backward()
         assert out.isfinite().all()
 
 
@@ -130,7 +135,7 @@ def test_gates_find_the_bridge_that_pays():
         first, middle, last = model.mixed
         reward = middle.share("1") - 0.2 * middle.share("S") - 0.2 * first.share("1") - 0.2 * last.share("1")
         optimizer.zero_grad()
-        (model.penalty() - reward).backward()
+        (-reward).backward()
         optimizer.step()
     assert model.ranked(model.candidates)[0] == "L1L"
     assert model.logits[1]["1"] > max(model.logits[1]["S"], 0)

@@ -33,10 +33,10 @@ def kernel_sources() -> dict[str, list[str]]:
     sets = {"generic": []} | ({"avx2": AVX2, "avx512": AVX512} if x86 else {})
     objects = {
         f"{source}_{name}": [f"csrc/{source}.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags]
-        for source in ("wkv", "passes")
+        for source in ("wkv", "passes", "attention", "attention_backward")
         for name, flags in sets.items()
     }
-    for source in ("register", "register_passes"):
+    for source in ("register", "register_passes", "register_attention"):
         objects[source] = [f"csrc/{source}.cpp", *(["-DSOLA_X86"] if x86 else [])]
     return objects
 

@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace sola::SOLA_ISA {
 namespace {
@@ -76,12 +77,6 @@ inline F sigmoid(F a) {
 inline D sigmoid(D a) {
   const D result = 1.0 / (1.0 + exp_float64<D, DU>(D{} - a));
   return a == a ? result : a;
-}
-
-template <class Function>
-void parallel(ParallelFor loop, int64_t count, int64_t grain, Function&& function) {
-  auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<Function*>(context))(begin, end); };
-  if (count > 0) loop(count, grain, body, &function);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // The operators for the dispatch key CPU: checks and memory of sola::wkv, the choice of an instruction set.
 // Nothing happens before sola_load is called: Python calls it after it has defined the operators, a C++ program that
 // runs an exported graph without Python calls sola_load(1), which defines them too.
+#include "register_attention.h"
 #include "register_passes.h"
 #include "tensor.h"
 #include "wkv.h"
@@ -130,18 +131,23 @@ void register_operators(bool define) {
     check(shim.aoti_torch_library_init_fragment("sola", __FILE__, __LINE__, &library), "open the library sola");
     for (const char* schema : schemas) check(shim.aoti_torch_library_def(library, schema), "define an operator");
     for (const char* schema : pass_schemas) check(shim.aoti_torch_library_def(library, schema), "define a pass");
+    for (const char* schema : attention_schemas) check(shim.aoti_torch_library_def(library, schema), "define attention");
   }
   check(shim.aoti_torch_library_init_impl("sola", "CPU", __FILE__, __LINE__, &library), "open the library sola");
   check(shim.torch_library_impl(library, "wkv", wkv, torch::abi_version), "register wkv");
   check(shim.torch_library_impl(library, "wkv_backward", wkv_backward, torch::abi_version), "register wkv_backward");
-  for (const NamedPass& pass : named_passes()) {
+  for (const NamedKernel& pass : named_passes()) {
     check(shim.torch_library_impl(library, pass.name, pass.function, torch::abi_version), "register a pass");
+  }
+  for (const NamedKernel& each : named_attention()) {
+    check(shim.torch_library_impl(library, each.name, each.function, torch::abi_version), "register attention");
   }
 }
 
 }  // namespace
 
 const Passes& current_passes() { return *kernel->passes; }
+const Attend& current_attend() { return *kernel->attend; }
 
 }  // namespace sola
 

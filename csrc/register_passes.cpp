@@ -207,8 +207,8 @@ void squared_relu_backward(Value* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-const std::array<NamedPass, 8>& named_passes() {
-  static const std::array<NamedPass, 8> all{{{"norm_shift", norm_shift},
+const std::array<NamedKernel, 8>& named_passes() {
+  static const std::array<NamedKernel, 8> all{{{"norm_shift", norm_shift},
                                              {"norm_shift_backward", norm_shift_backward},
                                              {"gate", gate},
                                              {"gate_backward", gate_backward},

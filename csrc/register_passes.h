@@ -17,13 +17,13 @@ inline const char* const pass_schemas[] = {
     "squared_relu(Tensor x) -> Tensor",
     "squared_relu_backward(Tensor x, Tensor grad) -> Tensor"};
 
-struct NamedPass {
+struct NamedKernel {
   const char* name;
   torch::Boxed function;
 };
 
 // the passes of the instruction set in use
 const Passes& current_passes();
-const std::array<NamedPass, 8>& named_passes();
+const std::array<NamedKernel, 8>& named_passes();
 
 }  // namespace sola

@@ -9,17 +9,11 @@
 #include <cstdlib>
 
 #include "lanes.h"
+#include "parallel.h"
 #include "wkv.h"
 
 namespace sola::SOLA_ISA {
 namespace {
-
-template <class Work>
-void parallel(ParallelFor loop, int64_t count, int64_t grain, const Work& work) {
-  loop(count, grain,
-       [](int64_t begin, int64_t end, void* context) { (*static_cast<const Work*>(context))(begin, end); },
-       const_cast<Work*>(&work));
-}
 
 // registers and their slots in one piece of memory
 template <class Register>

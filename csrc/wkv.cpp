@@ -30,6 +30,7 @@
 #include <cstring>
 
 #include "lanes.h"
+#include "attention.h"
 #include "passes.h"
 #include "robust.h"
 #include "scheduling.h"
@@ -408,6 +409,6 @@ void backward(const Problem& p, Type type, ParallelFor loop) {
 
 }  // namespace
 
-extern const Kernel kernel = {SOLA_TEXT(SOLA_ISA), W, forward, backward, &passes};
+extern const Kernel kernel = {SOLA_TEXT(SOLA_ISA), W, forward, backward, &passes, &attend};
 
 }  // namespace sola::SOLA_ISA

@@ -27,6 +27,7 @@ using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
 
 struct Passes;  // passes.h
+struct Attend;  // attention.h
 
 struct Kernel {
   const char* name;
@@ -34,6 +35,7 @@ struct Kernel {
   void (*forward)(const Problem&, Type, ParallelFor);
   void (*backward)(const Problem&, Type, ParallelFor);
   const Passes* passes;
+  const Attend* attend;
 };
 
 namespace generic {

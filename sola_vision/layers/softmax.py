@@ -10,6 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from sola_vision.layers.products import project
+from sola_vision.ops import attention
 
 
 class SoftmaxMixer(nn.Module):
@@ -33,10 +34,8 @@ class SoftmaxMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same."""
-        qkv = project(x, self.qkv).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))  # [B, N, 3, heads, head_dim]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, N, head_dim]
-        return project(mixed.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]), self.output)
+        mixed = attention(project(x, self.qkv).flatten(1, 2), self.head_dim)
+        return project(mixed.unflatten(1, x.shape[1:3]), self.output)
 
 
 class ConvMlp(nn.Module):

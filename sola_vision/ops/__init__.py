@@ -15,12 +15,14 @@ from torch import Tensor
 
 from sola_vision.ops import cpu, gpu, matrices, portable, reference, register
 from sola_vision.ops.arguments import check_kind, size
+from sola_vision.ops.multihead import attention
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
 from sola_vision.ops.path import Path, exporting_onnx, pinned, seen_through, transformed, use
 from sola_vision.ops.vision_rwkv import published_wkv
 
 __all__ = [
     "Path",
+    "attention",
     "gate",
     "gated_sum",
     "missing_kernel",

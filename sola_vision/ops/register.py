@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import passes, portable
+from sola_vision.ops import passes, portable, softmax
 
 library = torch.library.Library("sola", "DEF")
 
@@ -92,3 +92,4 @@ def _autocast(forward: Any, device: str) -> Any:
 for _name in ("wkv", "wkv_portable"):
     _define(_name)
 passes.register(library)
+softmax.register(library)

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax attention with no scores in memory beyond a block of keys, compiled once for each instruction set.
+//
+// Queries are lanes: scores of a block of keys by a panel of queries are S' = K Q', results O' = V' P', so that rows of
+// keys and values are read as they are, maxima and sums over keys go lane by lane, and only a panel's queries and results
+// are transposed. The maximum follows the blocks (online softmax). The order of sums depends on neither threads nor
+// batch. Infinities, NaN and numbers too large for scores in float32 take plain loops in float64.
+#include "attention.h"
+
+#include "heads.h"
+
+namespace sola::SOLA_ISA {
+namespace {
+
+constexpr int panels_of_task = 256 / panel;  // which share copies of keys and values
+constexpr float none = -1e30f;               // the score of a key that is not there
+
+struct Workspace {
+  int64_t tall;  // head_dim in whole tiles
+  Memory memory;
+  float *keys, *values, *scores, *queries, *results;  // [block, tall] twice, [block, panel], [panels, dim or tall, panel]
+  Lanes (*most)[wide], (*total)[wide];                // of each panel
+
+  explicit Workspace(int64_t dim)
+      : tall(up(dim, rows)),
+        memory(2 * block * tall + block * panel + panels_of_task * panel * (dim + tall + 2), 7),
+        keys(memory.take(block * tall)),
+        values(memory.take(block * tall)),
+        scores(memory.take(block * panel)),
+        queries(memory.take(panels_of_task * panel * dim)),
+        results(memory.take(panels_of_task * panel * tall)),
+        most(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels_of_task * panel))),
+        total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels_of_task * panel))) {}
+};
+
+// weights of a block of keys in place of its scores; what was summed before is brought to the new maximum
+void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
+  const float* queries = space.queries + p * panel * dim;
+  F most[wide] = {space.most[p][0], space.most[p][1]};
+  for (int64_t j = 0; j < keys; j += rows) {
+    F sums[rows][wide] = {};
+    multiply(sums, space.keys + j * space.tall, space.tall, 1, queries, panel, dim);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < wide; ++v) {
+        const F s = j + r < keys ? sums[r][v] : splat(none);
+        most[v] = larger(most[v], s);
+        narrow(space.scores + (j + r) * panel + v * W, s);
+      }
+    }
+  }
+  for (int v = 0; v < wide; ++v) {
+    const F kept = exp(larger(splat(smallest), F(space.most[p][v]) - most[v]));
+    space.most[p][v] = most[v];
+    F total = F(space.total[p][v]) * kept;
+    for (int64_t j = 0; j < keys; ++j) {
+      float* const at = space.scores + j * panel + v * W;
+      const F weight = exp(larger(splat(smallest), widen(at) - most[v]));
+      total += weight;
+      narrow(at, weight);
+    }
+    space.total[p][v] = total;
+    float* const results = space.results + p * panel * space.tall + v * W;
+    for (int64_t d = 0; d < space.tall; ++d) narrow(results + d * panel, widen(results + d * panel) * kept);
+  }
+}
+
+// some queries of a head, panel by panel; false: the numbers do not fit, and nothing was written
+template <class T>
+bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& space) {
+  const int64_t panels = (queries + panel - 1) / panel, tall = space.tall;
+  U of_queries{}, of_keys{}, of_values{};
+  for (int64_t p = 0; p < panels; ++p) {
+    float* const to = space.queries + p * panel * h.dim;
+    gather_panel(h.query + (first + p * panel) * h.stride, h.stride, queries - p * panel, h.dim, h.scale(), to);
+    for (int64_t i = 0; i < panel * h.dim; i += W) of_queries = larger(of_queries, as_bits(widen(to + i)) & 0x7fffffffu);
+    for (int v = 0; v < wide; ++v) space.most[p][v] = splat(none), space.total[p][v] = F{};
+  }
+  for (int64_t i = 0; i < panels * tall * panel; ++i) space.results[i] = 0.0f;
+  for (int64_t k = 0; k < h.tokens; k += block) {
+    const int64_t keys = h.tokens - k < block ? h.tokens - k : block;
+    of_keys = larger(of_keys, copy_rows(h.key + k * h.stride, h.stride, keys, h.dim, 1.0f, up(keys, rows), tall, space.keys));
+    of_values = larger(of_values, copy_rows(h.value + k * h.stride, h.stride, keys, h.dim, 1.0f, keys, tall, space.values));
+    for (int64_t p = 0; p < panels; ++p) {
+      score(space, p, keys, h.dim);
+      for (int64_t d = 0; d < tall; d += rows) {
+        multiply_onto(space.results + (p * tall + d) * panel, panel, space.values + d, 1, tall, space.scores, panel, keys);
+      }
+    }
+  }
+  if (!fits(of_queries, of_keys, of_values, h.dim)) return false;
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t at = first + p * panel, left = queries - p * panel;
+    Lanes factor[wide];
+    for (int v = 0; v < wide; ++v) factor[v] = 1.0f / F(space.total[p][v]);
+    scatter_panel(space.results + p * panel * tall, factor, h.out_stride, left, h.dim, h.to_out + at * h.out_stride);
+    for (int64_t q = 0; q < panel && q < left; ++q) {
+      const float most = space.most[p][q / W].at[q % W], total = space.total[p][q / W].at[q % W];
+      h.lse[at + q] = most + __builtin_logf(total);
+    }
+  }
+  return true;
+}
+
+template <class T>
+void robust(const Head<T>& h, int64_t first, int64_t queries) {
+  double* const weights = static_cast<double*>(malloc(sizeof(double) * static_cast<size_t>(h.tokens)));
+  if (!weights) abort();
+  for (int64_t i = first; i < first + queries; ++i) {
+    const double most = h.scores_of(i, weights);
+    double total = 0.0;
+    for (int64_t j = 0; j < h.tokens; ++j) total += weights[j] = weight(weights[j] - most);
+    for (int64_t d = 0; d < h.dim; ++d) {
+      double sum = 0.0;
+      for (int64_t j = 0; j < h.tokens; ++j) sum += weights[j] * h.number(h.value + j * h.stride + d);
+      h.write(h.to_out + i * h.out_stride + d, sum / total);
+    }
+    h.lse[i] = static_cast<float>(most + __builtin_log(total));
+  }
+  free(weights);
+}
+
+template <class T>
+void forward(const Attention& a, ParallelFor loop) {
+  constexpr int64_t each = panels_of_task * panel;
+  const int64_t tasks = (a.tokens + each - 1) / each;
+  parallel(loop, a.batch * a.heads * tasks, 1, [&a, tasks](int64_t begin, int64_t end) {
+    const FlushSubnormals keep(false);
+    const Workspace space(a.head_dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const Head<T> head(a, i / tasks);
+      const int64_t first = i % tasks * each, queries = a.tokens - first < each ? a.tokens - first : each;
+      if (!fast(head, first, queries, space)) robust(head, first, queries);
+    }
+  });
+}
+
+void attention(const Attention& a, Type type, ParallelFor loop) {
+  if (type == Type::bfloat16) return forward<bfloat16>(a, loop);
+  if (type == Type::float16) return forward<float16>(a, loop);
+  forward<float>(a, loop);
+}
+
+}  // namespace
+
+const Attend attend = {attention, attention_backward};
+
+}  // namespace sola::SOLA_ISA

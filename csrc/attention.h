@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax attention, the other kind of layer, as a problem in plain data (see wkv.h). Each head for itself:
+//
+//   out_i = sum_j exp(s_ij - lse_i) v_j,    s_ij = q_i . k_j / sqrt(head_dim),    lse_i = log sum_j exp(s_ij)
+#pragma once
+#include <cstdint>
+
+#include "wkv.h"
+
+namespace sola {
+
+struct Attention {
+  int64_t batch = 0, tokens = 0, heads = 0, head_dim = 0;
+  const void* qkv = nullptr;  // [batch, tokens, 3, heads, head_dim]
+  void* out = nullptr;        // [batch, tokens, heads, head_dim]; read in the backward
+  float* lse = nullptr;       // [batch, heads, tokens]; read in the backward
+  // in the backward only:
+  const void* grad = nullptr;  // like out
+  void* grad_qkv = nullptr;    // like qkv
+};
+
+// float32, bfloat16 and float16; computed in float32
+struct Attend {
+  void (*forward)(const Attention&, Type, ParallelFor);
+  void (*backward)(const Attention&, Type, ParallelFor);
+};
+
+namespace generic {
+extern const Attend attend;
+void attention_backward(const Attention&, Type, ParallelFor);
+}  // namespace generic
+namespace avx2 {
+extern const Attend attend;
+void attention_backward(const Attention&, Type, ParallelFor);
+}  // namespace avx2
+namespace avx512 {
+extern const Attend attend;
+void attention_backward(const Attention&, Type, ParallelFor);
+}  // namespace avx512
+
+}  // namespace sola

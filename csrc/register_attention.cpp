@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention for the dispatch key CPU: checks and memory (see sola_vision/ops/attention.py for its definition).
+#include "register_attention.h"
+
+#include "attention.h"
+
+namespace sola {
+namespace {
+
+// one call: qkv checked, readable by the kernel, and the problem it makes
+struct Call {
+  Tensor qkv;
+  std::vector<int64_t> sizes;
+  Type type;
+  Attention problem;
+
+  Call(Value qkv, int64_t head_dim) : qkv(qkv) {
+    sizes = this->qkv.sizes();
+    type = this->qkv.type("sola::attention: qkv");
+    if (sizes.size() != 3 || head_dim < 1 || sizes[2] % (3 * head_dim) != 0) {
+      throw std::invalid_argument("sola::attention: qkv is " + text(sizes) +
+                                  ", expected [batch, tokens, 3 * heads * head_dim] with head_dim = " +
+                                  std::to_string(head_dim));
+    }
+    problem.batch = sizes[0], problem.tokens = sizes[1];
+    problem.heads = sizes[2] / (3 * head_dim), problem.head_dim = head_dim;
+    problem.qkv = readable(this->qkv, "sola::attention: qkv", sizes, type);
+  }
+
+  const void* readable(Tensor& tensor, const char* name, const std::vector<int64_t>& wanted, Type as) const {
+    expect(tensor, name, wanted, "what belongs to qkv");
+    if (tensor.type(name) != as || !tensor.contiguous()) tensor = tensor.copy(as);
+    return tensor.read();
+  }
+  std::vector<int64_t> out_sizes() const { return {sizes[0], sizes[1], sizes[2] / 3}; }
+  std::vector<int64_t> lse_sizes() const { return {sizes[0], problem.heads, sizes[1]}; }
+  // there is no kernel in float64: torch's own operators compute that, and do not come here
+  void only_float32_and_less() const {
+    if (type == Type::float64) throw std::invalid_argument("sola::attention: float64 has no kernel; use ops.attention");
+  }
+};
+
+void attention(Value* stack, uint64_t, uint64_t) {
+  Call call(stack[0], static_cast<int64_t>(stack[1]));
+  call.only_float32_and_less();
+  Tensor out = Tensor::empty(call.out_sizes(), call.type), lse = Tensor::empty(call.lse_sizes(), Type::float32);
+  call.problem.out = out.write(), call.problem.lse = static_cast<float*>(lse.write());
+  current_attend().forward(call.problem, call.type, parallel_for);
+  stack[0] = out.release(), stack[1] = lse.release();
+}
+
+void attention_backward(Value* stack, uint64_t, uint64_t) {
+  Call call(stack[0], static_cast<int64_t>(stack[1]));
+  Tensor out(stack[2]), lse(stack[3]), grad(stack[4]);
+  call.only_float32_and_less();
+  Attention& a = call.problem;
+  a.out = const_cast<void*>(call.readable(out, "sola::attention_backward: out", call.out_sizes(), call.type));
+  a.grad = call.readable(grad, "sola::attention_backward: grad", call.out_sizes(), call.type);
+  const void* const sums = call.readable(lse, "sola::attention_backward: lse", call.lse_sizes(), Type::float32);
+  a.lse = static_cast<float*>(const_cast<void*>(sums));
+  Tensor made = Tensor::empty(call.sizes, call.type);
+  a.grad_qkv = made.write();
+  current_attend().backward(a, call.type, parallel_for);
+  stack[0] = made.release();
+}
+
+}  // namespace
+
+const std::array<NamedKernel, 2>& named_attention() {
+  static const std::array<NamedKernel, 2> all{
+      {{"attention", attention}, {"attention_backward", attention_backward}}};
+  return all;
+}
+
+}  // namespace sola

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "register_passes.h"
+
+namespace sola {
+
+struct Attend;
+
+inline const char* const attention_schemas[] = {
+    "attention(Tensor qkv, int head_dim) -> (Tensor, Tensor)",
+    "attention_backward(Tensor qkv, int head_dim, Tensor out, Tensor lse, Tensor grad) -> Tensor"};
+
+// that of the instruction set in use
+const Attend& current_attend();
+const std::array<NamedKernel, 2>& named_attention();
+
+}  // namespace sola

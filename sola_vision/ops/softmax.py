@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention as a registered operator: definition, fake tensors, autograd, FLOPs (`multihead.py` calls it)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import register_flop_formula
+
+
+def attention(qkv: Tensor, head_dim: int) -> Tensor:
+    """The definition. qkv [B, N, 3C] -> [B, N, C]."""
+    return scaled_dot_product_attention(*_heads(qkv, head_dim)).transpose(1, 2).flatten(2)
+
+
+def products(qkv: Tensor, head_dim: int) -> Tensor:
+    """The same of products and a softmax, which can be differentiated in any way; N^2 scores in memory."""
+    query, key, value = _heads(qkv, head_dim)
+    weights = torch.softmax(query @ key.transpose(-1, -2) * head_dim**-0.5, dim=-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values: [B, heads, N, head_dim] each."""
+    query, key, value = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+def _attention_and_sums(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """The operator's default kernel: the result, and the logarithms of the sums that normalise it [B, heads, N]."""
+    query, key, _ = _heads(qkv, head_dim)
+    scores = (query.float() @ key.float().transpose(-1, -2)) * head_dim**-0.5
+    return attention(qkv, head_dim).contiguous(), torch.logsumexp(scores, dim=-1)
+
+
+def _attention_backward(qkv: Tensor, head_dim: int, out: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    again = torch.is_grad_enabled()  # then the result is to be differentiated, and qkv is part of a graph
+    with torch.enable_grad():
+        qkv = qkv.view_as(qkv) if again else qkv.detach()
+        if not qkv.requires_grad:
+            qkv.requires_grad_()
+        out = (products if again else attention)(qkv, head_dim)
+        (found,) = torch.autograd.grad(out, qkv, grad, create_graph=again)
+    return found.contiguous()
+
+
+def _fake(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = qkv.shape
+    lse = qkv.new_empty((batch, width // (3 * head_dim), tokens), dtype=torch.float32)
+    return qkv.new_empty((batch, tokens, width // 3)), lse
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.head_dim = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    qkv, out, lse = ctx.saved_tensors
+    backward = _attention_backward if torch.is_grad_enabled() else torch.ops.sola.attention_backward
+    return backward(qkv, ctx.head_dim, out, lse, grad), None
+
+
+def _cost(qkv: Any, head_dim: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """N^2 multiply-adds for each channel of queries and of values; FlopCounterMode counts two operations for each."""
+    batch, tokens, width = qkv
+    return 2 * 2 * batch * tokens * tokens * (width // 3)
+
+
+def _backward_cost(qkv: Any, head_dim: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    # five products where the forward has two, as FlopCounterMode counts torch's own
+    return _cost(qkv, head_dim) * 5 // 2
+
+
+def register(library: torch.library.Library) -> None:
+    """Defines the operator with torch's own as its default kernel."""
+    pt2 = (torch.Tag.pt2_compliant_tag,)
+    library.define("attention(Tensor qkv, int head_dim) -> (Tensor, Tensor)", tags=pt2)
+    library.define(
+        "attention_backward(Tensor qkv, int head_dim, Tensor out, Tensor lse, Tensor grad) -> Tensor", tags=pt2
+    )
+    library.impl("attention", _attention_and_sums, "CompositeExplicitAutograd")
+    library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("sola::attention", _fake, lib=library)
+    torch.library.register_fake(
+        "sola::attention_backward",
+        lambda qkv, head_dim, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
+        lib=library,
+    )
+    torch.library.register_autograd("sola::attention", _differentiate, setup_context=_save, lib=library)
+    register_flop_formula(torch.ops.sola.attention)(_cost)
+    register_flop_formula(torch.ops.sola.attention_backward)(_backward_cost)

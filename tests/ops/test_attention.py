@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention's kernel against torch's in float64: every instruction set, dtype, ugly shapes, hostile values."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sola_vision import ops
+from sola_vision.layers import SoftmaxMixer
+from sola_vision.ops import cpu, multihead, softmax
+
+reason = cpu.load()
+needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
+# batch, tokens, heads, head_dim
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 2, 3, 33),
+    (2, 49, 3, 32),
+    (1, 64, 2, 64),
+    (1, 65, 2, 16),
+    (1, 197, 2, 33),
+    (3, 31, 1, 5),
+    (1, 600, 1, 32),
+]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty holds NaN, so that what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["default", "generic", "avx2", "avx512"])
+def path(request):
+    """The operator's default kernel, then every instruction set."""
+    if request.param == "default":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.ops.sola, "attention", _default)
+            yield
+        return
+    if reason is not None:
+        pytest.skip(reason)
+    before = cpu.instruction_set()
+    try:
+        yield cpu.instruction_set(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    finally:
+        cpu.instruction_set(before)
+
+
+def _default(qkv, head_dim):
+    return softmax._attention_and_sums(qkv, head_dim)
+
+
+def inputs(batch, tokens, heads, head_dim, *, size=1.0, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, tokens, 3 * heads * head_dim, generator=g) * size
+    return qkv.to(dtype), torch.randn(batch, tokens, heads * head_dim, generator=g).to(dtype)
+
+
+def both(qkv, grad, head_dim, function=None):
+    """Result, log-sum-exp (of the operator) and gradient."""
+    own = qkv.clone().requires_grad_()
+    found = (function or torch.ops.sola.attention)(own, head_dim)
+    out, sums = found if isinstance(found, tuple) else (found, None)
+    return out.detach(), sums, torch.autograd.grad(out, own, grad.to(out.dtype))[0]
+
+
+def error(found, expected):
+    return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(path, shape, dtype):
+    qkv, grad = inputs(*shape, dtype=dtype)
+    out, sums, found = both(qkv, grad, shape[3])
+    expected, _, wanted = both(qkv.double(), grad, shape[3], softmax.attention)
+    assert (out.dtype, found.dtype, sums.dtype) == (dtype, dtype, torch.float32)
+    assert error(out, expected) < ROUNDING[dtype]
+    assert error(found, wanted) < 2 * ROUNDING[dtype]
+    query, key, _ = softmax._heads(qkv.double(), shape[3])
+    scores = query @ key.transpose(-1, -2) / shape[3] ** 0.5
+    torch.testing.assert_close(sums.double(), torch.logsumexp(scores, -1), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 6.0, 40.0])
+def test_scores_of_any_size_are_as_exact_as_torchs(path, size):
+    qkv, grad = inputs(2, 150, 2, 32, size=size)
+    exact = both(qkv.double(), grad, 32, softmax.attention)
+    torchs = both(qkv, grad, 32, softmax.attention)
+    found = both(qkv, grad, 32)
+    for part in (0, 2):
+        assert error(found[part], exact[part]) <= 4 * error(torchs[part], exact[part]) + 1e-6
+
+
+def test_scores_that_grow_along_the_keys_and_ones_that_fall(path):
+    """Each block's maximum replaces the one before, or none of the later ones counts."""
+    qkv, grad = inputs(1, 300, 1, 8)
+    qkv[..., :8] = 3.0
+    for sign in (1, -1):
+        qkv[..., 8:16] = sign * torch.linspace(-30, 30, 300)[:, None]
+        exact = both(qkv.double(), grad, 8, softmax.attention)
+        found = both(qkv, grad, 8)
+        assert error(found[0], exact[0]) < 1e-5
+        assert error(found[2], exact[2]) < 1e-4
+
+
+def test_laws(path):
+    qkv, _ = inputs(2, 77, 3, 32)
+    run = torch.ops.sola.attention
+    out = run(qkv, 32)[0]
+    torch.testing.assert_close(run(qkv.flip(1), 32)[0], out.flip(1), rtol=0, atol=1e-6)  # tokens have no order
+    moved = qkv.clone()
+    moved[..., 96:192] += torch.randn(96, generator=torch.Generator().manual_seed(1))  # one vector added to all keys
+    torch.testing.assert_close(run(moved, 32)[0], out, rtol=0, atol=2e-5)
+    constant = qkv.clone()
+    constant[..., 192:] = torch.arange(96.0)
+    torch.testing.assert_close(run(constant, 32)[0], torch.arange(96.0).expand(2, 77, 96), rtol=1e-6, atol=1e-6)
+    alone = qkv.clone()
+    alone[0] = 0  # neither heads nor images see each other
+    alone[..., :32] = alone[..., 96:128] = alone[..., 192:224] = 0
+    assert torch.equal(run(alone, 32)[0][1, :, 32:], out[1, :, 32:])
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
+@pytest.mark.parametrize("where", [0, 40, 70])
+def test_what_is_no_number_or_too_large_does_as_in_torch(where, value):
+    """In a query, a key and a value; the other images and heads do not see it."""
+    qkv, grad = inputs(2, 70, 2, 16)
+    clean = both(qkv, grad, 16)
+    qkv[0, 5, where] = value
+    out, _, found = both(qkv, grad, 16)
+    expected, _, wanted = both(qkv.double(), grad, 16, softmax.attention)
+    for got, right in ((out, expected), (found, wanted)):
+        right = right.float()  # 3e38 times something overflows there as well
+        torch.testing.assert_close(got.isfinite(), right.isfinite())
+        finite = right.isfinite()
+        # where one weight is all but 1, what multiplies the large number in the gradient is rounding
+        rounding = 1e-14 * abs(value) if abs(value) < 4e38 else 0.0
+        torch.testing.assert_close(got[finite], right[finite], rtol=1e-4, atol=1e-5 + rounding)
+    assert torch.equal(out[1], clean[0][1])
+    assert torch.equal(found[1], clean[2][1])
+    assert torch.equal(out[0, :, 16:], clean[0][0, :, 16:])
+
+
+@needs_kernel
+def test_neither_threads_nor_batch_change_a_bit():
+    qkv, grad = inputs(3, 700, 2, 32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = both(qkv, grad, 32)
+        torch.set_num_threads(3)
+        three = both(qkv, grad, 32)
+    finally:
+        torch.set_num_threads(threads)
+    alone = both(qkv[1:2], grad[1:2], 32)
+    for a, b, c in zip(one, three, alone, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[1:2], c)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8)])
+def test_nothing_gives_nothing(path, shape):
+    qkv, grad = inputs(*shape)
+    out, _, found = both(qkv, grad, 8)
+    assert (out.shape, found.shape) == (grad.shape, qkv.shape)
+
+
+@needs_kernel
+def test_memory_of_any_layout():
+    qkv, grad = inputs(2, 30, 2, 8)
+    expected = both(qkv, grad, 8)
+    for layout in (qkv.transpose(0, 1).contiguous().transpose(0, 1), qkv.mT.contiguous().mT):
+        for grads in (grad, grad.mT.contiguous().mT, grad[:1].expand(2, -1, -1)):
+            out, _, found = both(layout, grads, 8)
+            assert torch.equal(out, expected[0])
+            if grads is not grad and grads.stride(0) == 0:
+                continue
+            assert torch.equal(found, expected[2])
+
+
+@needs_kernel
+def test_opcheck():
+    qkv, grad = inputs(2, 9, 2, 8)
+    torch.library.opcheck(torch.ops.sola.attention.default, (qkv.requires_grad_(), 8))
+    out, sums = torch.ops.sola.attention(qkv.detach(), 8)
+    torch.library.opcheck(torch.ops.sola.attention_backward.default, (qkv.detach(), 8, out, sums, grad))
+
+
+def test_a_backward_can_be_differentiated():
+    qkv, grad = inputs(1, 5, 2, 4)
+    results = []
+    for function in (ops.attention, softmax.products):
+        own = qkv.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(own, 4), own, grad, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), own)[0])
+    torch.testing.assert_close(*results)
+
+
+def test_transforms_and_forward_mode_see_torchs_own():
+    qkv, _ = inputs(3, 6, 2, 4)
+    batched = torch.func.vmap(lambda x: ops.attention(x[None], 4)[0])(qkv)
+    torch.testing.assert_close(batched, softmax.attention(qkv, 4))
+    _, tangent = torch.func.jvp(lambda x: ops.attention(x, 4), (qkv,), (torch.ones_like(qkv),))
+    _, expected = torch.func.jvp(lambda x: softmax.products(x, 4), (qkv,), (torch.ones_like(qkv),))
+    torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "head_dim", "says"),
+    [((2, 3), 1, "must be"), ((1, 3, 12), 5, "multiple of head_dim=5"), ((1, 3, 12), 0, "head_dim=0")],
+)
+def test_shapes_that_do_not_fit(shape, head_dim, says):
+    with pytest.raises(ValueError, match=rf"attention: qkv \[.*{says}"):
+        ops.attention(torch.zeros(shape), head_dim)
+    with pytest.raises(TypeError, match="must be float64"):
+        ops.attention(torch.zeros(1, 3, 12, dtype=torch.int32), 4)
+
+
+@needs_kernel
+def test_the_kernel_itself_refuses_them_too():
+    for shape, head_dim in (((2, 3), 1), ((1, 3, 12), 5)):
+        with pytest.raises(ValueError, match="sola::attention: qkv is"):
+            torch.ops.sola.attention(torch.zeros(shape), head_dim)
+    qkv, grad = inputs(1, 4, 1, 4)
+    out, sums = torch.ops.sola.attention(qkv, 4)
+    with pytest.raises(ValueError, match="lse is"):
+        torch.ops.sola.attention_backward(qkv, 4, out, sums[:, :, :2], grad)
+
+
+@needs_kernel
+def test_who_takes_the_kernel(monkeypatch):
+    monkeypatch.setattr(multihead, "_KERNEL", True)
+    monkeypatch.setattr(multihead, "_MATRIX_UNIT", False)
+    qkv, _ = inputs(1, 4, 1, 4)
+    assert not multihead._torchs_own(qkv)
+    assert not multihead._torchs_own(qkv.bfloat16())
+    assert multihead._torchs_own(qkv.double())
+    assert multihead._torchs_own(qkv.to("meta"))
+    for name in ("reference", "portable"):
+        with ops.use(name):
+            assert multihead._torchs_own(qkv)
+            assert torch.equal(ops.attention(qkv, 4), softmax.attention(qkv, 4))
+    monkeypatch.setattr(multihead, "_MATRIX_UNIT", True)
+    assert multihead._torchs_own(qkv.bfloat16())
+    assert not multihead._torchs_own(qkv)
+
+
+def test_graphs_that_are_exported_hold_torchs_own():
+    mixer = SoftmaxMixer(8, head_dim=4).eval()
+    program = torch.export.export(mixer, (torch.zeros(1, 3, 3, 8),))
+    assert "sola" not in str(program.graph)
+    assert "scaled_dot_product_attention" in str(program.graph)
+
+
+def test_it_counts_as_torchs_own_does():
+    qkv, grad = inputs(2, 10, 2, 8)
+    counted = []
+    for function in (ops.attention, softmax.attention):
+        own = qkv.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            function(own, 8).backward(grad)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == 2 * 2 * 2 * 10 * 10 * 16 * 7 // 2
+    # torch has no formula for its attention on a CPU
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        query, key, value = softmax._heads(qkv, 8)
+        (query @ key.mT) @ value
+    assert counter.get_total_flops() == 2 * 2 * 2 * 10 * 10 * 16
+
+
+def test_a_layer_under_autocast_and_compiled_gives_the_same():
+    mixer = SoftmaxMixer(16, head_dim=8).eval()
+    x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = mixer(x)
+        with ops.use("portable"):
+            torch.testing.assert_close(mixer(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(mixer(x).float(), expected, rtol=0.05, atol=0.02)

@@ -20,6 +20,8 @@ def attention(qkv: Tensor, head_dim: int) -> Tensor:
     qkv [B, N, 3C], in a token queries, then keys, then values, each C / head_dim heads -> [B, N, C].
     Raises ValueError for shapes and TypeError for dtypes that do not fit.
     """
+    if type(qkv) is not Tensor:  # what torch.fx or torch.export trace with
+        return softmax.attention(qkv, head_dim)
     check_kind("attention", qkv=qkv)
     if qkv.ndim != 3 or head_dim < 1 or qkv.shape[2] % (3 * head_dim):
         raise ValueError(f"attention: qkv {size(qkv)} must be [B, N, 3C] with C a multiple of head_dim={head_dim}")
@@ -43,7 +45,7 @@ def _torchs_own(qkv: Tensor) -> bool:
         or qkv.dtype == torch.float64
         or (qkv.dtype in _HALF and _MATRIX_UNIT)
         or pinned() in ("reference", "portable")
-        or torch.compiler.is_exporting()  # an exported graph is for any device
+        or torch.compiler.is_exporting()  # what is exported is for any device
         or torch.jit.is_tracing()
         or exporting_onnx()
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sola_vision.studies.figures import label_points
+from sola_vision.analysis.labels import label_points
 
 from .costs import TOLERANCE, Costs
 from .methods import Found

@@ -11,9 +11,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sola_vision.analysis.labels import label_points
 from sola_vision.analysis.paper import ROWS
 
-from .figures import label_points
 from .outcome import RESULTS, Outcome, gather
 from .pages import Block, Heading, Picture, Table, Text, write_page
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs both operators of the CPU kernel over ugly shapes in exactly sized memory, without torch: a target for the address
-// and undefined-behaviour sanitizers.
-#define SOLA_ISA generic
-#include "wkv.cpp"
-
+// Runs the operators of the CPU kernel over ugly shapes in exactly sized memory, without torch: a target for the address
+// and undefined-behaviour sanitizers. Compiled with the kernels as SOLA_ISA=generic.
 #include <cstdio>
 #include <vector>
+
+#include "attention.h"
+#include "lanes.h"
+#include "wkv.h"
 
 namespace {
 
@@ -50,10 +51,40 @@ void run(Type type, int64_t batch, int64_t tokens, int64_t channels, int64_t thr
   generic::kernel.backward(p, type, pieces);
 }
 
+template <class T>
+void attend(Type type, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, float size) {
+  const size_t width = static_cast<size_t>(heads * head_dim), count = static_cast<size_t>(batch * tokens) * width;
+  std::vector<T> qkv(3 * count), out(count), grad(count), grad_qkv(3 * count);
+  std::vector<float> lse(static_cast<size_t>(batch * heads * tokens));
+  unsigned state = 1;
+  const auto fill = [&](std::vector<T>& to) {
+    for (T& one : to) {
+      const float number = static_cast<float>((state = state * 1664525u + 1013904223u) / 4294967296.0 - 0.5) * size;
+      generic::store(&one, generic::splat(number), 1);
+    }
+  };
+  fill(qkv), fill(grad);
+  Attention a;
+  a.batch = batch, a.tokens = tokens, a.heads = heads, a.head_dim = head_dim;
+  a.qkv = qkv.data(), a.out = out.data(), a.lse = lse.data(), a.grad = grad.data(), a.grad_qkv = grad_qkv.data();
+  generic::attend.forward(a, type, pieces);
+  generic::attend.backward(a, type, pieces);
+}
+
 }  // namespace
 
 int main() {
   int cases = 0;
+  for (int64_t tokens : {1, 2, 7, 16, 33, 64, 65, 300}) {
+    for (int64_t head_dim : {1, 4, 16, 33}) {
+      for (float size : {1.0f, 1e30f}) {  // the second is for the plain loops
+        attend<float>(Type::float32, 2, tokens, 3, head_dim, size);
+        attend<generic::bfloat16>(Type::bfloat16, 1, tokens, 2, head_dim, size);
+        attend<generic::float16>(Type::float16, 1, tokens, 1, head_dim, 1.0f);
+        ++cases;
+      }
+    }
+  }
   for (int64_t tokens : {1, 2, 31, 32, 33, 49, 197, 513}) {
     for (int64_t channels : {1, 3, 8, 16, 33, 96}) {
       for (int64_t batch : {1, 2}) {

@@ -167,6 +167,20 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def attention_table(results: Results) -> str:
+    document = results.get("attention")
+    if document is None:
+        return "*Not measured yet:* `python benchmarks/attention.py`"
+    rows = []
+    for row in document["rows"]:
+        rates = (f"{row['gmacs_per_second'][side]:,.0f}" for side in ("torch", "kernel"))
+        faster = f"{row['torch_over_kernel']['ratio']:.2f}"
+        rows.append(("x".join(map(str, row["shape"])), row["dtype"], row["what"], *rates, faster))
+    head = ("images x tokens x heads", "dtype", "what", "torch, GMACs/s", "kernel, GMACs/s", "times as fast")
+    where = f"{document['hardware']}, {document['threads']} threads, {document['instruction_set']}, torch {document['torch']}"
+    return markdown(head, rows) + f"\n\n{where}, commit {document['commit'][:10]}: `python benchmarks/attention.py`"
+
+
 def missing(name: str) -> str:
     return f"*Not measured yet:* `python benchmarks/cpu.py --part {_PARTS[name]}`"
 
@@ -184,6 +198,7 @@ def provenance(document: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "measures": measures_table,
     "products": products_table,
+    "attention": attention_table,
     "startup": startup_table,
     "operator": operator_table,
     "accuracy": accuracy_table,

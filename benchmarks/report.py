@@ -177,7 +177,7 @@ def attention_table(results: Results) -> str:
         faster = f"{row['torch_over_kernel']['ratio']:.2f}"
         rows.append(("x".join(map(str, row["shape"])), row["dtype"], row["what"], *rates, faster))
     head = ("images x tokens x heads", "dtype", "what", "torch, GMACs/s", "kernel, GMACs/s", "times as fast")
-    where = f"{document['hardware']}, {document['threads']} threads, {document['instruction_set']}, torch {document['torch']}"
+    where = f"{document['hardware']}, {document['threads']} threads, torch {document['torch']}"
     return markdown(head, rows) + f"\n\n{where}, commit {document['commit'][:10]}: `python benchmarks/attention.py`"
 
 

@@ -12,22 +12,26 @@ from .methods import Found
 
 
 def draw_search(found: Found, costs: Costs, budget: float, out: Path) -> None:
-    """Points tried, labelled by their schedules; accuracies are of different kinds of training in different methods."""
+    """Points tried, labelled by their letters; a colour for each kind of training that an accuracy is of."""
     scale, unit = (1e-6, "MMACs") if costs.unit == "MACs" else (1e3, "ms")
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(scale * budget * (1 - TOLERANCE), scale * budget * (1 + TOLERANCE), color="#E69F00", alpha=0.2)
     axes.axvline(scale * budget, color="#E69F00", label="budget, give or take 2 %")
-    by_cost = {point.cost: point.top1 for point in sorted(found.points, key=lambda point: (point.cost, point.top1))}
-    axes.plot([scale * cost for cost in by_cost], list(by_cost.values()), color="#999999", label="best at each cost")
-    for point in found.points:
-        best = (point.schedule, point.bridges) == (found.schedule, found.bridges)
-        colour = "#D55E00" if best else "#0072B2"
-        axes.plot(scale * point.cost, point.top1, color=colour, marker="*" if best else "o", linestyle="none")
+    kinds = list(dict.fromkeys(point.how for point in found.points))
+    for how, colour in zip(kinds, ("#0072B2", "#009E73"), strict=False):
+        points = sorted((p for p in found.points if p.how == how), key=lambda point: (point.cost, point.top1))
+        axes.plot(
+            [scale * p.cost for p in points], [p.top1 for p in points], color=colour, marker="o", ls="none", label=how
+        )
+        best = {point.cost: point.top1 for point in points}
+        axes.plot([scale * cost for cost in best], list(best.values()), color=colour, alpha=0.4)
+    chosen = [p for p in found.points if (p.schedule, p.bridges) == (found.schedule, found.bridges)][-1:]
+    for point in chosen:
+        axes.plot(scale * point.cost, point.top1, color="#D55E00", marker="*", markersize=12, ls="none", label="found")
     axes.set_xlabel(f"{unit} an image")
     axes.set_ylabel("top-1 on images held back from training, %")
-    how = found.points[0].how if found.points else "nothing tried"
-    axes.set_title(f"{found.method}: {found.schedule} {found.bridges} (accuracies: {how})", fontsize=9)
+    axes.set_title(f"{found.method}: {costs.space.text(costs.space.kinds(found.schedule, found.bridges))}", fontsize=9)
     axes.margins(x=0.2, y=0.15)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sola_vision.analysis.cost import count
@@ -28,7 +29,9 @@ from .supernet import SuperNet
 
 METHODS = ("gates", "random", "evolution", "rule")
 _TRIALS = 6  # short trainings of random search and of evolution
-_JUDGED = 12  # schedules that the supernet is evaluated on
+_JUDGED = 24  # networks that the supernet is evaluated on: the gates' favourites, and as many at random
+_FINALISTS = 4  # of these that are trained on
+_FINAL = 0.25  # of a training, each
 _FORWARD = 1 / 3  # of a training step's cost
 
 Say = Callable[[str], None]
@@ -117,41 +120,65 @@ def _gates(problem: Problem, say: Say) -> Found:
     )
     gates = ("/".join(f"{letter}{logit:+.2f}" for letter, logit in each.items()) for each in model.logits)
     say("gates " + " ".join(gates) + " (beside L at 0)")
-    ranked = model.ranked(model.candidates)[:_JUDGED]
-    judged = ranked + _elsewhere(model, ranked)
-    for kinds in judged:
+    ranked = model.ranked(model.candidates)
+    favourites, others = ranked[: _JUDGED // 2], ranked[_JUDGED // 2 :]
+    drawn = random.Random(problem.train.seed).sample(others, min(_JUDGED // 2, len(others)))
+    elsewhere = _elsewhere(model)
+    for kinds in favourites + drawn + elsewhere:
         if kinds not in done:
             model.choose(kinds)
             done[kinds] = _top1(problem, task, model)
             _write(folder / "points.json", done)
-    points = [_point(problem, kinds, done[kinds], "supernet") for kinds in judged]
-    best = max(ranked, key=lambda kinds: done[kinds])
-    found = _found(problem, "gates", best, _supernet_trainings(problem, len(judged)), points)
+    points = [_point(problem, kinds, done[kinds], "shared weights") for kinds in favourites + drawn + elsewhere]
+    best_first = sorted(favourites + drawn, key=lambda kinds: done[kinds], reverse=True)
+    shared = {name: value.clone() for name, value in model.state_dict().items()}
+    final = {kinds: _trained_on(problem, model, shared, kinds, say) for kinds in best_first[:_FINALISTS]}
+    points += [_point(problem, kinds, top1, f"{_FINAL:.2f} of a training more") for kinds, top1 in final.items()]
+    best = max(final, key=lambda kinds: final[kinds])
+    found = _found(problem, "gates", best, _gates_trainings(problem), points)
     return replace(found, gates=tuple(model.logits))
 
 
-def _elsewhere(model: SuperNet, near: list[str]) -> list[str]:
+def _trained_on(problem: Problem, model: SuperNet, shared: dict[str, Tensor], kinds: str, say: Say) -> float:
+    """Accuracy of one network that goes on from the shared weights, by itself."""
+    folder = problem.out / "finalists" / kinds
+    done = _stored(folder / "point.json")
+    if kinds not in done:
+        model.load_state_dict(shared)
+        model.settle(kinds)
+        done = {kinds: _short(problem, model, _FINAL, folder)}
+    say(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after {_FINAL:.2f} of a training more")
+    return done[kinds]
+
+
+def _elsewhere(model: SuperNet) -> list[str]:
     """The gates' favourite with each number of softmax layers that costs something else: for the curve."""
     numbers = {_softmax_layers(kinds) for kinds in model.candidates}
     favourites: dict[int, str] = {}
     for kinds in model.ranked([kinds for kinds in model.costs.space if _softmax_layers(kinds) not in numbers]):
         favourites.setdefault(_softmax_layers(kinds), kinds)
-    return [kinds for _, kinds in sorted(favourites.items()) if kinds not in near]
+    return [kinds for _, kinds in sorted(favourites.items())]
 
 
 def _softmax_layers(kinds: str) -> int:
     return len(kinds) - kinds.count("L")
 
 
-def _supernet_trainings(problem: Problem, judged: int) -> float:
-    """Half of the steps take one path, the other half everything that open layers may be; and the evaluations."""
+def _gates_trainings(problem: Problem) -> float:
+    """Half of the supernet's steps take one path, the other half everything that open layers may be; then the
+    evaluations, and the finalists' trainings.
+    """
     costs = problem.costs
-    single = costs.of(costs.meeting(problem.budget)[0])
+    candidates = costs.meeting(problem.budget)
+    elsewhere = costs.space.size + 1 - len({_softmax_layers(kinds) for kinds in candidates})
+    finalists = min(_FINALISTS, len(candidates))
+    evaluations = min(_JUDGED, len(candidates)) + elsewhere + finalists
+    single = costs.of(candidates[0])
     # of the network that is not open; what both kinds cost together follows from the two extremes
     rest = _rest(problem)
     both = costs.of("L" * costs.space.size) + costs.of("S" * costs.space.size) - rest
     both += sum(cost - extra["S"] for extra in costs.extra for letter, cost in extra.items() if letter != "S")
-    return 0.5 + 0.5 * both / single + judged * _evaluation(problem)
+    return 0.5 + 0.5 * both / single + finalists * _FINAL + evaluations * _evaluation(problem)
 
 
 def _rest(problem: Problem) -> float:
@@ -193,10 +220,7 @@ def _best_of(problem: Problem, method: str, tried: dict[str, float]) -> Found:
 
 def _share(problem: Problem) -> float:
     """Of a training, for each of the trials, so that all of them with their evaluations cost what the gates do."""
-    candidates = problem.costs.meeting(problem.budget)
-    elsewhere = problem.costs.space.size + 1 - len({_softmax_layers(kinds) for kinds in candidates})
-    judged = min(_JUDGED, len(candidates)) + elsewhere
-    return _supernet_trainings(problem, judged) / _TRIALS - _evaluation(problem)
+    return _gates_trainings(problem) / _TRIALS - _evaluation(problem)
 
 
 def _evaluation(problem: Problem) -> float:
@@ -210,18 +234,24 @@ def _trial(problem: Problem, kinds: str, say: Say) -> float:
     folder = problem.out / "trials" / kinds
     done = _stored(folder / "point.json")
     if kinds not in done:
-        steps = max(2, round(problem.steps * _share(problem)))
-        warmup = min(steps // 4, round(problem.train.warmup_epochs * problem.steps / problem.train.epochs))
         torch.manual_seed(problem.train.seed)
         model = SolaVision(problem.costs.space.config(problem.config, kinds))
-        task = Classification(problem.config.num_classes, problem.image)
-        train = replace(problem.train, steps=steps, warmup_steps=warmup, evaluate_every=10**6)
-        begun = (folder / "metrics.jsonl").exists()
-        summary = fit(task, model, problem.train_set, problem.choose_set, train, folder, resume=begun)
-        done = {kinds: float(summary["top1"])}
-        _write(folder / "point.json", done)
+        done = {kinds: _short(problem, model, _share(problem), folder)}
     say(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after a short training")
     return done[kinds]
+
+
+def _short(problem: Problem, model: nn.Module, share: float, folder: Path) -> float:
+    """Trains for a share of a training; leaves the accuracy in the folder too."""
+    steps = max(2, round(problem.steps * share))
+    warmup = min(steps // 4, round(problem.train.warmup_epochs * problem.steps / problem.train.epochs))
+    task = Classification(problem.config.num_classes, problem.image)
+    train = replace(problem.train, steps=steps, warmup_steps=warmup, evaluate_every=10**6)
+    begun = (folder / "metrics.jsonl").exists()
+    summary = fit(task, model, problem.train_set, problem.choose_set, train, folder, resume=begun)
+    top1 = float(summary["top1"])
+    _write(folder / "point.json", {folder.name: top1})
+    return top1
 
 
 def _top1(problem: Problem, task: Classification, model: SuperNet) -> float:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network whose open layers hold both kinds, and gates that learn which one to keep.
 
-First half of the training: every step takes one network at random, half of them among those that meet the budget, so
-that all layers and bridges learn, and each kind in company of the other. Second half: gates are concrete variables (a
-softmax over what a layer may be, with Gumbel noise), whose temperature falls until they all but choose.
+First half of the training: every step takes one network at random, so that all layers and bridges learn, and each kind
+in company of the others. Second half: every step takes one network by the gates, which are straight-through
+Gumbel-softmax variables: the layer computes everything that it may be, lets one of it through, and the gate's gradient
+is that of shares around the choice. What is trained is a network of the space at every step. Blended outputs, as in
+most relaxed searches, made bridges look worse than none, where from scratch they are worth two points.
 
 Cost enters as a price. What a letter costs, times the price, is taken off its logit, and the price is the one at which
 the expected cost is the budget. So gates are free to learn what serves accuracy: a penalty that is added to the loss
@@ -24,43 +26,50 @@ from sola_vision.schedule import Bridge
 from .costs import Costs
 
 _RANDOM_PART = 0.5  # of the training, before gates are learned
-_ELSEWHERE = 0.5  # of the random networks cost anything: the curve has other points than the budget, all bridges learn
-_TEMPERATURES = (1.0, 0.1)  # of the gates, at the beginning and at the end of the second half
-_GATE_SPEED = 5.0  # a gate's logits are its parameters times this: the optimiser moves parameters by the learning rate
+_TEMPERATURES = (1.0, 0.25)  # of the gates, at the beginning and at the end of the second half
+_GATE_SPEED = 20.0  # a gate's logits are its parameters times this: the optimiser moves parameters by the learning rate
 
 
 class MixedLayer(nn.Module):
-    """A linear and a softmax layer in one place, and shares of what it may be, by letter.
+    """A linear and a softmax layer in one place, of which `chosen`, a letter, counts.
 
-    chosen: the letter that has all of it; None while shares are blended.
+    shares: 1 for that letter and 0 for the others, with the gate's gradient; None while nobody asks for it.
     """
 
     def __init__(self, linear: nn.Module, softmax: nn.Module, letters: str) -> None:
         super().__init__()
         self.linear, self.softmax, self.letters = linear, softmax, letters
         self.gate = nn.Parameter(torch.zeros(len(letters)))
-        self.chosen: str | None = letters[0]
-        self.shares = torch.zeros(len(letters))
+        self.chosen = letters[0]
+        self.shares: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
         return _GATE_SPEED * self.gate
 
-    def blend(self, toll: Tensor, temperature: float) -> None:
-        """Draws shares by the gate less a toll on each letter, the nearer to one letter the lower the temperature."""
+    def choose(self, letter: str) -> None:
+        self.chosen, self.shares = letter, None
+
+    def draw(self, toll: Tensor, temperature: float) -> None:
+        """Chooses by the gate less a toll on each letter."""
         uniform = torch.rand(len(self.letters)).clamp(1e-6, 1 - 1e-6)
         gumbel = -torch.log(-torch.log(uniform)).to(self.gate.device)
-        self.chosen, self.shares = None, torch.softmax((self.logits - toll + gumbel) / temperature, dim=0)
+        soft = torch.softmax((self.logits - toll + gumbel) / temperature, dim=0)
+        index = int(soft.argmax())
+        hard = torch.zeros_like(soft)
+        hard[index] = 1
+        self.chosen, self.shares = self.letters[index], hard + soft - soft.detach()
 
     def share(self, letter: str) -> Tensor:
+        assert self.shares is not None
         return self.shares[self.letters.index(letter)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        if self.chosen is not None:
+        if self.shares is None:
             return (self.linear if self.chosen == "L" else self.softmax)(x)[0], None
         linear, softmax = self.linear(x)[0], self.softmax(x)[0]
-        # lerp would refuse the kinds of numbers that autocast mixes
-        return linear + (1 - self.share("L")).to(linear.dtype) * (softmax - linear), None
+        share = self.share("L").to(linear.dtype)
+        return share * linear + (1 - share) * softmax, None
 
 
 class GatedBridge(nn.Module):
@@ -73,7 +82,7 @@ class GatedBridge(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         layer = self.ends_at[0]
-        if layer.chosen is None:
+        if layer.shares is not None:
             return layer.share(self.letter) * self.bridge(x, state)
         return self.bridge(x, state) if layer.chosen == self.letter else torch.zeros_like(x)
 
@@ -87,6 +96,7 @@ class SuperNet(nn.Module):
         super().__init__()
         space = costs.space
         self.costs, self.budget, self.steps = costs, budget, steps
+        self.settled = False
         self.candidates = costs.meeting(budget)
         torch.manual_seed(seed)
         linear = SolaVision(space.config(config, "L" * space.size))
@@ -113,7 +123,7 @@ class SuperNet(nn.Module):
         self.choose(self.candidates[0])
 
     def forward(self, image: Tensor) -> Tensor:
-        if self.training:
+        if self.training and not self.settled:
             self._draw()
         return self.network(image)
 
@@ -121,28 +131,33 @@ class SuperNet(nn.Module):
         done = int(self.step) / max(1, self.steps)
         self.step += 1
         if done < _RANDOM_PART:
-            kinds = self.candidates[int(torch.randint(len(self.candidates), ()))]
-            if torch.rand(()) < _ELSEWHERE:
-                kinds = "".join(mixed.letters[int(torch.randint(len(mixed.letters), ()))] for mixed in self.mixed)
-            self.choose(kinds)
+            for mixed in self.mixed:
+                mixed.choose(mixed.letters[int(torch.randint(len(mixed.letters), ()))])
             return
         progress = min(1.0, (done - _RANDOM_PART) / (1 - _RANDOM_PART))
         hot, cold = _TEMPERATURES
         price = self.price()
         for mixed, extra in zip(self.mixed, self.costs.extra, strict=True):
             toll = mixed.gate.new_tensor([0.0, *(price * cost for cost in extra.values())])
-            mixed.blend(toll, hot * (cold / hot) ** progress)
+            mixed.draw(toll, hot * (cold / hot) ** progress)
 
     def choose(self, kinds: str) -> None:
         """One network, a letter for every open layer."""
         for mixed, kind in zip(self.mixed, kinds, strict=True):
-            mixed.chosen = kind
+            mixed.choose(kind)
+
+    def settle(self, kinds: str) -> None:
+        """From now on that network only, in training too; it keeps what it has learned as one of all."""
+        self.choose(kinds)
+        self.settled = True
 
     def price(self) -> float:
         """Of a unit of cost, at which the gates expect to cost the budget; by bisection, for that falls with it."""
         steepest = min((abs(cost) for extra in self.costs.extra for cost in extra.values() if cost), default=1.0)
+        strongest = max(abs(logit) for logits in self.logits for logit in logits.values())
         # at the ends all gates but choose by cost alone; a budget beyond is met as nearly as can be
-        low, high = -30 / steepest, 30 / steepest
+        high = (30 + 2 * strongest) / steepest
+        low = -high
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self.expected_cost(middle) > self.budget else (low, middle)
@@ -169,12 +184,6 @@ class SuperNet(nn.Module):
         ]
 
     def ranked(self, candidates: Sequence[str]) -> list[str]:
-        """Those first whose product of gates, at their price, is largest."""
-        price = self.price()
-        scores = [
-            {"L": 0.0} | {letter: logits[letter] - price * cost for letter, cost in extra.items()}
-            for logits, extra in zip(self.logits, self.costs.extra, strict=True)
-        ]
-        return sorted(
-            candidates, key=lambda kinds: -sum(score[kind] for score, kind in zip(scores, kinds, strict=True))
-        )
+        """Those first whose gates sum up to most, without their price: candidates meet the budget anyway."""
+        logits = [{"L": 0.0} | each for each in self.logits]
+        return sorted(candidates, key=lambda kinds: -sum(each[kind] for each, kind in zip(logits, kinds, strict=True)))

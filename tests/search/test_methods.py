@@ -49,19 +49,21 @@ def test_a_method_meets_the_budget_and_says_its_cost(method, bridges, tmp_path):
     network = SolaVision(CONFIG.with_changes(schedule=found.schedule, bridges=found.bridges), device="meta")
     assert found.cost == count(network.eval(), (64, 64)).macs
     assert abs(found.cost / given.budget - 1) <= 0.02
-    assert 0 <= found.trainings <= 3
+    assert 0 <= found.trainings <= 5  # evaluations cost next to nothing where trainings are longer
     assert all(0 <= point.top1 <= 100 for point in found.points)
     if method in ("random", "evolution"):
         gates = search(problem(tmp_path / "gates", bridges=bridges), "gates", quiet)
         # six trials cost what the gates do; here there may be fewer networks
         assert found.trainings == pytest.approx(gates.trainings * len(found.points) / 6, abs=2e-3)
+    if method == "gates":
+        assert {point.how for point in found.points} == {"shared weights", "0.25 of a training more"}
 
 
 def test_the_curve_of_the_gates_has_other_costs_too(tmp_path):
     found = search(problem(tmp_path), "gates", quiet)
     assert len({point.cost for point in found.points}) == 4
-    best = max(point.top1 for point in found.points if point.schedule.count("S") == 1)
-    assert next(point.top1 for point in found.points if point.schedule == found.schedule) == best
+    final = [point for point in found.points if point.how != "shared weights"]
+    assert max(final, key=lambda point: point.top1).schedule == found.schedule
 
 
 def test_a_search_repeats_by_its_seed_and_goes_on_after_a_stop(tmp_path):

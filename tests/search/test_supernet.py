@@ -45,18 +45,39 @@ def test_a_chosen_schedule_is_the_network_of_that_schedule():
     assert len({tuple(out.flatten().tolist()) for out in outputs.values()}) == 8
 
 
-def test_the_first_half_takes_one_path_and_the_second_blends():
-    model = supernet(steps=20).train()
+def test_each_step_trains_one_network_and_the_second_half_its_gates_too():
+    model = supernet(steps=20, bridges=True).train()
     seen = set()
     for step in range(20):
+        model(images()).sum().backward()
+        chosen = "".join(mixed.chosen for mixed in model.mixed)
+        seen.add(chosen)
+        learning = [mixed.gate.grad is not None for mixed in model.mixed]
+        assert learning == [step >= 10] * 3
+        if step >= 10:
+            for mixed in model.mixed:
+                hard = [1.0 if letter == mixed.chosen else 0.0 for letter in mixed.letters]
+                assert mixed.shares.tolist() == pytest.approx(hard)
+        model.zero_grad(set_to_none=True)
+    assert len(seen) > 4
+
+
+def test_what_is_drawn_by_the_gates_is_the_network_of_that_choice():
+    model = supernet(bridges=True).train()
+    for _ in range(5):
+        model.step.fill_(15)
+        drawn = model(images())
+        model.choose("".join(mixed.chosen for mixed in model.mixed))
+        with torch.no_grad():
+            torch.testing.assert_close(model.network(images()), drawn.detach())
+
+
+def test_a_settled_network_draws_no_more():
+    model = supernet(steps=4).train()
+    model.settle("LSL")
+    for _ in range(6):
         model(images())
-        chosen = [mixed.chosen for mixed in model.mixed]
-        assert all(letter is not None for letter in chosen) == (step < 10)
-        if step < 10:
-            seen.add(tuple(chosen))
-        else:
-            assert all(mixed.shares.sum().item() == pytest.approx(1) for mixed in model.mixed)
-    assert len(seen) > 2
+        assert "".join(mixed.chosen for mixed in model.mixed) == "LSL"
 
 
 def test_all_parameters_learn():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sola_vision import SolaConfig, SolaVision, base, nano, ops, small, tiny
-from sola_vision.layers import LinearLayer, SoftmaxLayer
+from sola_vision.layers import LinearLayer, PositionEmbedding, SoftmaxLayer
 
 SMALL = {"dims": (8, 16, 32, 64), "num_classes": 5}
 
@@ -139,6 +139,19 @@ def test_stochastic_depth_grows_linearly_and_acts_in_training_only():
     with torch.no_grad():
         torch.testing.assert_close(model(image), model(image), rtol=0, atol=0)
         assert not torch.equal(model.train()(image), model(image))
+
+
+@pytest.mark.parametrize("size", [(31, 9), (16, 40), (1, 1), (64, 64)])
+def test_positions_are_torchs_bicubic_interpolation(size):
+    position = PositionEmbedding(16, 8)
+    torch.nn.init.normal_(position.weight)
+    expected = torch.nn.functional.interpolate(position.weight, size, mode="bicubic", align_corners=False)
+    found = position(torch.zeros(2, *size, 8))
+    torch.testing.assert_close(found, expected.permute(0, 2, 3, 1).expand(2, -1, -1, -1), rtol=0, atol=3e-6)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    (own,) = torch.autograd.grad(found, position.weight, grad)
+    (wanted,) = torch.autograd.grad(expected, position.weight, grad.sum(0, keepdim=True).permute(0, 3, 1, 2))
+    torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_position_embedding_is_exact_on_its_own_grid_and_interpolated_elsewhere():

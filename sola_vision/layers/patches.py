@@ -49,18 +49,42 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> x plus its positions."""
         weight = self.weight.contiguous(memory_format=torch.channels_last)  # as x lies in memory
+        size = (x.shape[1], x.shape[2])
         # an exported graph takes images of any size, so it always interpolates; on the grid itself that changes nothing
-        if torch.compiler.is_exporting() or weight.shape[-2:] != x.shape[1:3]:
-            size = (x.shape[1], x.shape[2])
-            weight = nn.functional.interpolate(weight.float(), size, mode="bicubic", align_corners=False)
+        if torch.compiler.is_exporting() or weight.shape[-2:] != size:
+            # in autocast products would be rounded; a trace is for any machine
+            plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+            by = _interpolate if plain or torch.compiler.is_exporting() else _interpolate_by_products
+            weight = by(weight.float(), size)
         return x + weight.to(x.dtype).permute(0, 2, 3, 1)
+
+
+def _interpolate(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """[1, C, h, w] for another grid (height, width)."""
+    return nn.functional.interpolate(weight, tuple(size), mode="bicubic", align_corners=False)
+
+
+def _interpolate_by_products(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """The same, one axis after the other as a matrix product; channels last in memory. torch goes from pixel to pixel,
+    which takes three times as long on a CPU, 2 % of a forward at 1024 pixels.
+    """
+    rows, columns = (_stretching(old, new, weight) for old, new in zip(weight.shape[-2:], size, strict=True))
+    channels_last = weight[0].permute(1, 2, 0)
+    tall = (rows @ channels_last.flatten(1)).unflatten(1, channels_last.shape[1:])
+    return (columns @ tall).permute(2, 0, 1)[None]
+
+
+def _stretching(old: int, new: int, like: Tensor) -> Tensor:
+    """The matrix [new, old] of torch's bicubic interpolation along one axis."""
+    unit = torch.eye(old, device=like.device, dtype=like.dtype)[None, :, :, None]
+    return _interpolate(unit, (new, 1))[0, :, :, 0].t()
 
 
 def resize_position(weight: Tensor, grid: Sequence[int]) -> Tensor:
     """A position embedding [1, C, h, w] for another grid (height, width), as the network itself interpolates it."""
     if tuple(weight.shape[-2:]) == tuple(grid):
         return weight
-    return nn.functional.interpolate(weight.float(), tuple(grid), mode="bicubic", align_corners=False).to(weight.dtype)
+    return _interpolate(weight.float(), grid).to(weight.dtype)
 
 
 class PatchMerging(nn.Module):

@@ -50,14 +50,14 @@ void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
     }
   }
   for (int v = 0; v < wide; ++v) {
-    const F kept = exp(larger(splat(smallest), F(space.most[p][v]) - most[v]));
+    const F kept = weight(F(space.most[p][v]) - most[v]);
     space.most[p][v] = most[v];
     F total = F(space.total[p][v]) * kept;
     for (int64_t j = 0; j < keys; ++j) {
       float* const at = space.scores + j * panel + v * W;
-      const F weight = exp(larger(splat(smallest), widen(at) - most[v]));
-      total += weight;
-      narrow(at, weight);
+      const F w = weight(widen(at) - most[v]);
+      total += w;
+      narrow(at, w);
     }
     space.total[p][v] = total;
     float* const results = space.results + p * panel * space.tall + v * W;
@@ -104,20 +104,22 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
 
 template <class T>
 void robust(const Head<T>& h, int64_t first, int64_t queries) {
-  double* const weights = static_cast<double*>(malloc(sizeof(double) * static_cast<size_t>(h.tokens)));
-  if (!weights) abort();
-  for (int64_t i = first; i < first + queries; ++i) {
-    const double most = h.scores_of(i, weights);
-    double total = 0.0;
-    for (int64_t j = 0; j < h.tokens; ++j) total += weights[j] = weight(weights[j] - most);
-    for (int64_t d = 0; d < h.dim; ++d) {
-      double sum = 0.0;
-      for (int64_t j = 0; j < h.tokens; ++j) sum += weights[j] * h.number(h.value + j * h.stride + d);
-      h.write(h.to_out + i * h.out_stride + d, sum / total);
+  const int64_t n = h.tokens, dim = h.dim;
+  Doubles memory((queries + 2 * n) * dim + n);
+  double *const query = memory.take(queries * dim), *const keys = memory.take(n * dim),
+                *const values = memory.take(n * dim), *const weights = memory.take(n);
+  to_doubles(h.query + first * h.stride, h.stride, queries, dim, query);
+  to_doubles(h.key, h.stride, n, dim, keys);
+  to_doubles(h.value, h.stride, n, dim, values);
+  for (int64_t i = 0; i < queries; ++i) {
+    h.lse[first + i] = static_cast<float>(weights_of(query + i * dim, keys, n, dim, weights));
+    double* const sums = query + i * dim;  // which is read no more
+    for (int64_t d = 0; d < dim; ++d) sums[d] = 0.0;
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t d = 0; d < dim; ++d) sums[d] += weights[j] * values[j * dim + d];
     }
-    h.lse[i] = static_cast<float>(most + __builtin_log(total));
+    for (int64_t d = 0; d < dim; ++d) from_double(h.to_out + (first + i) * h.out_stride + d, sums[d]);
   }
-  free(weights);
 }
 
 template <class T>

@@ -44,10 +44,8 @@ void differentiate(const Workspace& space, int64_t first, int64_t keys, int64_t 
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       for (int v = 0; v < wide; ++v) {
-        // above zero by rounding only, and where there is no key
-        F below = larger(splat(smallest), s[r][v] - lse[v]);
-        below = below > 0.0f ? F{} : below;
-        narrow(weights + r * panel + v * W, exp(below));
+        const F below = s[r][v] - lse[v];  // above zero by rounding only, and where there is no key
+        narrow(weights + r * panel + v * W, weight(below > 0.0f ? F{} : below));
       }
     }
     multiply(dp, value + j * space.broad, space.broad, 1, space.grads, panel, dim);
@@ -126,42 +124,45 @@ bool fast(const Head<T>& h, const Workspace& space) {
 
 template <class T>
 void robust(const Head<T>& h) {
-  const int64_t n = h.tokens, dim = h.dim;
+  const int64_t n = h.tokens, dim = h.dim, size = n * dim;
   const double scale = 1.0 / __builtin_sqrt(static_cast<double>(dim));
-  double* const memory = static_cast<double*>(calloc(static_cast<size_t>(n * (2 + 2 * dim)), sizeof(double)));
-  if (!memory) abort();
-  double *const weights = memory, *const of_weights = memory + n, *const of_keys = memory + 2 * n,
-                *const of_values = of_keys + n * dim;
+  Doubles memory(7 * size + 2 * n);
+  double *const query = memory.take(size), *const keys = memory.take(size), *const values = memory.take(size),
+                *const grads = memory.take(size), *const of_query = memory.take(size),
+                *const of_keys = memory.take(size), *const of_values = memory.take(size);
+  double *const weights = memory.take(n), *const of_weights = memory.take(n);
+  to_doubles(h.query, h.stride, n, dim, query);
+  to_doubles(h.key, h.stride, n, dim, keys);
+  to_doubles(h.value, h.stride, n, dim, values);
+  to_doubles(h.grad, h.out_stride, n, dim, grads);
   for (int64_t i = 0; i < n; ++i) {
-    const double most = h.scores_of(i, weights);
-    double total = 0.0, delta = 0.0;
-    for (int64_t j = 0; j < n; ++j) total += weights[j] = weight(weights[j] - most);
+    weights_of(query + i * dim, keys, n, dim, weights);
+    const double* const grad = grads + i * dim;
+    double delta = 0.0;
     for (int64_t j = 0; j < n; ++j) {
-      weights[j] /= total, of_weights[j] = 0.0;
-      for (int64_t d = 0; d < dim; ++d) {
-        const double grad = h.number(h.grad + i * h.out_stride + d);
-        of_weights[j] += grad * h.number(h.value + j * h.stride + d);
-        of_values[j * dim + d] += weights[j] * grad;
-      }
-      delta += weights[j] * of_weights[j];
-    }
-    for (int64_t j = 0; j < n; ++j) of_weights[j] = weights[j] * (of_weights[j] - delta) * scale;
-    for (int64_t d = 0; d < dim; ++d) {
       double sum = 0.0;
-      for (int64_t j = 0; j < n; ++j) {
-        sum += of_weights[j] * h.number(h.key + j * h.stride + d);
-        of_keys[j * dim + d] += of_weights[j] * h.number(h.query + i * h.stride + d);
+      for (int64_t d = 0; d < dim; ++d) {
+        sum += grad[d] * values[j * dim + d];
+        of_values[j * dim + d] += weights[j] * grad[d];
       }
-      h.write(h.to_query + i * h.stride + d, sum);
+      of_weights[j] = sum;
+      delta += weights[j] * sum;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const double of_score = weights[j] * (of_weights[j] - delta) * scale;
+      for (int64_t d = 0; d < dim; ++d) {
+        of_query[i * dim + d] += of_score * keys[j * dim + d];
+        of_keys[j * dim + d] += of_score * query[i * dim + d];
+      }
     }
   }
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t d = 0; d < dim; ++d) {
-      h.write(h.to_key + i * h.stride + d, of_keys[i * dim + d]);
-      h.write(h.to_value + i * h.stride + d, of_values[i * dim + d]);
+      from_double(h.to_query + i * h.stride + d, of_query[i * dim + d]);
+      from_double(h.to_key + i * h.stride + d, of_keys[i * dim + d]);
+      from_double(h.to_value + i * h.stride + d, of_values[i * dim + d]);
     }
   }
-  free(memory);
 }
 
 template <class T>

@@ -9,8 +9,13 @@ namespace sola::SOLA_ISA {
 namespace {
 
 constexpr int64_t block = 64;      // keys whose scores by a panel of queries exist at a time
-constexpr float largest = 1e30f;   // of products and values; what is larger takes the plain loops in float64
-constexpr float smallest = -44.0f;  // exp_limit: weights below e^-44 count as that, nothing beside the largest one's 1
+constexpr float largest = 1e30f;  // of products and values; what is larger takes the plain loops in float64
+
+// exp(below), zero from e^-87 on, as in float32: the least weight is taken off all, which larger ones do not notice
+SOLA_FORCED inline F weight(F below) {
+  F shifted;
+  return exp_polynomial<0>(larger(splat(-87.0f), below), shifted) - exp_polynomial<0>(splat(-87.0f), shifted);
+}
 
 template <class T>
 struct Head {
@@ -33,22 +38,38 @@ struct Head {
 
   float scale() const { return 1.0f / __builtin_sqrtf(static_cast<float>(dim)); }
 
-  // s_ij for all j into `scores`, and the largest
-  double scores_of(int64_t i, double* scores) const {
-    const double scale = 1.0 / __builtin_sqrt(static_cast<double>(dim));
-    double most = -__builtin_inf();
-    for (int64_t j = 0; j < tokens; ++j) {
-      double s = 0.0;
-      for (int64_t d = 0; d < dim; ++d) s += number(query + i * stride + d) * number(key + j * stride + d);
-      scores[j] = s * scale;
-      most = scores[j] > most ? scores[j] : most;
-    }
-    return most;
-  }
-
-  static double number(const T* a) { return static_cast<double>(load(a, 1)[0]); }
-  static void write(T* a, double number) { store(a, splat(static_cast<float>(number)), 1); }
 };
+
+// numbers of some rows in float64, for the plain loops
+template <class T>
+void to_doubles(const T* from, int64_t stride, int64_t count, int64_t width, double* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < width; ++d) to[i * width + d] = static_cast<double>(load(from + i * stride + d, 1)[0]);
+  }
+}
+
+template <class T>
+void from_double(T* to, double number) {
+  store(to, splat(static_cast<float>(number)), 1);
+}
+
+// weights of all keys for one query into `weights`; the logarithm of the sum of exp(scores)
+inline double weights_of(const double* query, const double* keys, int64_t tokens, int64_t dim, double* weights) {
+  const double scale = 1.0 / __builtin_sqrt(static_cast<double>(dim));
+  double most = -__builtin_inf(), total = 0.0;
+  for (int64_t j = 0; j < tokens; ++j) {
+    double s = 0.0;
+    for (int64_t d = 0; d < dim; ++d) s += query[d] * keys[j * dim + d];
+    weights[j] = s * scale;
+    most = weights[j] > most ? weights[j] : most;
+  }
+  for (int64_t j = 0; j < tokens; ++j) {
+    const double below = weights[j] - most;
+    total += weights[j] = below < -708.0 ? 0.0 : exp(below);  // NaN stays NaN
+  }
+  for (int64_t j = 0; j < tokens; ++j) weights[j] /= total;
+  return most + __builtin_log(total);
+}
 
 // whether scores stay finite, and sums of values
 inline bool fits(U queries, U keys, U values, int64_t dim) {
@@ -56,8 +77,23 @@ inline bool fits(U queries, U keys, U values, int64_t dim) {
   return fits(queries, most) && fits(keys, most) && fits(values, largest);
 }
 
-// e to the power of what is below zero; weights of the robust path, where NaN stays NaN
-inline double weight(double below) { return below < -708.0 ? 0.0 : exp(below); }
+// zeros, for the plain loops
+class Doubles {
+  double *memory_, *next_;
+
+ public:
+  explicit Doubles(int64_t count) : memory_(static_cast<double*>(calloc(static_cast<size_t>(count), sizeof(double)))) {
+    if (!memory_) abort();
+    next_ = memory_;
+  }
+  double* take(int64_t count) {
+    double* const piece = next_;
+    next_ += count;
+    return piece;
+  }
+  ~Doubles() { free(memory_); }
+  Doubles(const Doubles&) = delete;
+};
 
 // a thread's memory, in pieces that each begin at a cache line
 class Memory {

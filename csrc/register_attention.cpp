@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention for the dispatch key CPU: checks and memory (see sola_vision/ops/attention.py for its definition).
+// Attention for the dispatch key CPU: checks and memory (see sola_vision/ops/softmax.py for its definition).
 #include "register_attention.h"
 
 #include "attention.h"
@@ -14,9 +14,11 @@ struct Call {
   Type type;
   Attention problem;
 
-  Call(Value qkv, int64_t head_dim) : qkv(qkv) {
-    sizes = this->qkv.sizes();
-    type = this->qkv.type("sola::attention: qkv");
+  explicit Call(const Value* stack) : qkv(stack[0]) {}
+
+  void prepare(int64_t head_dim) {
+    sizes = qkv.sizes();
+    type = qkv.type("sola::attention: qkv");
     if (sizes.size() != 3 || head_dim < 1 || sizes[2] % (3 * head_dim) != 0) {
       throw std::invalid_argument("sola::attention: qkv is " + text(sizes) +
                                   ", expected [batch, tokens, 3 * heads * head_dim] with head_dim = " +
@@ -24,7 +26,9 @@ struct Call {
     }
     problem.batch = sizes[0], problem.tokens = sizes[1];
     problem.heads = sizes[2] / (3 * head_dim), problem.head_dim = head_dim;
-    problem.qkv = readable(this->qkv, "sola::attention: qkv", sizes, type);
+    problem.qkv = readable(qkv, "sola::attention: qkv", sizes, type);
+    // there is no kernel in float64: torch's own operators compute that, and do not come here
+    if (type == Type::float64) throw std::invalid_argument("sola::attention: float64 has no kernel; use ops.attention");
   }
 
   const void* readable(Tensor& tensor, const char* name, const std::vector<int64_t>& wanted, Type as) const {
@@ -34,15 +38,11 @@ struct Call {
   }
   std::vector<int64_t> out_sizes() const { return {sizes[0], sizes[1], sizes[2] / 3}; }
   std::vector<int64_t> lse_sizes() const { return {sizes[0], problem.heads, sizes[1]}; }
-  // there is no kernel in float64: torch's own operators compute that, and do not come here
-  void only_float32_and_less() const {
-    if (type == Type::float64) throw std::invalid_argument("sola::attention: float64 has no kernel; use ops.attention");
-  }
 };
 
 void attention(Value* stack, uint64_t, uint64_t) {
-  Call call(stack[0], static_cast<int64_t>(stack[1]));
-  call.only_float32_and_less();
+  Call call(stack);
+  call.prepare(static_cast<int64_t>(stack[1]));
   Tensor out = Tensor::empty(call.out_sizes(), call.type), lse = Tensor::empty(call.lse_sizes(), Type::float32);
   call.problem.out = out.write(), call.problem.lse = static_cast<float*>(lse.write());
   current_attend().forward(call.problem, call.type, parallel_for);
@@ -50,9 +50,9 @@ void attention(Value* stack, uint64_t, uint64_t) {
 }
 
 void attention_backward(Value* stack, uint64_t, uint64_t) {
-  Call call(stack[0], static_cast<int64_t>(stack[1]));
-  Tensor out(stack[2]), lse(stack[3]), grad(stack[4]);
-  call.only_float32_and_less();
+  Call call(stack);
+  Tensor out(stack[2]), lse(stack[3]), grad(stack[4]);  // owned before anything is refused
+  call.prepare(static_cast<int64_t>(stack[1]));
   Attention& a = call.problem;
   a.out = const_cast<void*>(call.readable(out, "sola::attention_backward: out", call.out_sizes(), call.type));
   a.grad = call.readable(grad, "sola::attention_backward: grad", call.out_sizes(), call.type);

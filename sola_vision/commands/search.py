@@ -21,6 +21,7 @@ import yaml
 
 from sola_vision.commands.arguments import Arguments
 from sola_vision.config import SolaConfig
+from sola_vision.engine.log import write_json
 from sola_vision.search import METHODS, Costs, Found, Problem, Space, latency_costs, mac_costs, search
 from sola_vision.search.figures import draw_search
 from sola_vision.studies import SCALES, Scale
@@ -28,6 +29,7 @@ from sola_vision.studies.images import Images
 from sola_vision.tasks import ModelConfig
 
 _CHOOSE = 0.1  # of the training images, to choose by
+_COSTS = "costs.json"
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -41,11 +43,12 @@ def run(arguments: Sequence[str]) -> None:
     images = Images(options.data, scale.size, scale.images, options.limit or scale.limit, options.classes)
     base = scale.hierarchical if "/" in options.space else scale.isotropic
     config = _fitting(base, space, images.identity.classes)
+    _same(Path(options.out), _settings(options, images))
     costs = _costs(options, config, space)
     budget = _budget(options, costs)
     costs.meeting(budget)
     problem = _problem(options, scale, images, config, costs, budget)
-    _begin(problem.out, _settings(options, images))
+    _begin(problem.out, _settings(options, images), costs)
 
     found = search(problem, options.method, lambda text: print(text, file=sys.stderr))
     _write(problem, found, options, scale, images)
@@ -97,7 +100,11 @@ def _fitting(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
 
 def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
     size = _size(options.size) if options.size else (config.img_size, config.img_size)
-    if options.latency or options.budget.endswith("ms"):
+    if options.latency or options.budget.strip().endswith("ms"):
+        known = Path(options.out) / _COSTS
+        if known.exists():  # measured before the search was stopped; measured again, it would be another search
+            content = json.loads(known.read_text())
+            return Costs(space, content["base"], tuple(content["extra"]), content["unit"])
         device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
         return latency_costs(config, space, size, "cpu" if device == "auto" else device)
     return mac_costs(config, space, size)
@@ -111,9 +118,9 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _budget(options: Namespace, costs: Costs) -> float:
-    text = options.budget
+    text = options.budget.strip()
     schedule, _, bridges = text.partition(" ")
-    if set(schedule) <= set("LS/"):
+    if schedule and set(schedule) <= set("LS/"):
         return costs.of(costs.space.kinds(schedule, bridges))
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)(M|G|ms)", text)
     if match is None or float(match[1]) <= 0:
@@ -154,17 +161,24 @@ def _settings(options: Namespace, images: Images) -> dict[str, Any]:
     return {k: v for k, v in vars(options).items() if k not in free} | {"images": images.identity.fingerprint}
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> None:
+def _same(out: Path, settings: dict[str, Any]) -> None:
     """A folder belongs to one search; the same command again goes on with it."""
     path = out / "settings.json"
-    if path.exists() and (before := json.loads(path.read_text())) != settings:
-        changed = next(name for name in settings if before.get(name) != settings[name])
-        raise ValueError(
-            f"{out} holds a search with {changed} {before.get(changed)!r}, not {settings[changed]!r}: choose another "
-            "--out"
-        )
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())
+    for name in settings | before:
+        if before.get(name) != settings.get(name):
+            raise ValueError(
+                f"{out} holds a search with {name} {before.get(name)!r}, not {settings.get(name)!r}: choose another "
+                "--out"
+            )
+
+
+def _begin(out: Path, settings: dict[str, Any], costs: Costs) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    write_json(out / _COSTS, {"base": costs.base, "extra": list(costs.extra), "unit": costs.unit})
+    write_json(out / "settings.json", settings)
 
 
 def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:

@@ -17,7 +17,7 @@ _pinned: Path | None = None
 @contextmanager
 def use(path: Path) -> Iterator[None]:
     """Pin the path of every operator inside the block (for the whole process): "reference" and "portable" are plain
-    torch, "native" the compiled kernels.
+    torch, "native" the compiled kernels. Softmax attention is torch's own where it has no kernel, whatever is pinned.
 
     Raises ValueError for another name and, with "native", RuntimeError at the call if no kernel exists for its device.
     """
@@ -39,10 +39,10 @@ def transformed(*tensors: Tensor) -> bool:
     """Whether torch.func (grad, vmap, jvp, ...) is at work or a tensor carries a forward-mode tangent: both see through
     torch's own operators only, and the tangent would be dropped without a word.
     """
+    if torch._C._are_functorch_transforms_active():  # compilers ask this as well, and see the answer
+        return True
     if torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active():
-        return True
     # no level, no tangents: unpacking is slow
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x)[1] is not None for x in tensors)
 

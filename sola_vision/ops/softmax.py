@@ -11,14 +11,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
     """The definition. qkv [B, N, 3C] -> [B, N, C]."""
-    return scaled_dot_product_attention(*_heads(qkv, head_dim)).transpose(1, 2).flatten(2)
+    return _tokens(scaled_dot_product_attention(*_heads(qkv, head_dim)))
 
 
 def products(qkv: Tensor, head_dim: int) -> Tensor:
     """The same of products and a softmax, which can be differentiated in any way; N^2 scores in memory."""
     query, key, value = _heads(qkv, head_dim)
-    weights = torch.softmax(query @ key.transpose(-1, -2) * head_dim**-0.5, dim=-1)
-    return (weights @ value).transpose(1, 2).flatten(2)
+    return _tokens(_weights(query, key) @ value)
 
 
 def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,22 +26,36 @@ def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
+def _tokens(heads: Tensor) -> Tensor:
+    """[B, heads, N, head_dim] -> [B, N, C]."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    # scaled first: in float16 the product may be too large
+    return (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    return torch.softmax(_scores(query, key), dim=-1)
+
+
 def _attention_and_sums(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """The operator's default kernel: the result, and the logarithms of the sums that normalise it [B, heads, N]."""
     query, key, _ = _heads(qkv, head_dim)
-    scores = (query.float() @ key.float().transpose(-1, -2)) * head_dim**-0.5
-    return attention(qkv, head_dim).contiguous(), torch.logsumexp(scores, dim=-1)
+    return attention(qkv, head_dim).contiguous(), torch.logsumexp(_scores(query.float(), key.float()), dim=-1)
 
 
 def _attention_backward(qkv: Tensor, head_dim: int, out: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    again = torch.is_grad_enabled()  # then the result is to be differentiated, and qkv is part of a graph
-    with torch.enable_grad():
-        qkv = qkv.view_as(qkv) if again else qkv.detach()
-        if not qkv.requires_grad:
-            qkv.requires_grad_()
-        out = (products if again else attention)(qkv, head_dim)
-        (found,) = torch.autograd.grad(out, qkv, grad, create_graph=again)
-    return found.contiguous()
+    """The default kernel of the backward; itself differentiable, for it takes nothing from out and lse."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    query, key, value = _heads(qkv.to(dtype), head_dim)
+    of_heads = grad.to(dtype).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    weights = _weights(query, key)
+    of_weights = of_heads @ value.transpose(-1, -2)
+    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * head_dim**-0.5
+    parts = of_scores @ key, of_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ of_heads
+    return torch.cat([_tokens(part) for part in parts], dim=-1).to(qkv.dtype)
 
 
 def _fake(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -61,6 +74,20 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, No
     qkv, out, lse = ctx.saved_tensors
     backward = _attention_backward if torch.is_grad_enabled() else torch.ops.sola.attention_backward
     return backward(qkv, ctx.head_dim, out, lse, grad), None
+
+
+def _autocast(device: str) -> Any:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+
+    def call(_: Any, qkv: Tensor, head_dim: int) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if qkv.dtype != torch.float64:
+                qkv = qkv.to(torch.get_autocast_dtype(device))
+            return torch.ops.sola.attention(qkv, head_dim)
+
+    return call
 
 
 def _cost(qkv: Any, head_dim: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -90,5 +117,7 @@ def register(library: torch.library.Library) -> None:
         lib=library,
     )
     torch.library.register_autograd("sola::attention", _differentiate, setup_context=_save, lib=library)
+    for dispatch_key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        library.impl("attention", _autocast(device), dispatch_key, with_keyset=True)
     register_flop_formula(torch.ops.sola.attention)(_cost)
     register_flop_formula(torch.ops.sola.attention_backward)(_backward_cost)

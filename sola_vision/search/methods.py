@@ -8,6 +8,7 @@ divided among short trainings.
 
 import json
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from sola_vision.backbone import SolaVision
 from sola_vision.config import SolaConfig
 from sola_vision.data import ImageConfig
 from sola_vision.engine import EvaluationBatches, TrainConfig, distributed, evaluate, fit
+from sola_vision.engine.log import write_json
 from sola_vision.tasks import Classification
 
-from .costs import Costs
+from .costs import Costs, mac_costs
 from .supernet import SuperNet
 
 METHODS = ("gates", "random", "evolution", "rule")
@@ -94,13 +96,13 @@ def search(problem: Problem, method: str, say: Say) -> Found:
 
 
 def rule(costs: Costs, budget: float) -> str:
-    """The paper's: softmax after two linear layers, then every third; early ones give way where they cost too much."""
-    kinds = "".join("S" if place.layer % 3 == 2 else "L" for place in costs.space.open_layers)
-    allowed = costs.meeting(budget)
-    most = max(costs.of(each) for each in allowed)
-    while costs.of(kinds) > most and "S" in kinds:
-        kinds = kinds.replace("S", "L", 1)
-    return kinds
+    """The paper's: softmax after two linear layers, then every third; the earliest change where it costs too much."""
+    kinds = ["S" if place.layer % 3 == 2 else "L" for place in costs.space.open_layers]
+    most = max(costs.of(each) for each in costs.meeting(budget))
+    for index, extra in enumerate(costs.extra):
+        if costs.of("".join(kinds)) > most:
+            kinds[index] = "L" if extra["S"] > 0 else "S"  # softmax is the cheaper kind where there are few tokens
+    return "".join(kinds)
 
 
 def _gates(problem: Problem, say: Say) -> Found:
@@ -128,7 +130,7 @@ def _gates(problem: Problem, say: Say) -> Found:
         if kinds not in done:
             model.choose(kinds)
             done[kinds] = _top1(problem, task, model)
-            _write(folder / "points.json", done)
+            write_json(folder / "points.json", done)
     points = [_point(problem, kinds, done[kinds], "shared weights") for kinds in favourites + drawn + elsewhere]
     best_first = sorted(favourites + drawn, key=lambda kinds: done[kinds], reverse=True)
     shared = {name: value.clone() for name, value in model.state_dict().items()}
@@ -166,29 +168,30 @@ def _softmax_layers(kinds: str) -> int:
 
 def _gates_trainings(problem: Problem) -> float:
     """Half of the supernet's steps take one path, the other half everything that open layers may be; then the
-    evaluations, and the finalists' trainings.
+    evaluations, and the finalists' trainings. In MACs at the size that is trained at, whatever the budget counts.
     """
-    costs = problem.costs
-    candidates = costs.meeting(problem.budget)
-    elsewhere = costs.space.size + 1 - len({_softmax_layers(kinds) for kinds in candidates})
+    config, space = problem.config, problem.costs.space
+    costs = mac_costs(config, space, (config.img_size, config.img_size))
+    candidates = problem.costs.meeting(problem.budget)
+    single = statistics.fmean(costs.of(kinds) for kinds in candidates)
+    drawn = costs.base + sum(sum(extra.values()) / (1 + len(extra)) for extra in costs.extra)
+    # what both kinds cost together follows from the two extremes and what lies outside of the open layers
+    both = costs.of("L" * space.size) + costs.of("S" * space.size) - _rest(problem)
+    both += sum(cost - extra["S"] for extra in costs.extra for letter, cost in extra.items() if letter != "S")
+    elsewhere = space.size + 1 - len({_softmax_layers(kinds) for kinds in candidates})
     finalists = min(_FINALISTS, len(candidates))
     evaluations = min(_JUDGED, len(candidates)) + elsewhere + finalists
-    single = costs.of(candidates[0])
-    # of the network that is not open; what both kinds cost together follows from the two extremes
-    rest = _rest(problem)
-    both = costs.of("L" * costs.space.size) + costs.of("S" * costs.space.size) - rest
-    both += sum(cost - extra["S"] for extra in costs.extra for letter, cost in extra.items() if letter != "S")
-    return 0.5 + 0.5 * both / single + finalists * _FINAL + evaluations * _evaluation(problem)
+    supernet = 0.5 * drawn / single + 0.5 * both / single
+    return supernet + finalists * _FINAL + evaluations * _evaluation(problem)
 
 
 def _rest(problem: Problem) -> float:
-    """Cost of everything but the open layers, which only a count of MACs tells; its share holds for time as well."""
+    """MACs of everything but the open layers."""
     config, space = problem.config, problem.costs.space
     model = SolaVision(space.config(config, "L" * space.size), device="meta").eval()
     cost = count(model, (config.img_size, config.img_size))
     places = {f"{place} L" for place in space.open_layers}
-    inside = sum(group.macs for group in cost.layers if group.name in places)
-    return problem.costs.base * (1 - inside / cost.macs)
+    return cost.macs - sum(group.macs for group in cost.layers if group.name in places)
 
 
 def _random(problem: Problem, say: Say) -> Found:
@@ -250,7 +253,7 @@ def _short(problem: Problem, model: nn.Module, share: float, folder: Path) -> fl
     begun = (folder / "metrics.jsonl").exists()
     summary = fit(task, model, problem.train_set, problem.choose_set, train, folder, resume=begun)
     top1 = float(summary["top1"])
-    _write(folder / "point.json", {folder.name: top1})
+    write_json(folder / "point.json", {folder.name: top1})
     return top1
 
 
@@ -272,9 +275,3 @@ def _found(problem: Problem, method: str, kinds: str, trainings: float, points: 
 
 def _stored(path: Path) -> dict[str, float]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write(path: Path, value: Any) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(value) + "\n")
-    beside.replace(path)

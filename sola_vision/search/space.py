@@ -37,6 +37,7 @@ class Space:
                 + (f" and so {networks:,} networks, more than {_MOST:,}" if self.size else "")
                 + ": mark open layers with ?, such as LL/LL/??????/LL"
                 + (", not so many of them" if self.size else "")
+                + (", or leave --bridges out" if self.size and self.bridges else "")
             )
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network whose open layers hold both kinds, and gates that learn which one to keep.
+"""A network whose open layers hold everything that they may be, and gates that learn what to keep.
 
 First half of the training: every step takes one network at random, so that all layers and bridges learn, and each kind
 in company of the others. Second half: every step takes one network by the gates, which are straight-through
@@ -122,6 +122,9 @@ class SuperNet(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.choose(self.candidates[0])
 
+    def no_weight_decay(self) -> set[str]:
+        return {f"network.{name}" for name in self.network.no_weight_decay()}
+
     def forward(self, image: Tensor) -> Tensor:
         if self.training and not self.settled:
             self._draw()
@@ -153,20 +156,24 @@ class SuperNet(nn.Module):
 
     def price(self) -> float:
         """Of a unit of cost, at which the gates expect to cost the budget; by bisection, for that falls with it."""
+        logits = self.logits
         steepest = min((abs(cost) for extra in self.costs.extra for cost in extra.values() if cost), default=1.0)
-        strongest = max(abs(logit) for logits in self.logits for logit in logits.values())
+        strongest = max(abs(logit) for each in logits for logit in each.values())
         # at the ends all gates but choose by cost alone; a budget beyond is met as nearly as can be
         high = (30 + 2 * strongest) / steepest
         low = -high
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.expected_cost(middle) > self.budget else (low, middle)
+            low, high = (middle, high) if self._expected(logits, middle) > self.budget else (low, middle)
         return (low + high) / 2
 
     def expected_cost(self, price: float) -> float:
+        return self._expected(self.logits, price)
+
+    def _expected(self, logits: list[dict[str, float]], price: float) -> float:
         total = self.costs.base
-        for logits, extra in zip(self.logits, self.costs.extra, strict=True):
-            tolled = {letter: logits[letter] - price * cost for letter, cost in extra.items()}
+        for each, extra in zip(logits, self.costs.extra, strict=True):
+            tolled = {letter: each[letter] - price * cost for letter, cost in extra.items()}
             most = max(0.0, *tolled.values())
             weights = {letter: math.exp(logit - most) for letter, logit in tolled.items()}
             total += sum(weights[letter] * extra[letter] for letter in extra) / (

@@ -2,6 +2,7 @@
 """`sola study` and `sola search` as commands: what they print, and what they refuse in one line."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -116,9 +117,24 @@ def test_a_search_prints_a_network_and_leaves_a_recipe_that_trains(sola, data, t
     assert (tmp_path / "s" / "search.json").read_text() == before
 
 
+def test_a_measured_search_goes_on_with_what_it_measured(sola, data, tmp_path):
+    words = (*SEARCH, "--budget", "1000ms", "--method", "rule", "--data", data, "--out", tmp_path / "s")
+    limits = re.search(r"they cost ([0-9.]+) ms .* to ([0-9.]+) ms", sola(*words).err)
+    assert limits is not None
+    assert not (tmp_path / "s" / "costs.json").exists()
+    budget = f"{limits[2]}ms"
+    (tmp_path / "s").mkdir()
+    costs = {"base": float(limits[2]) / 1e3, "extra": [{"S": 0.0}] * 3, "unit": "seconds"}
+    (tmp_path / "s" / "costs.json").write_text(json.dumps(costs))
+    said = sola(*SEARCH, "--budget", budget, "--method", "rule", "--data", data, "--out", tmp_path / "s")
+    assert said.code == 0, said.err
+    assert json.loads((tmp_path / "s" / "costs.json").read_text()) == costs
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
+        (("--budget", ""), ["--budget ''", "such as"]),
         (("--budget", "1G"), ["no schedule of L/L/???/L meets it", "L/L/LLL/L"]),
         (("--budget", "0.01M"), ["no schedule of L/L/???/L meets it"]),
         (("--budget", "cheap"), ["'cheap'", "such as"]),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every method finds a schedule that meets the budget, says what it cost, and finds the same again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from sola_vision import SolaConfig, SolaVision
 from sola_vision.analysis.cost import count
 from sola_vision.data import ImageConfig, MemoryImages
 from sola_vision.engine import TrainConfig
-from sola_vision.search import METHODS, Problem, Space, mac_costs, search
+from sola_vision.search import METHODS, Problem, Space, mac_costs, methods, search
+from sola_vision.tasks import Classification
 
 CONFIG = SolaConfig(schedule="L/LLL/L", dims=(8, 16, 16), patch_size=1, img_size=8, head_dim=8, num_classes=2)
 
@@ -73,6 +75,42 @@ def test_a_search_repeats_by_its_seed_and_goes_on_after_a_stop(tmp_path):
     (tmp_path / "b" / "supernet" / "points.json").unlink()
     (tmp_path / "b" / "supernet" / "summary.json").unlink()
     assert search(problem(tmp_path / "b", bridges=True), "gates", quiet) == first
+
+
+def test_what_a_search_costs_follows_from_the_training_not_from_the_budgets_size():
+    def cost(size):
+        given = problem("unused")
+        costs = mac_costs(CONFIG, given.costs.space, (size, size))
+        return methods._gates_trainings(replace(given, costs=costs, budget=costs.of("LSL")))
+
+    # one number of softmax layers meets the budget at both
+    assert cost(64) == pytest.approx(cost(256))
+    assert 1.0 < cost(64) - 3 * 0.25 < 4.0
+
+
+@pytest.mark.parametrize("after", [4, 9])
+def test_a_search_that_is_stopped_in_a_training_goes_on(tmp_path, monkeypatch, after):
+    expected = search(problem(tmp_path / "a", bridges=True), "gates", quiet)
+    loss, left = Classification.loss, [0]
+
+    def stop(self, model, batch):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(Classification, "loss", stop)
+    stops = 0
+    while True:
+        left[0] = after
+        try:
+            found = search(problem(tmp_path / "b", bridges=True), "gates", quiet)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            assert stops < 20
+    assert stops > 0
+    assert found == expected
 
 
 def test_trials_that_are_done_are_not_done_again(tmp_path):

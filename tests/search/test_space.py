@@ -111,6 +111,13 @@ def test_the_papers_rule():
     assert rule(costs, 160.0) == "LLSLLS"
 
 
+def test_the_papers_rule_where_softmax_is_the_cheaper_kind():
+    costs = Costs(Space("LL/LL/??????/LL"), 100.0, ({"S": -5.0},) * 6, "MACs")
+    found = rule(costs, 75.0)
+    assert costs.of(found) == 75.0
+    assert found == "SSSSLS"
+
+
 def test_latency_is_measured_for_every_stage():
     costs = latency_costs(CONFIG, Space("L/??LL/?", bridges=True), (16, 16), rounds=3)
     assert costs.base > 0

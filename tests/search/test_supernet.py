@@ -31,7 +31,7 @@ def test_a_chosen_schedule_is_the_network_of_that_schedule():
     outputs = {}
     for kinds in SPACE:
         model.choose(kinds)
-        x, states = model.network.position(model.network.stem(images())), {}
+        x = model.network.position(model.network.stem(images()))
         for index, stage in enumerate(model.network.stages):
             x = stage.merge(x)
             layers = list(stage.layers)
@@ -40,7 +40,6 @@ def test_a_chosen_schedule_is_the_network_of_that_schedule():
             for layer in layers:
                 x, _ = layer(x)
         outputs[kinds] = model(images())
-        assert not states
         torch.testing.assert_close(outputs[kinds], model.network.head(model.network.norm(x).permute(0, 3, 1, 2)))
     assert len({tuple(out.flatten().tolist()) for out in outputs.values()}) == 8
 
@@ -184,3 +183,10 @@ def test_a_network_with_bridges_is_that_network(kinds):
         own[name] = theirs[numbers.get(prefix, prefix) + name[len(prefix) :]]
     network.load_state_dict(own)
     torch.testing.assert_close(model(images()), network(images()))
+
+
+def test_the_position_embedding_does_not_decay():
+    model = supernet()
+    names = model.no_weight_decay()
+    assert "network.position.weight" in names
+    assert names <= {name for name, _ in model.named_parameters()}

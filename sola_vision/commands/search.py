@@ -21,7 +21,7 @@ import yaml
 
 from sola_vision.commands.arguments import Arguments
 from sola_vision.config import SolaConfig
-from sola_vision.engine.log import write_json
+from sola_vision.engine.log import surroundings, write_json
 from sola_vision.search import METHODS, Costs, Found, Problem, Space, latency_costs, mac_costs, search
 from sola_vision.search.figures import draw_search
 from sola_vision.studies import SCALES, Scale
@@ -183,6 +183,8 @@ def _begin(out: Path, settings: dict[str, Any], costs: Costs) -> None:
 
 def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:
     costs = problem.costs
+    where = surroundings(torch.device("cpu"), 1)
+    del where["peak_memory_mib"]  # of this process, which may have trained nothing
     document = {
         **asdict(found),
         "space": costs.space.template,
@@ -192,6 +194,7 @@ def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, ima
         "seed": options.seed,
         "scale": scale.name,
         "images": images.describe(),
+        **where,
     }
     (problem.out / "search.json").write_text(json.dumps(document, indent=1) + "\n")
     draw_search(found, costs, problem.budget, problem.out / "curve.png")

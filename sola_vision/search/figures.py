@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Accuracy against cost of the schedules that a search tried, with the budget and what was found."""
 
+import itertools
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,8 +25,8 @@ def draw_search(found: Found, costs: Costs, budget: float, out: Path) -> None:
         axes.plot(
             [scale * p.cost for p in points], [p.top1 for p in points], color=colour, marker="o", ls="none", label=how
         )
-        best = {point.cost: point.top1 for point in points}
-        axes.plot([scale * cost for cost in best], list(best.values()), color=colour, alpha=0.4)
+        tops = list(itertools.accumulate((point.top1 for point in points), max))  # the best at a cost or below
+        axes.step([scale * p.cost for p in points], tops, where="post", color=colour, alpha=0.4)
     chosen = [p for p in found.points if (p.schedule, p.bridges) == (found.schedule, found.bridges)][-1:]
     for point in chosen:
         axes.plot(scale * point.cost, point.top1, color="#D55E00", marker="*", markersize=12, ls="none", label="found")

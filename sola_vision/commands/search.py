@@ -21,6 +21,7 @@ import yaml
 
 from sola_vision.commands.arguments import Arguments
 from sola_vision.config import SolaConfig
+from sola_vision.engine import distributed
 from sola_vision.engine.log import surroundings, write_json
 from sola_vision.search import METHODS, Costs, Found, Problem, Space, latency_costs, mac_costs, search
 from sola_vision.search.figures import draw_search
@@ -183,7 +184,8 @@ def _begin(out: Path, settings: dict[str, Any], costs: Costs) -> None:
 
 def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:
     costs = problem.costs
-    where = surroundings(torch.device("cpu"), 1)
+    with distributed(problem.train.device) as world:
+        where = surroundings(world.device, 1)
     del where["peak_memory_mib"]  # of this process, which may have trained nothing
     document = {
         **asdict(found),

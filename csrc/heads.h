@@ -8,7 +8,7 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr int64_t block = 64;      // keys whose scores by a panel of queries exist at a time
+constexpr int64_t block = 64;     // keys whose scores by a panel of queries exist at a time
 constexpr float largest = 1e30f;  // of products and values; what is larger takes the plain loops in float64
 
 // exp(below), zero from e^-87 on, as in float32: the least weight is taken off all, which larger ones do not notice
@@ -37,7 +37,6 @@ struct Head {
   }
 
   float scale() const { return 1.0f / __builtin_sqrtf(static_cast<float>(dim)); }
-
 };
 
 // numbers of some rows in float64, for the plain loops

@@ -140,12 +140,7 @@ def _problem(
     if train.warmup_epochs >= epochs:
         train = replace(train, warmup_epochs=epochs / 10)
     train_set, choose_set = images.split(_CHOOSE)
-    if len(train_set) < train.batch_size:  # type: ignore[arg-type]
-        raise ValueError(
-            f"{options.data}: {len(train_set)} training images are fewer than one batch of "  # type: ignore[arg-type]
-            f"{train.batch_size}: give more images"
-        )
-    return Problem(
+    problem = Problem(
         config=config,
         costs=costs,
         budget=budget,
@@ -155,6 +150,12 @@ def _problem(
         choose_set=choose_set,
         out=Path(options.out),
     )
+    if problem.num_train < train.batch_size:
+        raise ValueError(
+            f"{options.data}: {problem.num_train} training images are fewer than one batch of {train.batch_size}: give "
+            "more images"
+        )
+    return problem
 
 
 def _settings(options: Namespace, images: Images) -> dict[str, Any]:
@@ -178,8 +179,8 @@ def _same(out: Path, settings: dict[str, Any]) -> None:
 
 def _begin(out: Path, settings: dict[str, Any], costs: Costs) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "settings.json", settings)  # first: costs are those of a search that is known
     write_json(out / _COSTS, {"base": costs.base, "extra": list(costs.extra), "unit": costs.unit})
-    write_json(out / "settings.json", settings)
 
 
 def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import passes, portable, softmax
+from sola_vision.ops import autocast, passes, portable, softmax
 
 library = torch.library.Library("sola", "DEF")
 
 _FORWARD = "(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor"
 _BACKWARD = "(Tensor decay, Tensor bonus, Tensor key, Tensor value, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)"
-_AUTOCAST = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 
 def _fake_forward(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -69,24 +68,7 @@ def _define(name: str) -> None:
     register_flop_formula(forward)(_forward_cost)
     register_flop_formula(backward)(_backward_cost)
 
-    for dispatch_key, device in _AUTOCAST.items():
-        library.impl(name, _autocast(forward, device), dispatch_key, with_keyset=True)
-
-
-def _autocast(forward: Any, device: str) -> Any:
-    """Under autocast key and value come in its dtype; decay and bonus stay as they are, since w may be large."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
-
-    def call(_: Any, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            if value.dtype != torch.float64:
-                key, value = key.to(dtype), value.to(dtype)
-            return forward(decay, bonus, key, value)
-
-    return call
+    autocast.register(library, name, forward, (2, 3))  # key and value; decay and bonus stay, since w may be large
 
 
 for _name in ("wkv", "wkv_portable"):

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
+from sola_vision.ops import autocast
+
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
     """The definition. qkv [B, N, 3C] -> [B, N, C]."""
@@ -76,20 +78,6 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, No
     return backward(qkv, ctx.head_dim, out, lse, grad), None
 
 
-def _autocast(device: str) -> Any:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-        torch._C.DispatchKey.AutocastCUDA
-    )
-
-    def call(_: Any, qkv: Tensor, head_dim: int) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            if qkv.dtype != torch.float64:
-                qkv = qkv.to(torch.get_autocast_dtype(device))
-            return torch.ops.sola.attention(qkv, head_dim)
-
-    return call
-
-
 def _cost(qkv: Any, head_dim: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
     """N^2 multiply-adds for each channel of queries and of values; FlopCounterMode counts two operations for each."""
     batch, tokens, width = qkv
@@ -117,7 +105,6 @@ def register(library: torch.library.Library) -> None:
         lib=library,
     )
     torch.library.register_autograd("sola::attention", _differentiate, setup_context=_save, lib=library)
-    for dispatch_key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-        library.impl("attention", _autocast(device), dispatch_key, with_keyset=True)
+    autocast.register(library, "attention", torch.ops.sola.attention, (0,))
     register_flop_formula(torch.ops.sola.attention)(_cost)
     register_flop_formula(torch.ops.sola.attention_backward)(_backward_cost)

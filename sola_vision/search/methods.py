@@ -55,8 +55,15 @@ class Problem:
     @property
     def steps(self) -> int:
         """Of one training."""
-        size = len(self.train_set)  # type: ignore[arg-type]
-        return self.train.epochs * max(1, size // self.train.batch_size)
+        return self.train.epochs * max(1, self.num_train // self.train.batch_size)
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train_set)  # type: ignore[arg-type]  # torch does not promise a length
+
+    @property
+    def num_choose(self) -> int:
+        return len(self.choose_set)  # type: ignore[arg-type]  # torch does not promise a length
 
 
 @dataclass(frozen=True)
@@ -197,27 +204,29 @@ def _rest(problem: Problem) -> float:
 def _random(problem: Problem, say: Say) -> Found:
     draw = random.Random(problem.train.seed)
     candidates = problem.costs.meeting(problem.budget)
+    share = _share(problem)
     tried = draw.sample(candidates, min(_TRIALS, len(candidates)))
-    return _best_of(problem, "random", {kinds: _trial(problem, kinds, say) for kinds in tried})
+    return _best_of(problem, "random", share, {kinds: _trial(problem, kinds, share, say) for kinds in tried})
 
 
 def _evolution(problem: Problem, say: Say) -> Found:
     """Half of the trials at random; then each is the best so far with one layer changed, or a pair exchanged."""
     draw = random.Random(problem.train.seed)
     candidates = problem.costs.meeting(problem.budget)
-    tried = {k: _trial(problem, k, say) for k in draw.sample(candidates, min(_TRIALS // 2, len(candidates)))}
+    share = _share(problem)
+    tried = {k: _trial(problem, k, share, say) for k in draw.sample(candidates, min(_TRIALS // 2, len(candidates)))}
     while len(tried) < min(_TRIALS, len(candidates)):
         best = max(tried, key=lambda kinds: tried[kinds])
         distance = {k: sum(a != b for a, b in zip(k, best, strict=True)) for k in candidates if k not in tried}
         nearest = max(2, min(distance.values()))
         kinds = draw.choice([k for k, far in distance.items() if far <= nearest])
-        tried[kinds] = _trial(problem, kinds, say)
-    return _best_of(problem, "evolution", tried)
+        tried[kinds] = _trial(problem, kinds, share, say)
+    return _best_of(problem, "evolution", share, tried)
 
 
-def _best_of(problem: Problem, method: str, tried: dict[str, float]) -> Found:
-    points = [_point(problem, kinds, top1, f"{_share(problem):.2f} of a training") for kinds, top1 in tried.items()]
-    trainings = len(tried) * (_share(problem) + _evaluation(problem))
+def _best_of(problem: Problem, method: str, share: float, tried: dict[str, float]) -> Found:
+    points = [_point(problem, kinds, top1, f"{share:.2f} of a training") for kinds, top1 in tried.items()]
+    trainings = len(tried) * (share + _evaluation(problem))
     return _found(problem, method, max(tried, key=lambda kinds: tried[kinds]), trainings, points)
 
 
@@ -228,18 +237,17 @@ def _share(problem: Problem) -> float:
 
 def _evaluation(problem: Problem) -> float:
     """One look at the images to choose by, in trainings."""
-    size = len(problem.choose_set)  # type: ignore[arg-type]
-    return size * _FORWARD / (problem.steps * problem.train.batch_size)
+    return problem.num_choose * _FORWARD / (problem.steps * problem.train.batch_size)
 
 
-def _trial(problem: Problem, kinds: str, say: Say) -> float:
+def _trial(problem: Problem, kinds: str, share: float, say: Say) -> float:
     """Accuracy after a short training of its own."""
     folder = problem.out / "trials" / kinds
     done = _stored(folder / "point.json")
     if kinds not in done:
         torch.manual_seed(problem.train.seed)
         model = SolaVision(problem.costs.space.config(problem.config, kinds))
-        done = {kinds: _short(problem, model, _share(problem), folder)}
+        done = {kinds: _short(problem, model, share, folder)}
     say(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after a short training")
     return done[kinds]
 

@@ -12,6 +12,7 @@ from sola_vision.layers import SoftmaxMixer
 from sola_vision.ops import cpu, multihead, softmax
 
 reason = cpu.load()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
 # batch, tokens, heads, head_dim
 SHAPES = [
@@ -27,32 +28,15 @@ SHAPES = [
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty holds NaN, so that what a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture(params=["default", "generic", "avx2", "avx512"])
-def path(request):
+def path(request, switch):
     """The operator's default kernel, then every instruction set."""
     if request.param == "default":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.ops.sola, "attention", _default)
             yield
         return
-    if reason is not None:
-        pytest.skip(reason)
-    before = cpu.instruction_set()
-    try:
-        yield cpu.instruction_set(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    finally:
-        cpu.instruction_set(before)
+    yield switch(request.param)
 
 
 def _default(qkv, head_dim):

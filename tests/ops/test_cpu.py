@@ -17,27 +17,13 @@ DRIVER = Path(__file__).with_name("cpu_driver.cpp")
 SETS = ("generic", "avx2", "avx512")
 
 reason = cpu.load()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 @pytest.fixture(params=SETS)
-def instruction_set(request):
-    before = cpu.instruction_set()
-    try:
-        yield cpu.instruction_set(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    finally:
-        cpu.instruction_set(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty holds NaN, so that what a kernel forgets to write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+def instruction_set(request, switch):
+    return switch(request.param)
 
 
 def inputs(

@@ -14,22 +14,14 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, tor
 
 
 @pytest.fixture(params=["plain", "generic", "avx2", "avx512"])
-def path(request):
+def path(request, switch):
     """The default kernel of the operators, then every instruction set."""
     if request.param == "plain":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(passes, "_plain", lambda *x: True)
             yield
         return
-    if reason is not None:
-        pytest.skip(reason)
-    before = cpu.instruction_set()
-    try:
-        yield cpu.instruction_set(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    finally:
-        cpu.instruction_set(before)
+    yield switch(request.param)
 
 
 def close(found, expected, dtype, scale=1.0):

@@ -95,11 +95,11 @@ class Space:
         for bridge in parse_bridges(bridges, parsed).bridges:
             letter = names.get(bridge.source, "none")
             if letters.get(bridge.target) != "S" or letter not in may_be[bridge.target]:
-                starts = ", ".join(map(str, self.sources.values())) if self.bridges else "nowhere, without --bridges"
-                raise ValueError(
-                    f"bridge {bridge} does not fit the space {self.template!r}: bridges start at {starts}, and one "
-                    "ends at each open softmax layer"
+                starts = ", ".join(map(str, self.sources.values()))
+                rule = (
+                    f"start at {starts}, and one ends at each open softmax layer" if self.bridges else "need --bridges"
                 )
+                raise ValueError(f"bridge {bridge} does not fit the space {self.template!r}: bridges {rule}")
             letters[bridge.target] = letter
         return "".join(letters.values())
 

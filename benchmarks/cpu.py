@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from measures import RESULTS, load, measures
+from measures import RESULTS, listing, load, measures
 
 SMALL_TINY = "sola_tiny sola_small"
 LAYOUTS = "contiguous channels_last"
@@ -66,7 +66,7 @@ def main() -> int:
                 words += ["--rounds", str(options.rounds)]
             if run(words):
                 failed.append(name)
-    show(options.out)
+    print(f"\n{listing(measures(load(options.out)))}")
     if failed:
         print(f"benchmarks/cpu.py: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -80,14 +80,6 @@ def run(words: list[str]) -> int:
     code = subprocess.run([sys.executable, "-m", "sola_vision", "bench", *words], env=kept, check=False).returncode
     print(f"{time.monotonic() - start:.0f} s", flush=True)
     return code
-
-
-def show(folder: Path) -> None:
-    found = measures(load(folder))
-    width = max(len(measure.what) for measure in found)
-    print(f"\n{'measure':<{width}}  {'value':>10}  {'target':>10}  met")
-    for measure in found:
-        print(f"{measure.what:<{width}}  {measure.shown:>10}  {measure.target_shown:>10}  {measure.verdict}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the project promises of its speed on a CPU, and what the stored results say of each promise.
+"""What the project promises of its speed on a CPU and on a GPU, and what the stored results say of each promise.
 
 A promise is a value that a result file contains or that follows from two of its rows, and a bound.
 """
@@ -14,6 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 TINY, SMALL = "sola_tiny", "sola_small"
 SWIN, EFFICIENT, CONVNEXT = "swin_tiny_patch4_window7_224", "efficientformer_l1", "convnext_tiny"
 DEIT_TINY, DEIT_SMALL = "deit_tiny_patch16_224", "deit_small_patch16_224"
+GPU_SHAPE = [128, 3136, 96]
 ACCURACY = ("operator_accuracy", "operator_accuracy_triton", "operator_accuracy_triton_3136")
 Results = dict[str, Any]  # name of the file -> its document; name of a folder -> another machine's results
 
@@ -60,6 +61,19 @@ def load(folder: Path = RESULTS) -> Results:
 
 def measures(results: Results) -> list[Measure]:
     return [*_operator(results), *_accuracy(results), *_networks(results), *_growth(results), *_training(results)]
+
+
+def gpu_measures(results: Results) -> list[Measure]:
+    """What `gpu.py` has measured; a list of its own, since no CPU is beside it."""
+    return [*_gpu_operator(results), *_gpu_networks(results)]
+
+
+def listing(found: list[Measure]) -> str:
+    """A line for each measure, for a terminal."""
+    width = max(len(measure.what) for measure in found)
+    lines = [f"{'measure':<{width}}  {'value':>10}  {'target':>10}  met"]
+    lines += [f"{m.what:<{width}}  {m.shown:>10}  {m.target_shown:>10}  {m.verdict}" for m in found]
+    return "\n".join(lines)
 
 
 def _operator(results: Results) -> Iterator[Measure]:
@@ -135,6 +149,36 @@ def _training(results: Results) -> Iterator[Measure]:
     both = rows.get(TINY), rows.get(DEIT_TINY)
     memory = both[0] / both[1] if both[0] and both[1] else None
     yield Measure("training step: memory, sola_tiny over deit_tiny", memory, 2.3, False, "training")
+
+
+def _gpu_operator(results: Results) -> Iterator[Measure]:
+    source = "gpu-operator"
+    rows = {
+        (row["path"], row["direction"], row["beside"]): row
+        for row in results.get(source, {}).get("rows", [])
+        if row["what"] == "operator" and row["shape"] == GPU_SHAPE and row["launch"] == "eager"
+    }
+    of = "x".join(map(str, GPU_SHAPE))
+    for direction, target in (("forward", 1.3), ("backward", 1.5)):
+        value = rows.get(("triton", direction, "bfloat16"), {}).get("over_hbm_floor_measured")
+        yield Measure(f"operator: {direction} over HBM's time, {of} bfloat16", value, target, False, source)
+    # theirs knows float32 only, ours takes what autocast gives it; ours in float32 stands in the operator's table
+    for direction in ("forward", "both"):
+        ours, theirs = (rows.get((path, direction, "bfloat16")) for path in ("triton", "vision-rwkv"))
+        value = theirs["microseconds"] / ours["microseconds"] if ours and theirs else None
+        what = f"operator: Vision-RWKV's CUDA kernel (float32) over {direction}, {of} bfloat16"
+        yield Measure(what, value, 5.0, True, source)
+
+
+def _gpu_networks(results: Results) -> Iterator[Measure]:
+    source = "gpu-models"
+    rates = {
+        (row["model"], row["direction"]): row["images_per_second"] for row in results.get(source, {}).get("rows", [])
+    }
+    for direction in ("inference", "training"):
+        mine, theirs = (rates.get((name, direction)) for name in (SMALL, SWIN))
+        value = mine / theirs if mine and theirs else None
+        yield Measure(f"224 autocast: images/s in {direction}, {SMALL} over {_short(SWIN)}", value, 1.3, True, source)
 
 
 def _ratios(results: Results, source: str, **condition: Any) -> Callable[..., float | None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measures import ACCURACY, RESULTS, Results, load, measures
+from measures import ACCURACY, RESULTS, Results, gpu_measures, load, measures
 
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OTHER_MACHINE = "xeon"  # folder of its results
@@ -181,6 +181,118 @@ def attention_table(results: Results) -> str:
     return markdown(head, rows) + f"\n\n{where}, commit {document['commit'][:10]}: `python benchmarks/attention.py`"
 
 
+def gpu_measures_table(results: Results) -> str:
+    rows = [(m.what, m.target_shown, m.shown, m.verdict) for m in gpu_measures(results)]
+    where = {document["hardware"]: None for name, document in results.items() if name.startswith("gpu-")}
+    return markdown(("measure", "target", ", ".join(where) or "no GPU yet", "met"), rows)
+
+
+def gpu_operator_table(results: Results) -> str:
+    document = results.get("gpu-operator")
+    if document is None:
+        return gpu_missing("operator")
+    lines: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in (row for row in document["rows"] if row["what"] == "operator"):
+        launch = "CUDA graph" if row["launch"] == "graph" else "eager"
+        line = lines.setdefault(("x".join(map(str, row["shape"])), row["beside"], launch), {})
+        line[row["path"], row["direction"]] = row
+    columns = [(path, way) for path in ("triton", "vision-rwkv") for way in ("forward", "backward", "both")]
+    columns += [(path, way) for path in ("sdpa", "portable") for way in ("forward", "both")]
+    rows = []
+    for key, line in lines.items():
+        cells = []
+        for name in columns:
+            cells.append(f"{line[name]['microseconds']:,.1f}" if name in line else "")
+            if name[0] == "triton" and name[1] != "both":
+                cells.append(f"{line[name]['over_hbm_floor_measured']:.2f}" if name in line else "")
+        rows.append((*key, *cells))
+    names = {"triton": "", "vision-rwkv": "Vision-RWKV, ", "sdpa": "attention, ", "portable": "portable, "}
+    head: list[str] = []
+    for path, way in columns:
+        head += [f"{names[path]}{way}", "over HBM's time"][: 2 if path == "triton" and way != "both" else 1]
+    bandwidth = next(row["copy_tb_s"] for row in document["rows"] if row["what"] == "bandwidth")
+    floor = f"HBM's time is that of 5 (backward 8) N C elements at the {bandwidth:.2f} TB/s of a large copy."
+    table = markdown(("shape BxNxC", "dtype", "launch", *head), rows)
+    return f"{table}\n\n{floor} Vision-RWKV's kernel has float32 only. {gpu_provenance(document)}"
+
+
+def gpu_passes_table(results: Results) -> str:
+    document = results.get("gpu-passes")
+    if document is None:
+        return gpu_missing("passes")
+    lines: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in (row for row in document["rows"] if row["what"] == "pass"):
+        lines.setdefault((row["name"], row["dtype"], row["direction"]), {})[row["path"]] = row
+    rows = []
+    for key, line in lines.items():
+        cells = []
+        for path in ("kernel", "portable"):
+            row = line.get(path)
+            cells += (
+                ["", ""] if row is None else [f"{row['microseconds']:,.1f}", f"{row['over_hbm_floor_measured']:.2f}"]
+            )
+        rows.append((*key, *cells))
+    head = ("pass", "dtype", "direction", "operator", "over HBM's time", "plain torch", "over HBM's time")
+    return markdown(head, rows) + "\n\n" + gpu_provenance(document)
+
+
+def gpu_models_table(results: Results) -> str:
+    documents = [document for name, document in results.items() if name.startswith("gpu-models")]
+    if not documents:
+        return gpu_missing("models")
+    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in (row for document in documents for row in document["rows"]):
+        key = (row["model"], f"{row['size']}x{row['size']}", str(row["batch"]), row["mode"])
+        lines.setdefault(key, {})[row["direction"]] = row
+    rows = []
+    for key, line in lines.items():
+        cells = []
+        for row in (line.get(way) for way in ("inference", "training")):
+            numbers = ("images_per_second", "peak_mib")
+            cells += (
+                ["", "", ""] if row is None else [f"{row[x]:,.0f}" for x in numbers] + [f"{100 * row['spread']:.1f}"]
+            )
+        rows.append((*key, *cells))
+    head = ["network", "size", "batch", "mode"]
+    for way in ("inference", "training"):
+        head += [f"{way}, images/s", "MiB", "spread %"]
+    return markdown(head, rows) + "\n\n" + "\n\n".join(gpu_provenance(document) for document in documents)
+
+
+def gpu_profile_table(results: Results) -> str:
+    """A line for each call, with the three kernels that take longest."""
+    document = results.get("gpu-profile")
+    if document is None:
+        return gpu_missing("profile")
+    rows = []
+    for row in document["rows"]:
+        subject = row.get("model") or f"operator {'x'.join(map(str, row['shape']))} {row['dtype']}"
+        most = "; ".join(f"{100 * k['share']:.0f} % `{kernel_name(k['name'])}`" for k in row["kernels"][:3])
+        times = (f"{row[x]:,.0f}" for x in ("device_us", "wall_us", "launch_us", "launched"))
+        rows.append((subject, row["direction"], *times, most))
+    head = ("what", "direction", "device", "wall", "launching", "kernels", "most of the device's time")
+    return markdown(head, rows) + "\n\n" + gpu_provenance(document)
+
+
+def kernel_name(name: str) -> str:
+    """What fits a cell: a bar would end it."""
+    return name.replace("|", "/").replace("`", "'")[:40]
+
+
+def gpu_missing(part: str) -> str:
+    return f"*Not measured yet:* `python benchmarks/gpu.py {part}`"
+
+
+def gpu_provenance(document: dict[str, Any]) -> str:
+    versions = (
+        f"torch {document['torch']}, CUDA {document['cuda']}, triton {document['triton']}, timm {document['timm']}"
+    )
+    commit = (document["commit"] or "unknown")[:10] + "+" * (document["commit"] or "").endswith("+")
+    # where files were read and written says nothing
+    command = re.sub(r" --(out|vision-rwkv|commit|minutes) \S+", "", document["command"])
+    return f"{document['hardware']}, {versions}, commit {commit}: `python benchmarks/{command}`"
+
+
 def missing(name: str) -> str:
     return f"*Not measured yet:* `python benchmarks/cpu.py --part {_PARTS[name]}`"
 
@@ -206,6 +318,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
         name: network_table(name)
         for name in ("network_224_f32", "network_224_bf16", "network_1024", "growth", "training", "compiled_224")
     },
+    "gpu-measures": gpu_measures_table,
+    "gpu-operator": gpu_operator_table,
+    "gpu-passes": gpu_passes_table,
+    "gpu-models": gpu_models_table,
+    "gpu-profile": gpu_profile_table,
 }
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 """Matrix products of what an element-wise pass makes: linear(pass(inputs)).
 
 The pass's result is as large as the product's and cheap to compute. Autograd would keep it for the weights' gradient;
-here it is computed again in the backward, so that a linear layer keeps about half as much.
+on a CPU it is computed again in the backward, so that a linear layer keeps about half as much. On a GPU autograd does
+keep it: there the host's time for one more launch counts, and activation checkpointing is for those who lack memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from sola_vision import ops
 from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, plain_linear
 from sola_vision.layers.products import product, product_into, project, weight_gradient
+from sola_vision.ops.passes import norm_shift_backward
 
 # from the pass's inputs and the gradient of its result to the gradients of the inputs
 Backward = Callable[..., tuple[Tensor, ...]]
@@ -37,12 +39,14 @@ def shift_linear(
     if top == bottom == 0 and in_bands(x, *projections):
         return _shift_linear_in_bands(x.contiguous(), weight, bias, eps, mixes, projections)
 
+    # the CPU's kernels write what they read, and compilers fuse the conversion
+    dtype = None if x.device.type == "cpu" or torch.compiler.is_compiling() else _autocast_dtype(x)
+
     def shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor) -> Tensor:
-        return ops.norm_shift(x, weight, bias, eps, mixes, top=top, bottom=bottom)
+        return ops.norm_shift(x, weight, bias, eps, mixes, top=top, bottom=bottom, dtype=dtype)
 
     def backward(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
-        return torch.ops.sola.norm_shift_backward(x, weight, bias, eps, mixes, grad)
+        return norm_shift_backward(x, weight, bias, eps, mixes, grad, top, bottom)
 
     return _linear(shift, backward, (x,), (weight, bias, mixes), projections)
 
@@ -99,18 +103,20 @@ def _linear(
 ) -> tuple[Tensor, ...]:
     # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned and by
     # exporters and transforms such as torch.func's
-    pays = torch.is_grad_enabled() and not torch.compiler.is_compiling() and ops.pinned() in (None, "native")
+    pays = inputs[0].device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    pays = pays and ops.pinned() in (None, "native")
     if pays and not ops.seen_through(*inputs, *parameters) and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = make(*inputs, *parameters)
-    return tuple(project(part, projection) for part, projection in zip(made, projections, strict=True))
+    # a single part as a view: what is unbound has its gradients copied together
+    parts = made.unbind() if len(projections) > 1 else (made.view(made.shape[1:]),)
+    return tuple(project(part, projection) for part, projection in zip(parts, projections, strict=True))
 
 
 class _Linear(torch.autograd.Function):
-    """Matrix i applied to part i of what `make` makes of inputs [B, H, W, C] and parameters.
-
-    On a CPU a few images at a time, so that what is made is still in the cache when it is multiplied.
+    """Matrix i applied to part i of what `make` makes of inputs [B, H, W, C] and parameters, on a CPU: a few images at
+    a time, so that what is made is still in the cache when it is multiplied.
     """
 
     @staticmethod
@@ -176,7 +182,7 @@ def _split(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence
 
 def _images(x: Tensor) -> list[slice]:
     """Parts of a batch [B, H, W, C] to go through."""
-    if x.device.type != "cpu" or x.numel() == 0:
+    if x.numel() == 0:
         return [slice(0, len(x))]
     size = max(1, BAND_BYTES // (x[0].numel() * x.element_size()))
     return [slice(i, i + size) for i in range(0, len(x), size)]

@@ -8,19 +8,20 @@ interprets (TRITON_INTERPRET=1 at the first call): that is how the kernels are t
 """
 
 import importlib.util
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sola_vision.ops import portable
+from sola_vision.ops.launch import launch, on_device_of
 
-# tokens of a chunk: what a program keeps in registers
-_FORWARD_CHUNK = 32
-_BACKWARD_CHUNK = 16
+# tokens of a chunk: what a program keeps in registers, of which it may have so many
+_FORWARD_CHUNK, _FORWARD_REGISTERS = 32, 128
+_BACKWARD_CHUNK, _BACKWARD_REGISTERS = 16, 168
 # sums that one program of the middle phase scans in a row, and when a row is long enough to be scanned in groups
 _GROUP = 32
-_LONG = 128
+_LONG = 256
+# sums that it reads at once
+_AHEAD = 16
 # one warp a program; fused multiply-adds by name, because Triton's default changes from version to version
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
@@ -46,10 +47,10 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    with torch.cuda.device_of(key):
-        row = _Row(decay, bonus, key, value, _FORWARD_CHUNK)
+    with on_device_of(key):
+        row = _Row(decay, bonus, key, value, _FORWARD_CHUNK, _FORWARD_REGISTERS)
         states = row.states_of_chunks()
-        row.launch("outputs", row.decay, row.bonus, row.key, row.value, out, *states, *row.sizes)
+        row.launch("outputs", row.step, row.bonus, row.key, row.value, out, states)
     return out
 
 
@@ -62,16 +63,16 @@ def wkv_backward(
     gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
     if key.numel() == 0:
         return torch.zeros_like(decay), torch.zeros_like(bonus), gk, gv
-    with torch.cuda.device_of(key):
-        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK)
-        partials = torch.empty(2, key.shape[0] * row.chunks, key.shape[2], device=key.device)
-        inputs = (row.decay, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
+    with on_device_of(key):
+        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK, _BACKWARD_REGISTERS)
+        partials = torch.empty((2, row.batch, row.chunks, row.channels), device=key.device)
+        inputs = (row.step, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
         states = row.states_of_chunks()
-        sums = row.new_states()
-        row.launch("backward", *inputs, *states, *sums, *row.sizes, WRITE=False)
+        sums = row.new_states(row.chunks)
+        row.launch("backward", *inputs, states, sums, WRITE=False)
         back_states = row.scan(sums, by_b=False)
-        row.launch("backward", *inputs, *states, *back_states, *row.sizes, WRITE=True)
-        gw, gu = partials.sum(1, dtype=torch.float64)
+        row.launch("backward", *inputs, states, back_states, WRITE=True)
+        gw, gu = row.sum_partials(partials)
     return (gw / key.shape[1]).to(decay.dtype), gu.to(bonus.dtype), gk, gv
 
 
@@ -83,7 +84,7 @@ def _double(*tensors: Tensor) -> bool:
 class _Row:
     """The inputs of one call as the kernels want them, and its grid of chunks."""
 
-    def __init__(self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int) -> None:
+    def __init__(self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int, registers: int) -> None:
         """`length` is a chunk's, at most; a power of two."""
         from sola_vision.ops import triton_kernels
 
@@ -96,42 +97,43 @@ class _Row:
         self.sizes = (self.chunks, self.num_tokens, self.batch * self.chunks * self.channels)
         # one warp, a lane a channel; the interpreter's time goes by programs, not by lanes
         self.block = 32 if key.is_cuda else max(32, 1 << (self.channels - 1).bit_length())
+        self.blocks = -(-self.channels // self.block)
+        masked = bool(self.num_tokens % self.length or self.channels % self.block)
+        self.constants = {"C": self.channels, "L": self.length, "BLOCK": self.block, "MASKED": masked}
+        self.step = torch.empty((2, self.channels), device=key.device)
+        self.options = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers}
 
-    def new_states(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Room for a state on each side of every chunk: exponents [2, B, chunks, C], pairs [2, 2, B, chunks, C]."""
-        shape = (self.batch, self.chunks if count is None else count, self.channels)
-        exponents = torch.empty((2, *shape), dtype=torch.int32, device=self.key.device)
-        return exponents, torch.empty((2, 2, *shape), dtype=torch.float32, device=self.key.device)
+    def new_states(self, count: int) -> Tensor:
+        """Room for a state on each side of every chunk: exponent, a and b [3, 2, B, count, C]."""
+        return torch.empty((3, 2, self.batch, count, self.channels), device=self.key.device)
 
-    def launch(self, name: str, *args: Any, **flags: bool) -> None:
-        programs = self.batch * self.chunks * -(-self.channels // self.block)
-        kernel = getattr(self.kernels, name)
-        kernel[(programs,)](*args, C=self.channels, L=self.length, BLOCK=self.block, **flags, **_OPTIONS)
+    def launch(self, name: str, *tensors: Tensor, **flags: bool) -> None:
+        programs = self.batch * self.chunks * self.blocks
+        launch(getattr(self.kernels, name), programs, tensors, self.sizes, self.constants | flags, self.options)
 
-    def states_of_chunks(self) -> tuple[Tensor, Tensor]:
+    def states_of_chunks(self) -> Tensor:
         """The forward states that enter every chunk from the left and from the right."""
-        sums = self.new_states()
-        self.launch("chunk_sums", self.decay, self.key, self.value, *sums, *self.sizes)
+        sums = self.new_states(self.chunks)
+        self.launch("chunk_sums", self.decay, self.key, self.value, self.step, sums)
         return self.scan(sums, by_b=True)
 
-    def scan(self, sums: tuple[Tensor, Tensor], by_b: bool) -> tuple[Tensor, Tensor]:
-        """From the sums of the chunks to the states that enter them."""
-        states = self.new_states()
+    def scan(self, sums: Tensor, by_b: bool) -> Tensor:
+        """From the sums of the chunks to the states that enter them, in the same memory."""
         if self.chunks <= _LONG:
-            self._scan(sums, None, states, self.chunks, self.chunks, self.length, by_b)
-            return states
+            self._scan(sums, None, sums, self.chunks, self.chunks, self.length, by_b)
+            return sums
         groups = -(-self.chunks // _GROUP)
         totals, before = self.new_states(groups), self.new_states(groups)
         self._scan(sums, None, totals, self.chunks, _GROUP, self.length, by_b, totals=True)
         self._scan(totals, None, before, groups, groups, self.length * _GROUP, by_b)
-        self._scan(sums, before, states, self.chunks, _GROUP, self.length, by_b)
-        return states
+        self._scan(sums, before, sums, self.chunks, _GROUP, self.length, by_b)
+        return sums
 
     def _scan(
         self,
-        sums: tuple[Tensor, Tensor],
-        carry: tuple[Tensor, Tensor] | None,
-        out: tuple[Tensor, Tensor],
+        sums: Tensor,
+        carry: Tensor | None,
+        out: Tensor,
         count: int,
         group: int,
         steps: int,
@@ -139,22 +141,31 @@ class _Row:
         totals: bool = False,
     ) -> None:
         groups = -(-count // group)
-        programs = 2 * self.batch * groups * -(-self.channels // self.block)
-        self.kernels.scan_states[(programs,)](
-            self.decay,
-            *sums,
-            *(carry or sums),
-            *out,
-            self.batch,
-            count,
-            group,
-            groups,
-            steps,
-            self.num_tokens,
-            C=self.channels,
-            BLOCK=self.block,
-            CARRY=carry is not None,
-            TOTALS=totals,
-            BY_B=by_b,
-            **_OPTIONS,
+        launch(
+            self.kernels.scan_states,
+            2 * self.batch * groups * self.blocks,
+            (self.decay, sums, sums if carry is None else carry, out),
+            (self.batch, count, group, groups, steps, self.num_tokens),
+            {
+                "C": self.channels,
+                "BLOCK": self.block,
+                "AHEAD": _AHEAD,
+                "CARRY": carry is not None,
+                "TOTALS": totals,
+                "BY_B": by_b,
+            },
+            _OPTIONS,
         )
+
+    def sum_partials(self, partials: Tensor) -> Tensor:
+        """[2, B, chunks, C] -> [2, C] in float64."""
+        images = torch.empty((2, self.batch, self.channels), dtype=torch.float64, device=partials.device)
+        launch(
+            self.kernels.sum_partials,
+            2 * self.batch * self.blocks,
+            (partials, images),
+            (self.chunks,),
+            {"C": self.channels, "BLOCK": self.block, "AHEAD": _AHEAD},
+            _OPTIONS,
+        )
+        return images.sum(1)

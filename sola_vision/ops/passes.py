@@ -3,7 +3,8 @@
 
 What a pass computes is its plain form here, the underscored function of the same name: it is the default kernel of
 `sola::NAME`, what `ops.use("portable")` runs and what `torch.compile` fuses on a GPU. On a CPU the C++ kernel takes
-over (`csrc/passes.cpp`). The backwards read the inputs again; nothing else is kept.
+over (`csrc/passes.cpp`), on CUDA the Triton kernel (`gpu_passes.py`). The backwards read the inputs again; nothing else
+is kept.
 """
 
 import functools
@@ -17,34 +18,57 @@ from sola_vision.ops.path import pinned, seen_through
 
 
 def norm_shift(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, *, top: int = 0, bottom: int = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mixes: Tensor,
+    *,
+    top: int = 0,
+    bottom: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """mix * n + (1 - mix) * quad_shift(n) with n the layer norm of x, for each row of mixes.
 
     x [B, H, W, C], weight and bias [C], mixes [M, C] -> [M, B, H - top - bottom, W, C]: the outermost rows of a part of
-    an image only lend their tokens to their neighbours.
+    an image only lend their tokens to their neighbours. `dtype` is the result's, else it is that of x.
     """
     _check_shift(x, weight, bias, mixes, top, bottom)
     if _plain(x, weight, bias, mixes):
-        return _norm_shift(x, weight, bias, eps, mixes, top, bottom)
-    return torch.ops.sola.norm_shift(x, weight, bias, eps, mixes, top, bottom)
+        made = _norm_shift(x, weight, bias, eps, mixes, top, bottom)
+        return made if dtype is None else made.to(dtype)
+    operator = torch.ops.sola.norm_shift
+    if dtype in (None, x.dtype):
+        return operator.default(x, weight, bias, eps, mixes, top, bottom)
+    return operator.dtype(x, weight, bias, eps, mixes, top, bottom, dtype)
+
+
+def norm_shift_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, top: int, bottom: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `norm_shift` for x, weight, bias and mixes, each in its input's dtype, from that of its result
+    [M, B, H - top - bottom, W, C] in any.
+    """
+    if top or bottom:  # padding by nothing is a copy
+        grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
+    return _backward("norm_shift")(x, weight, bias, eps, mixes, grad)
 
 
 def gate(receptance: Tensor, value: Tensor) -> Tensor:
     """sigmoid(receptance) * value, of one shape."""
     check_same_shape("gate", receptance=receptance, value=value)
-    if _plain(receptance, value) or receptance.dtype != value.dtype:
+    if _plain(receptance, value) or _mixed(receptance, value):
         return _gate(receptance, value)
     return torch.ops.sola.gate(receptance, value)
 
 
 def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
-    """residual + sigmoid(receptance) * value, of one shape; written to `out` if there is one, contiguous and of their
-    dtype. That has no gradients: RuntimeError where one is wanted.
+    """residual + sigmoid(receptance) * value, of one shape; written to `out` if there is one, contiguous and of the
+    dtype that theirs promote to. That has no gradients: RuntimeError where one is wanted.
     """
     operands = {"residual": residual, "receptance": receptance, "value": value}
     check_same_shape("gated_sum", **operands, **({} if out is None else {"out": out}))
-    plain = _plain(*operands.values()) or not residual.dtype == receptance.dtype == value.dtype
+    plain = _plain(*operands.values()) or _mixed(*operands.values())
     if out is None:
         return (_gated_sum if plain else torch.ops.sola.gated_sum)(residual, receptance, value)
     _check_out(out, *operands.values())
@@ -94,6 +118,11 @@ def _plain(*tensors: Tensor) -> bool:
     return pinned() in ("reference", "portable") or compiled or seen_through(*tensors)
 
 
+def _mixed(*tensors: Tensor) -> bool:
+    """Whether dtypes differ where only one kernel, CUDA's, takes them as they are: with autocast residuals are wide."""
+    return tensors[0].device.type != "cuda" and any(x.dtype != tensors[0].dtype for x in tensors)
+
+
 def _check_shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, top: int, bottom: int) -> None:
     check_kind("norm_shift", x=x, weight=weight, bias=bias, mixes=mixes)
     if x.ndim != 4:
@@ -110,11 +139,15 @@ def _check_shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, top: in
 
 
 def _check_out(out: Tensor, *operands: Tensor) -> None:
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in operands))
+    dtype = _promoted(*operands)
     if out.dtype != dtype or not out.is_contiguous():
         raise ValueError(f"gated_sum: out must be contiguous and {dtype}, got {out.dtype} with strides {out.stride()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *operands)):
         raise RuntimeError("gated_sum: what is written to out has no gradient; leave out away, or use torch.no_grad()")
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
 
 # ---- the definitions
@@ -153,18 +186,18 @@ def _norm_shift_backward(
             if not tensor.requires_grad:
                 tensor.requires_grad_()
         out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
-        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad, create_graph=again)
+        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=again)
     return gx.contiguous(), gw, gb, gm
 
 
 def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     opened = torch.sigmoid(receptance)
     through = grad * opened
-    return through * (1 - opened) * value, through
+    return (through * (1 - opened) * value).to(receptance.dtype), through.to(value.dtype)
 
 
 def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
-    return 2 * torch.relu(x) * grad
+    return (2 * torch.relu(x) * grad).to(x.dtype)
 
 
 _BACKWARDS = {"norm_shift": _norm_shift_backward, "gate": _gate_backward, "squared_relu": _squared_relu_backward}
@@ -176,11 +209,28 @@ def _like(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _promoted_like(x: Tensor, *others: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=_promoted(x, *others), memory_format=torch.contiguous_format)
+
+
+def _norm_shift_in(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.ops.sola.norm_shift.default(x, weight, bias, eps, mixes, top, bottom).to(dtype)
+
+
 def _fake_norm_shift(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mixes: Tensor,
+    top: int,
+    bottom: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     batch, height, width, channels = x.shape
-    return x.new_empty((mixes.shape[0], batch, height - top - bottom, width, channels))
+    return x.new_empty((mixes.shape[0], batch, height - top - bottom, width, channels), dtype=dtype)
 
 
 def _fake_norm_shift_backward(
@@ -201,10 +251,9 @@ def _backward(name: str) -> Any:
 
 def _differentiate_norm_shift(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, mixes = ctx.saved_tensors
-    eps, top, bottom = ctx.numbers
-    grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
-    gx, gw, gb, gm = _backward("norm_shift")(x, weight, bias, eps, mixes, grad)
-    return gx, gw, gb, None, gm, None, None
+    eps, top, bottom, *dtype = ctx.numbers
+    gx, gw, gb, gm = norm_shift_backward(x, weight, bias, eps, mixes, grad, top, bottom)
+    return gx, gw, gb, None, gm, None, None, *(None for _ in dtype)
 
 
 def _differentiate_gate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,11 +287,17 @@ def register(library: torch.library.Library) -> None:
     shift = "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, "
     define(f"norm_shift{shift}int top, int bottom) -> Tensor", _norm_shift, _fake_norm_shift, _differentiate_norm_shift)
     define(
+        f"norm_shift.dtype{shift}int top, int bottom, ScalarType dtype) -> Tensor",
+        _norm_shift_in,
+        _fake_norm_shift,
+        _differentiate_norm_shift,
+    )
+    define(
         f"norm_shift_backward{shift}Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
         _norm_shift_backward,
         _fake_norm_shift_backward,
     )
-    define("gate(Tensor receptance, Tensor value) -> Tensor", _gate, _like, _differentiate_gate)
+    define("gate(Tensor receptance, Tensor value) -> Tensor", _gate, _promoted_like, _differentiate_gate)
     define(
         "gate_backward(Tensor receptance, Tensor value, Tensor grad) -> (Tensor, Tensor)",
         _gate_backward,
@@ -251,7 +306,7 @@ def register(library: torch.library.Library) -> None:
     define(
         "gated_sum(Tensor residual, Tensor receptance, Tensor value) -> Tensor",
         _gated_sum,
-        _like,
+        _promoted_like,
         _differentiate_gated_sum,
     )
     define(

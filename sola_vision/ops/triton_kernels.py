@@ -8,13 +8,13 @@ scans its tokens and writes. The backward does the same with (h, q) = (g, g y) /
 matrix is symmetric.
 
 B batch, N tokens, C channels; a program owns a tile [L, BLOCK] of one image, a lane one channel, and every reading is
-coalesced along channels. What is made of tiles, rows and states is in `triton_scans.py`. Sums and states: exponents
-int32 [2, B, chunks, C], pairs float32 [2, 2, B, chunks, C], first index left or right, second a or b.
+coalesced along channels. MASKED where tiles go beyond N or C. What is made of tiles, rows and states is in
+`triton_scans.py`. Sums and states: float32 [3, 2, B, chunks, C], exponents (as int32), a, b of the left and the right.
 """
 
 # a kernel is not Python: no unpacking, no types but constexpr, and tuples that grow
 # mypy: ignore-errors
-# ruff: noqa: SIM108
+# ruff: noqa: SIM108, RUF005
 
 import triton
 import triton.language as tl
@@ -24,55 +24,61 @@ from sola_vision.ops import triton_scans as scans
 
 @triton.jit
 def _chunk_sums(
-    k, value, tokens, there, exponents, pairs, state, stride, inside, fade, high, low, reference,
-    L: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    k, v, there, states, state, stride, inside, fade, lam, reference, count,
+    L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    fade, high, low = scans.whole(fade, high, low, WIDE)
-    n, m = scans.weights(k, there, reference, WIDE)
-    x = m * tl.load(value + tokens, mask=there, other=0.0).to(tl.float32)
+    fade, lam = scans.whole(fade, lam, WIDE)
+    n, m = scans.weights(k, there, reference, MASKED, WIDE)
+    x = m * v
     E, a, b = scans.nothing(reference, WIDE)
-    _n, _x, _e, En, ex, ee = scans.scan(E, a, b, n, x, m, fade, high, low, L, BLOCK, False, WIDE)
+    _n, _x, _e, En, ex, ee = scans.scan(E, a, b, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
     En, ex, ee = scans.normal(En, ex, ee, ee)
-    scans.store_state(exponents, pairs, state, 0, stride, inside, En, ex, ee)
-    _n, _x, _e, En, ex, ee = scans.scan(E, a, b, n, x, m, fade, high, low, L, BLOCK, True, WIDE)
+    scans.store_state(states, state, 0, stride, inside, En, ex, ee)
+    _n, _x, _e, En, ex, ee = scans.scan(E, a, b, n, x, m, fade, lam, count, L, BLOCK, True, WIDE)
     En, ex, ee = scans.normal(En, ex, ee, ee)
-    scans.store_state(exponents, pairs, state, 1, stride, inside, En, ex, ee)
+    scans.store_state(states, state, 1, stride, inside, En, ex, ee)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
 def chunk_sums(
-    decay, key, value, exponents, pairs, chunks, num_tokens, stride,
-    C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+    decay, key, value, step, states, chunks, num_tokens, stride,
+    C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Phase 1: each chunk's tokens as the first token after it (left) and the last before it (right) see them."""
-    channel, inside, tokens, there, state = scans.place(chunks, num_tokens, C, L, BLOCK)
+    """Phase 1: each chunk's tokens as the first token after it (left) and the last before it (right) see them.
+
+    Leaves lam in step, float32 [2, C] (exponent as int32, mantissa), for the other kernels.
+    """
+    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK)
     stride = stride.to(tl.int64)
-    fade, high, low = scans.fade_of_step(decay, channel, inside, num_tokens)
-    k = tl.load(key + tokens, mask=there, other=0.0).to(tl.float32)
-    reference, wide = scans.survey(k, there, fade, L, BLOCK)
+    k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
+    v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
+    fade, lam = scans.fade_of_step(decay, channel, inside, num_tokens)
+    first = inside & (state < C)
+    tl.store((step + channel).to(tl.pointer_type(tl.int32)), fade, mask=first)
+    tl.store(step + C + channel, lam, mask=first)
+    reference, wide = scans.survey(k, there, fade, L, BLOCK, MASKED)
     if scans.any_lane(wide & inside):
         _chunk_sums(
-            k, value, tokens, there, exponents, pairs, state, stride, inside,
-            fade, high, low, reference, L, BLOCK, True,
+            k, v, there, states, state, stride, inside, fade, lam, reference, count, L, BLOCK, MASKED, True
         )  # fmt: skip
     else:
         _chunk_sums(
-            k, value, tokens, there, exponents, pairs, state, stride, inside,
-            fade, high, low, reference, L, BLOCK, False,
+            k, v, there, states, state, stride, inside, fade, lam, reference, count, L, BLOCK, MASKED, False
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch", "count", "group_length", "groups", "steps", "num_tokens"])
 def scan_states(
-    decay, in_exponents, in_pairs, carry_exponents, carry_pairs, out_exponents, out_pairs, batch, count, group_length,
-    groups, steps, num_tokens, C: tl.constexpr, BLOCK: tl.constexpr,
+    decay, sums, carry, out, batch, count, group_length, groups, steps, num_tokens,
+    C: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
     CARRY: tl.constexpr, TOTALS: tl.constexpr, BY_B: tl.constexpr,
 ):  # fmt: skip
     """Phase 2: the state before each of `count` sums, `steps` tokens apart, in groups of `group_length`.
 
     A group starts from its entering state (CARRY) or from nothing, and writes the state before each sum, or only the
-    one behind its last (TOTALS). A long row takes three launches: totals of groups, states before groups, states before
-    sums. The pair's size is b where b is a denominator (BY_B), else the larger of the two. Float64 inside.
+    one behind its last (TOTALS); states may take the place of the sums. A long row takes three launches: totals of
+    groups, states before groups, states before sums. The pair's size is b where b is a denominator (BY_B), else the
+    larger of the two. Float64 inside; AHEAD sums are read before the first of them is needed.
     """
     blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -91,118 +97,138 @@ def scan_states(
     a = tl.full(channel.shape, 0.0, tl.float64)
     b = tl.full(channel.shape, 0.0, tl.float64)
     if CARRY:
-        E, a, b = scans.load_state(carry_exponents, carry_pairs, group_state, side, group_stride, inside)
+        E, a, b = scans.load_state(carry, group_state, side, group_stride, inside)
         a = a.to(tl.float64)
         b = b.to(tl.float64)
     first = group * group_length
     length = tl.minimum(count - first, group_length)
-    for i in range(0, length):
-        index = first + tl.where(side == 0, i, length - 1 - i)
-        state = (image * count + index) * C + channel
-        n, a1, b1 = scans.load_state(in_exponents, in_pairs, state, side, stride, inside)
+    start = (image * count + tl.where(side == 0, first, first + length - 1)) * C + channel
+    hop = tl.where(side == 0, C, -C)
+    for i in range(0, length, AHEAD):
+        ahead = i + tl.arange(0, AHEAD)[:, None]
+        places = tl.multiple_of(start[None, :] + ahead * hop, (1, 1))  # as in scans.place
+        there = inside[None, :] & (ahead < length)
+        n, a1, b1 = scans.load_state(sums, places, side, stride, there)
+        ns = scans.rows_of(n, AHEAD, BLOCK)
+        a1s = scans.rows_of(a1, AHEAD, BLOCK)
+        b1s = scans.rows_of(b1, AHEAD, BLOCK)
+        before_n = ()
+        before_a = ()
+        before_b = ()
+        for j in tl.static_range(AHEAD):
+            before_n = before_n + (E,)
+            before_a = before_a + (a.to(tl.float32),)
+            before_b = before_b + (b.to(tl.float32),)
+            faded = tl.maximum(E + fade, scans.EMPTY)
+            top = tl.maximum(faded, ns[j])
+            old = scans.power(faded - top).to(tl.float64) * factor
+            new = scans.power(ns[j] - top).to(tl.float64)
+            next_a = a * old + a1s[j].to(tl.float64) * new
+            next_b = b * old + b1s[j].to(tl.float64) * new
+            if BY_B:
+                size = next_b
+            else:
+                size = tl.maximum(tl.abs(next_a), tl.abs(next_b))
+            top, next_a, next_b = scans.normal(top, next_a, next_b, size)
+            # behind the group's last sum nothing may fade
+            more = i + j < length
+            E = tl.where(more, top, E)
+            a = tl.where(more, next_a, a)
+            b = tl.where(more, next_b, b)
         if not TOTALS:
-            scans.store_state(out_exponents, out_pairs, state, side, stride, inside, E, a, b)
-        E = tl.maximum(E + fade, scans.EMPTY)
-        top = tl.maximum(E, n)
-        old = scans.power(E - top).to(tl.float64) * factor
-        new = scans.power(n - top).to(tl.float64)
-        a = a * old + a1.to(tl.float64) * new
-        b = b * old + b1.to(tl.float64) * new
-        if BY_B:
-            size = b
-        else:
-            size = tl.maximum(tl.abs(a), tl.abs(b))
-        E, a, b = scans.normal(top, a, b, size)
+            En = scans.tile_of(before_n, AHEAD, BLOCK, False)
+            ea = scans.tile_of(before_a, AHEAD, BLOCK, False)
+            eb = scans.tile_of(before_b, AHEAD, BLOCK, False)
+            scans.store_state(out, places, side, stride, there, En, ea, eb)
     if TOTALS:
-        scans.store_state(out_exponents, out_pairs, group_state, side, group_stride, inside, E, a, b)
+        scans.store_state(out, group_state, side, group_stride, inside, E, a, b)
 
 
 @triton.jit
 def _outputs(
-    k, value, out, tokens, there, exponents, pairs, state, stride, inside, own_n, own_m, fade, high, low, reference,
-    L: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+    L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    fade, high, low = scans.whole(fade, high, low, WIDE)
-    own_n, own_m, _ = scans.whole(own_n, own_m, own_m, WIDE)
-    n, m = scans.weights(k, there, reference, WIDE)
-    x = m * tl.load(value + tokens, mask=there, other=0.0).to(tl.float32)
-    En, ex, ee = scans.enter(exponents, pairs, state, 1, stride, inside, reference, WIDE)
-    Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, high, low, L, BLOCK, True, WIDE)
-    En, ex, ee = scans.enter(exponents, pairs, state, 0, stride, inside, reference, WIDE)
-    An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, high, low, L, BLOCK, False, WIDE)
+    fade, lam = scans.whole(fade, lam, WIDE)
+    own_n, own_m = scans.whole(own_n, own_m, WIDE)
+    n, m = scans.weights(k, there, reference, MASKED, WIDE)
+    x = m * v
+    En, ex, ee = scans.enter(states, state, 1, stride, inside, reference, WIDE)
+    Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, True, WIDE)
+    En, ex, ee = scans.enter(states, state, 0, stride, inside, reference, WIDE)
+    An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
     own = own_m[None, :]
     _n, num, den, _e = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
-    tl.store(out + tokens, (num / den).to(out.dtype.element_ty), mask=there)
+    scans.store_tile(out + tokens, num / den, there, MASKED)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
 def outputs(
-    decay, bonus, key, value, out, exponents, pairs, chunks, num_tokens, stride,
-    C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+    step, bonus, key, value, out, states, chunks, num_tokens, stride,
+    C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Phase 3: every token's eq. 9, from the states that enter its chunk."""
-    channel, inside, tokens, there, state = scans.place(chunks, num_tokens, C, L, BLOCK)
+    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK)
     stride = stride.to(tl.int64)
-    fade, high, low = scans.fade_of_step(decay, channel, inside, num_tokens)
+    k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
+    v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
+    fade, lam = scans.load_step(step, channel, inside, C)
     own_n, own_m = scans.split(tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32))
-    k = tl.load(key + tokens, mask=there, other=0.0).to(tl.float32)
-    reference, wide = scans.survey(k, there, fade, L, BLOCK)
-    wide = wide | scans.far(own_n, exponents, state, stride, inside, reference)
+    reference, wide = scans.survey(k, there, fade, L, BLOCK, MASKED)
+    wide = wide | scans.far(own_n, states, state, stride, inside, reference)
     if scans.any_lane(wide & inside):
         _outputs(
-            k, value, out, tokens, there, exponents, pairs, state, stride, inside,
-            own_n, own_m, fade, high, low, reference, L, BLOCK, True,
+            k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+            L, BLOCK, MASKED, True,
         )  # fmt: skip
     else:
         _outputs(
-            k, value, out, tokens, there, exponents, pairs, state, stride, inside,
-            own_n, own_m, fade, high, low, reference, L, BLOCK, False,
+            k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+            L, BLOCK, MASKED, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward(
-    k, value, grad, grad_key, grad_value, partials, tokens, there, exponents, pairs, back_exponents, back_pairs,
-    state, stride, inside, own_n, own_m, fade, high, low, reference,
-    L: tl.constexpr, BLOCK: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr,
+    k, v, g, grad_key, grad_value, partials, tokens, there, states, back_states, state, stride, inside,
+    own_n, own_m, fade, lam, reference, count,
+    L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    fade, high, low = scans.whole(fade, high, low, WIDE)
-    own_n, own_m, _ = scans.whole(own_n, own_m, own_m, WIDE)
-    n, m = scans.weights(k, there, reference, WIDE)
-    v = tl.load(value + tokens, mask=there, other=0.0).to(tl.float32)
-    g = tl.load(grad + tokens, mask=there, other=0.0).to(tl.float32)
+    fade, lam = scans.whole(fade, lam, WIDE)
+    own_n, own_m = scans.whole(own_n, own_m, WIDE)
+    n, m = scans.weights(k, there, reference, MASKED, WIDE)
     x = m * v
-    En, ex, ee = scans.enter(exponents, pairs, state, 1, stride, inside, reference, WIDE)
-    Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, high, low, L, BLOCK, True, WIDE)
-    En, ex, ee = scans.enter(exponents, pairs, state, 0, stride, inside, reference, WIDE)
-    An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, high, low, L, BLOCK, False, WIDE)
+    En, ex, ee = scans.enter(states, state, 1, stride, inside, reference, WIDE)
+    Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, True, WIDE)
+    En, ex, ee = scans.enter(states, state, 0, stride, inside, reference, WIDE)
+    An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
     own = own_m[None, :]
     top, num, den, weight = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
     # behind the row's end there may be no denominator at all
-    scale = 1.0 / tl.where(there, den, 1.0)
+    scale = 1.0 / scans.where_there(there, den, 1.0, MASKED)
     y = num * scale
     h = g * scale
     q = h * y
     hn = -top
     if WIDE:
-        hn = tl.where(there, hn, scans.EMPTY)
+        hn = scans.where_there(there, hn, scans.EMPTY, MASKED)
 
     if WRITE:
-        En, eh, eq = scans.enter(back_exponents, back_pairs, state, 0, stride, inside, -reference, WIDE)
+        En, eh, eq = scans.enter(back_states, state, 1, stride, inside, -reference, WIDE)
     else:
         En, eh, eq = scans.nothing(-reference, WIDE)
-    Fn, fh, fq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, high, low, L, BLOCK, False, WIDE)
+    Bn, bh, bq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, lam, count, L, BLOCK, True, WIDE)
     if not WRITE:
         Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
-        scans.store_state(back_exponents, back_pairs, state, 0, stride, inside, Sn, sh, sq)
+        scans.store_state(back_states, state, 1, stride, inside, Sn, sh, sq)
     if WRITE:
-        En, eh, eq = scans.enter(back_exponents, back_pairs, state, 1, stride, inside, -reference, WIDE)
+        En, eh, eq = scans.enter(back_states, state, 0, stride, inside, -reference, WIDE)
     else:
         En, eh, eq = scans.nothing(-reference, WIDE)
-    Bn, bh, bq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, high, low, L, BLOCK, True, WIDE)
+    Fn, fh, fq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, lam, count, L, BLOCK, False, WIDE)
     if not WRITE:
         Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
-        scans.store_state(back_exponents, back_pairs, state, 1, stride, inside, Sn, sh, sq)
+        scans.store_state(back_states, state, 0, stride, inside, Sn, sh, sq)
 
     if WRITE:
         # H and Q of the docstring's symmetric matrix, times e^k
@@ -210,40 +236,60 @@ def _backward(
         right = scans.meeting(n, Bn, WIDE) * m
         gv = left * fh + right * bh + weight * h
         gq = left * fq + right * bq + weight * q
-        tl.store(grad_value + tokens, gv.to(grad_value.dtype.element_ty), mask=there)
-        tl.store(grad_key + tokens, (v * gv - gq).to(grad_key.dtype.element_ty), mask=there)
+        scans.store_tile(grad_value + tokens, gv, there, MASKED)
+        scans.store_tile(grad_key + tokens, v * gv - gq, there, MASKED)
         gu = scans.fold(weight * h * (v - y), scans.plus, L, BLOCK)
         # every token between two others sees the left state of one and the right state of the other
         between = scans.meeting(An + fade, Bn, WIDE) * (ax * bh - ae * bq)
         between += scans.meeting(Rn + fade, Fn, WIDE) * (rx * fh - re * fq)
-        gw = -high * scans.fold(tl.where(there, between, 0.0), scans.plus, L, BLOCK)
+        gw = -lam * scans.fold(scans.where_there(there, between, 0.0, MASKED), scans.plus, L, BLOCK)
         tl.store(partials + state, gw, mask=inside)
         tl.store(partials + stride + state, gu, mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
 def backward(
-    decay, bonus, key, value, grad, grad_key, grad_value, partials, exponents, pairs, back_exponents, back_pairs,
-    chunks, num_tokens, stride, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, WRITE: tl.constexpr,
+    step, bonus, key, value, grad, grad_key, grad_value, partials, states, back_states, chunks, num_tokens, stride,
+    C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """The backward's phases 1 and 3 (WRITE): a chunk's sums of (h, q); the gradients, gw and gu as a part a chunk.
 
     partials float32 [2, B, chunks, C]: this chunk's part of N gw and of gu.
     """
-    channel, inside, tokens, there, state = scans.place(chunks, num_tokens, C, L, BLOCK)
+    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK)
     stride = stride.to(tl.int64)
-    fade, high, low = scans.fade_of_step(decay, channel, inside, num_tokens)
+    k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
+    v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
+    g = scans.load_tile(grad + tokens, there, MASKED).to(tl.float32)
+    fade, lam = scans.load_step(step, channel, inside, C)
     own_n, own_m = scans.split(tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32))
-    k = tl.load(key + tokens, mask=there, other=0.0).to(tl.float32)
-    reference, wide = scans.survey(k, there, fade, L, BLOCK)
-    wide = wide | scans.far(own_n, exponents, state, stride, inside, reference)
+    reference, wide = scans.survey(k, there, fade, L, BLOCK, MASKED)
+    wide = wide | scans.far(own_n, states, state, stride, inside, reference)
     if scans.any_lane(wide & inside):
         _backward(
-            k, value, grad, grad_key, grad_value, partials, tokens, there, exponents, pairs, back_exponents, back_pairs,
-            state, stride, inside, own_n, own_m, fade, high, low, reference, L, BLOCK, WRITE, True,
+            k, v, g, grad_key, grad_value, partials, tokens, there, states, back_states, state, stride, inside,
+            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, True,
         )  # fmt: skip
     else:
         _backward(
-            k, value, grad, grad_key, grad_value, partials, tokens, there, exponents, pairs, back_exponents, back_pairs,
-            state, stride, inside, own_n, own_m, fade, high, low, reference, L, BLOCK, WRITE, False,
+            k, v, g, grad_key, grad_value, partials, tokens, there, states, back_states, state, stride, inside,
+            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, False,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def sum_partials(partials, out, chunks, C: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """Parts of one image's gw or gu, [chunks, C] float32, as one row of float64: [2 B, C] in the end."""
+    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    program = tl.program_id(0)
+    channel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    image = (program // blocks).to(tl.int64)  # [2, B]
+    first = partials + image * chunks * C + channel
+    total = tl.full(channel.shape, 0.0, tl.float64)
+    for i in range(0, chunks, AHEAD):
+        rows = ()
+        for j in tl.static_range(AHEAD):
+            rows = rows + (tl.load(first + (i + j) * C, mask=(channel < C) & (i + j < chunks), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            total += rows[j].to(tl.float64)
+    tl.store(out + image * C + channel, total, mask=channel < C)

@@ -4,7 +4,7 @@
 A state is (n, a, b): the pair (a, b) times 2^n, so that no key, decay or bonus over- or underflows. Where a chunk's
 exponents lie close together (always, in a trained network) one exponent serves the whole chunk ("narrow", else "wide");
 each program looks at its own keys and takes its path by itself, so nothing waits for the host. What goes token by token
-is taken out of the tile row by row, all in registers.
+is taken out of the tile row by row. A lane holds its channel's whole column, so that nothing crosses between lanes.
 """
 
 # a kernel is not Python: no unpacking, no types but constexpr, and tuples that grow
@@ -46,7 +46,7 @@ def bounded(x, limit):
 @triton.jit
 def mantissa(x, n):
     """e^x / 2^n in float32, exact to rounding although both may be large."""
-    return tl.exp2(((x - n * LN2_HIGH) - n * LN2_LOW) * LOG2E)
+    return tl.exp2((x - n * LN2_HIGH) * LOG2E - n * (LN2_LOW * LOG2E))
 
 
 @triton.jit
@@ -69,10 +69,16 @@ def fade_over(decay_ptr, channel, inside, steps, num_tokens):
 
 @triton.jit
 def fade_of_step(decay_ptr, channel, inside, num_tokens):
-    """lam as 2^n (high + low), two floats: one would be wrong in the same direction at every step."""
+    """lam as 2^n m in float32, whose rounding a chunk's few tokens repeat; scan_states, over many, has float64."""
     n, m = fade_over(decay_ptr, channel, inside, 1, num_tokens)
-    high = m.to(tl.float32)
-    return n, high, (m - high.to(tl.float64)).to(tl.float32)
+    return n, m.to(tl.float32)
+
+
+@triton.jit
+def load_step(step, channel, inside, C: tl.constexpr):
+    """lam as chunk_sums has left it, [2, C]: float64 takes longer than the rest of a short chunk's beginning."""
+    n = tl.load((step + channel).to(tl.pointer_type(tl.int32)), mask=inside, other=0)
+    return n, tl.load(step + C + channel, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -146,8 +152,8 @@ def tile_of(rows, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
     """Which chunk and channels this program owns. One grid axis: only the first may pass 65535.
 
-    Returns the channels and which of them exist, the offsets of the chunk's tokens and which of them exist (tiles), and
-    the offset of the chunk's state.
+    Returns the channels and which of them exist, the offsets of the chunk's tokens and which of them exist (tiles), the
+    offset of the chunk's state, and how many tokens there are.
     """
     blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -156,25 +162,52 @@ def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.conste
     start = (index % chunks) * L
     token = tl.arange(0, L)[:, None]
     tokens = ((index // chunks).to(tl.int64) * num_tokens + start) * C + (token * C + channel[None, :])
+    # a lane would else take neighbouring channels, and the tile would have to be turned for the scan
+    tokens = tl.multiple_of(tokens, (1, 1))
     there = (token < num_tokens - start) & (channel < C)[None, :]
-    return channel, channel < C, tokens, there, index.to(tl.int64) * C + channel
+    return channel, channel < C, tokens, there, index.to(tl.int64) * C + channel, tl.minimum(num_tokens - start, L)
 
 
 @triton.jit
-def survey(k, there, fade, L: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(pointers, there, MASKED: tl.constexpr):
+    """A tile as it is in memory, 0 where it is not there: to be converted where it is needed."""
+    if MASKED:
+        return tl.load(pointers, mask=there, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(pointers, tile, there, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=there)
+    else:
+        tl.store(pointers, tile.to(pointers.dtype.element_ty))
+
+
+@triton.jit
+def where_there(there, tile, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.where(there, tile, other)
+    else:
+        return tile
+
+
+@triton.jit
+def survey(k, there, fade, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """The chunk's reference exponent a channel (its largest key's), and where the span is too wide for one exponent."""
-    high = fold(tl.where(there, k, -float("inf")), larger, L, BLOCK)
-    low = fold(tl.where(there, k, float("inf")), smaller, L, BLOCK)
+    high = fold(where_there(there, k, -float("inf"), MASKED), larger, L, BLOCK)
+    low = fold(where_there(there, k, float("inf"), MASKED), smaller, L, BLOCK)
     reference = tl.floor(bounded(high, KEY_LIMIT) * LOG2E + 0.5).to(tl.int32)
-    # without an exponent of its own a step fades by 0.7 .. 1.4, a chunk by 2^(L/2) at most
-    return reference, ((high - low) * LOG2E > NARROW) | (fade != 0)
+    # what fades may vanish; what grows with the distance has no bound but 2^(L/2) over a chunk without an exponent
+    return reference, ((high - low) * LOG2E > NARROW) | (fade > 0)
 
 
 @triton.jit
-def far(own_n, exponents, state, stride, inside, reference):
+def far(own_n, states, state, stride, inside, reference):
     """Where bonus or an entering state is too far from the chunk's reference for the narrow path."""
-    left = tl.load(exponents + state, mask=inside, other=EMPTY)
-    right = tl.load(exponents + stride + state, mask=inside, other=EMPTY)
+    left = exponent(states + state, inside)
+    right = exponent(states + stride + state, inside)
     return (tl.abs(own_n).to(tl.float32) > NARROW) | (tl.maximum(left, right) - reference > NARROW_STATE)
 
 
@@ -184,51 +217,62 @@ def any_lane(lanes):
 
 
 @triton.jit
-def weights(k, there, reference, WIDE: tl.constexpr):
+def weights(k, there, reference, MASKED: tl.constexpr, WIDE: tl.constexpr):
     """e^k of every token as 2^n m: n the chunk's where narrow (a row), the token's own where wide (a tile)."""
     if WIDE:
         n, m = split(k)
-        return tl.where(there, n, EMPTY), tl.where(there, m, 0.0)
+        return where_there(there, n, EMPTY, MASKED), where_there(there, m, 0.0, MASKED)
     else:
-        return reference, tl.where(there, mantissa(k, reference.to(tl.float32)[None, :]), 0.0)
+        return reference, where_there(there, mantissa(k, reference.to(tl.float32)[None, :]), 0.0, MASKED)
 
 
 @triton.jit
 def scan(
-    E, a, b, n, a1, b1, fade, high, low,
+    E, a, b, n, a1, b1, fade, lam, count,
     L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The scan itself, token by token from the state (a, b) 2^E: state <- lam state + (a1, b1) 2^n.
 
     Returns the states before every token (tiles; one row of exponents where narrow) and the one behind the last token.
     """
-    ns = n
     if WIDE:
-        ns = rows_of(n, L, BLOCK)
-    a1s = rows_of(a1, L, BLOCK)
-    b1s = rows_of(b1, L, BLOCK)
-    before_n = ()
-    before_a = ()
-    before_b = ()
-    for i in tl.static_range(L):
-        before_a = before_a + (a,)
-        before_b = before_b + (b,)
-        if WIDE:
-            before_n = before_n + (E,)
-            E = tl.maximum(E + fade, EMPTY)
-            top = tl.maximum(E, ns[L - 1 - i if REVERSE else i])
-            old = power(E - top)
-            new = power(ns[L - 1 - i if REVERSE else i] - top)
-            E = top
-            a = a * (high * old) + (a * (low * old) + a1s[L - 1 - i if REVERSE else i] * new)
-            b = b * (high * old) + (b * (low * old) + b1s[L - 1 - i if REVERSE else i] * new)
-        else:
-            a = a * high + (a * low + a1s[L - 1 - i if REVERSE else i])
-            b = b * high + (b * low + b1s[L - 1 - i if REVERSE else i])
-    exponents = n
-    if WIDE:
-        exponents = tile_of(before_n, L, BLOCK, REVERSE)
-    return exponents, tile_of(before_a, L, BLOCK, REVERSE), tile_of(before_b, L, BLOCK, REVERSE), E, a, b
+        return _wide_scan(E, a, b, n, a1, b1, fade, lam, count, L, BLOCK, REVERSE)
+    else:
+        a1s = rows_of(a1, L, BLOCK)
+        b1s = rows_of(b1, L, BLOCK)
+        before_a = ()
+        before_b = ()
+        for i in tl.static_range(L):
+            before_a = before_a + (a,)
+            before_b = before_b + (b,)
+            a = a * lam + a1s[L - 1 - i if REVERSE else i]
+            b = b * lam + b1s[L - 1 - i if REVERSE else i]
+        return n, tile_of(before_a, L, BLOCK, REVERSE), tile_of(before_b, L, BLOCK, REVERSE), E, a, b
+
+
+@triton.jit
+def _wide_scan(
+    E, a, b, n, a1, b1, fade, lam, count, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    """The first `count` rows in a loop, since wide chunks are rare: rows are taken out of tiles by number, and put in."""
+    rows = tl.arange(0, L)[:, None]
+    before_n = tl.full((L, BLOCK), EMPTY, tl.int32)
+    before_a = tl.full((L, BLOCK), 0.0, tl.float32)
+    before_b = tl.full((L, BLOCK), 0.0, tl.float32)
+    for i in range(count):
+        here = rows == (count - 1 - i if REVERSE else i)
+        before_n = tl.where(here, E[None, :], before_n)
+        before_a = tl.where(here, a[None, :], before_a)
+        before_b = tl.where(here, b[None, :], before_b)
+        E = tl.maximum(E + fade, EMPTY)
+        own = fold(tl.where(here, n, 0), plus, L, BLOCK)
+        top = tl.maximum(E, own)
+        old = lam * power(E - top)
+        new = power(own - top)
+        E = top
+        a = a * old + fold(tl.where(here, a1, 0.0), plus, L, BLOCK) * new
+        b = b * old + fold(tl.where(here, b1, 0.0), plus, L, BLOCK) * new
+    return before_n, before_a, before_b, E, a, b
 
 
 @triton.jit
@@ -241,25 +285,31 @@ def normal(E, a, b, size):
 
 
 @triton.jit
-def load_state(exponents, pairs, state, side, stride, inside):
+def exponent(pointers, inside):
+    empty: tl.constexpr = EMPTY
+    return tl.load(pointers.to(tl.pointer_type(tl.int32)), mask=inside, other=empty)
+
+
+@triton.jit
+def load_state(states, state, side, stride, inside):
     """The state that enters a chunk from one side: (exponent, a, b)."""
-    E = tl.load(exponents + side * stride + state, mask=inside, other=EMPTY)
-    a = tl.load(pairs + 2 * side * stride + state, mask=inside, other=0.0)
-    b = tl.load(pairs + (2 * side + 1) * stride + state, mask=inside, other=0.0)
+    E = exponent(states + side * stride + state, inside)
+    a = tl.load(states + (2 + side) * stride + state, mask=inside, other=0.0)
+    b = tl.load(states + (4 + side) * stride + state, mask=inside, other=0.0)
     return E, a, b
 
 
 @triton.jit
-def store_state(exponents, pairs, state, side, stride, inside, E, a, b):
-    tl.store(exponents + side * stride + state, E, mask=inside)
-    tl.store(pairs + 2 * side * stride + state, a.to(tl.float32), mask=inside)
-    tl.store(pairs + (2 * side + 1) * stride + state, b.to(tl.float32), mask=inside)
+def store_state(states, state, side, stride, inside, E, a, b):
+    tl.store((states + side * stride + state).to(tl.pointer_type(tl.int32)), E, mask=inside)
+    tl.store(states + (2 + side) * stride + state, a.to(tl.float32), mask=inside)
+    tl.store(states + (4 + side) * stride + state, b.to(tl.float32), mask=inside)
 
 
 @triton.jit
-def enter(exponents, pairs, state, side, stride, inside, reference, WIDE: tl.constexpr):
+def enter(states, state, side, stride, inside, reference, WIDE: tl.constexpr):
     """An entering state in the chunk's terms: as it is where wide, at the chunk's exponent where narrow."""
-    E, a, b = load_state(exponents, pairs, state, side, stride, inside)
+    E, a, b = load_state(states, state, side, stride, inside)
     if WIDE:
         return E, a, b
     else:
@@ -278,13 +328,12 @@ def nothing(reference, WIDE: tl.constexpr):
 
 
 @triton.jit
-def whole(n, high, low, WIDE: tl.constexpr):
-    """A factor 2^n (high + low) with the exponent beside it where wide, inside it where narrow."""
+def whole(n, m, WIDE: tl.constexpr):
+    """A factor 2^n m with the exponent beside it where wide, inside it where narrow."""
     if WIDE:
-        return n, high, low
+        return n, m
     else:
-        scale = power(tl.minimum(n, 127))
-        return n * 0, high * scale, low * scale
+        return n * 0, m * power(tl.minimum(n, 127))
 
 
 @triton.jit

@@ -266,18 +266,20 @@ from triton.compiler import ASTSource
 from sola_vision.ops import gpu, triton_kernels as kernels
 
 capability, half = int(sys.argv[1]), "*bf16"
-flags = dict(C=96, BLOCK=32)
-states = ["*i32", "*fp32"]
+flags = dict(C=96, BLOCK=32, MASKED=False)
+state, step = "*fp32", "*fp32"
 for name, types, options in [
-    ("chunk_sums", ["*fp32", half, half, *states], dict(L=32)),
-    ("scan_states", ["*fp32", *states * 3, *["i32"] * 3], dict(CARRY=False, TOTALS=False, BY_B=True)),
-    ("scan_states", ["*fp32", *states * 3, *["i32"] * 3], dict(CARRY=True, TOTALS=True, BY_B=False)),
-    ("outputs", ["*fp32", "*fp32", half, half, half, *states], dict(L=32)),
-    ("backward", ["*fp32", "*fp32", *[half] * 5, "*fp32", *states * 2], dict(L=16, WRITE=False)),
-    ("backward", ["*fp32", "*fp32", *[half] * 5, "*fp32", *states * 2], dict(L=16, WRITE=True)),
+    ("chunk_sums", ["*fp32", half, half, step, state], dict(L=32)),
+    ("chunk_sums", ["*fp32", half, half, step, state], dict(L=32, MASKED=True)),
+    ("scan_states", ["*fp32", *[state] * 3, *["i32"] * 3], dict(CARRY=False, TOTALS=False, BY_B=True, AHEAD=16)),
+    ("scan_states", ["*fp32", *[state] * 3, *["i32"] * 3], dict(CARRY=True, TOTALS=True, BY_B=False, AHEAD=16)),
+    ("outputs", [step, "*fp32", half, half, half, state], dict(L=32)),
+    ("backward", [step, "*fp32", *[half] * 5, "*fp32", state, state], dict(L=16, WRITE=False)),
+    ("backward", [step, "*fp32", *[half] * 5, "*fp32", state, state], dict(L=16, WRITE=True, MASKED=True)),
+    ("sum_partials", ["*fp32", "*fp64"], dict(AHEAD=16)),
 ]:
     kernel = getattr(kernels, name)
-    constants = {**flags, **options}
+    constants = {k: v for k, v in {**flags, **options}.items() if k in kernel.arg_names}
     types = [*types, *["i32"] * 3]
     signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})

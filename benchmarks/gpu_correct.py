@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU's kernel against the definition and the portable form in float64: values, gradients, graphs, compile."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from gpu_timing import Clock, first_line, graphed, name_of
+from torch import Tensor
+
+SIZES = [(2, 1, 1), (3, 2, 33), (2, 31, 96), (2, 33, 33), (2, 49, 96), (2, 197, 33), (2, 300, 1), (2, 3136, 96)]
+SIZES += [(1, 65536, 33)]
+
+
+def correct(clock: Clock) -> Iterator[dict[str, Any]]:
+    """The measures of accuracy, on the device: float32 in the wide and the calm range, bfloat16, graphs, compile."""
+    from sola_vision import ops
+
+    cases = [(b, n, c, calm, torch.float32) for b, n, c in SIZES for calm in (False, True)]
+    cases += [(2, 3136, 96, True, torch.bfloat16), (2, 197, 33, True, torch.float16)]
+    for batch, num_tokens, channels, calm, dtype in cases:
+        if clock.over():
+            break
+        inputs = operands(batch, num_tokens, channels, dtype, calm=calm)
+        out, grads = call(ops.wkv, inputs)
+        with ops.use("portable"):  # float64: 1e-12 from the definition, and linear in N
+            exact, exact_grads = call(ops.wkv, tuple(x.double() for x in inputs))
+        again, grads_again = call(ops.wkv, inputs)
+        same = torch.equal(out, again) and all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+        value, grad = inputs[3:]
+        budget = 1.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 1e-5
+        error = ((out.double() - exact).abs().max() / value.double().abs().max()).item()
+        errors = [gradient_error(a, b, value, grad) for a, b in zip(grads, exact_grads, strict=True)]
+        yield {
+            "what": "accuracy",
+            "shape": [batch, num_tokens, channels],
+            "dtype": name_of(dtype),
+            "range": "trained network" if calm else "w -20..200, u -10..10, k -50..50",
+            "forward": error,
+            "gradients_wukv": errors,
+            "bit_equal_runs": same,
+            "ok": error <= 5e-6 * budget and max(errors) <= 1e-5 * budget and same,
+        }
+    # the definition itself, once: the portable form above is a second opinion, not the referee
+    inputs = operands(2, 300, 33, torch.float32)
+    out, grads = call(ops.wkv, inputs)
+    with ops.use("reference"):
+        exact, exact_grads = call(ops.wkv, tuple(x.double() for x in inputs))
+    value, grad = inputs[3:]
+    errors = [gradient_error(a, b, value, grad) for a, b in zip(grads, exact_grads, strict=True)]
+    error = ((out.double() - exact).abs().max() / value.double().abs().max()).item()
+    good = error <= 5e-6 and max(errors) <= 1e-5
+    yield {"what": "definition", "shape": [2, 300, 33], "forward": error, "gradients_wukv": errors, "ok": good}
+    for check in (extremes, cuda_graph, compiled):
+        try:
+            yield check()
+        except Exception as error:  # the other checks are worth knowing
+            yield {"what": check.__name__, "error": first_line(error), "ok": False}
+
+
+def extremes() -> dict[str, Any]:
+    """w to +-1e6, u to +-1e4, keys to +-1e4: finite, and right."""
+    from sola_vision import ops
+
+    worst = 0.0
+    for decay, bonus, scale in [(1e6, 0, 1), (-1e6, 0, 1), (5, 1e4, 1), (5, -1e4, 1), (5, 0, 1e4), (-300, -300, 300)]:
+        for num_tokens in (1, 2, 50, 131):
+            _, _, key, value, grad = operands(2, num_tokens, 33, torch.float32)
+            w, u = (torch.full((33,), float(x), device="cuda") for x in (decay, bonus))
+            inputs = (w, u, key / 50 * scale, value, grad)
+            out, grads = call(ops.wkv, inputs)
+            with ops.use("reference"):
+                exact, exact_grads = call(ops.wkv, tuple(x.double() for x in inputs))
+            errors = [gradient_error(a, b, value, grad) for a, b in zip(grads, exact_grads, strict=True)]
+            errors.append(2 * ((out.double() - exact).abs().max() / value.double().abs().max()).item())
+            worst = max(worst, *(e if e == e else float("inf") for e in errors))
+    return {"what": "extremes", "worst": worst, "ok": worst <= 1e-5}
+
+
+def cuda_graph() -> dict[str, Any]:
+    from sola_vision import ops
+
+    inputs = operands(4, 784, 96, torch.bfloat16, calm=True)
+    expected, expected_grads = call(ops.wkv, inputs)
+    replay = graphed(lambda: call(ops.wkv, inputs))
+    out, grads = replay()
+    for x in (out, *grads):
+        x.zero_()
+    replay()
+    same = torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+    return {"what": "cuda graph", "ok": same}
+
+
+def compiled() -> dict[str, Any]:
+    from sola_vision import ops
+
+    inputs = operands(4, 784, 96, torch.float32, calm=True)
+    expected, expected_grads = call(ops.wkv, inputs)
+    out, grads = call(torch.compile(ops.wkv, fullgraph=True), inputs)
+    same = torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+    return {"what": "torch.compile", "ok": same}
+
+
+def operands(
+    batch: int, num_tokens: int, channels: int, dtype: torch.dtype, calm: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """decay, bonus, key, value and an output's gradient; calm as in a trained network, else the measures' ranges."""
+    g = torch.Generator("cuda").manual_seed(0)
+    size = (batch, num_tokens, channels)
+    decay = torch.rand(channels, generator=g, device="cuda") * 220 - 20
+    bonus = torch.rand(channels, generator=g, device="cuda") * 20 - 10
+    key = (torch.rand(size, generator=g, device="cuda") * 2 - 1) * 50
+    value, grad = (torch.randn(size, generator=g, device="cuda") for _ in range(2))
+    if calm:
+        decay, bonus, key = decay.clamp(max=0.3 * num_tokens) / 2, bonus / 5, key / 10
+    return decay, bonus, key.to(dtype), value.to(dtype), grad.to(dtype)
+
+
+def call(wkv: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+    out = wkv(*leaves)
+    return out.detach(), torch.autograd.grad(out, leaves, inputs[4])
+
+
+def gradient_error(got: Tensor, exact: Tensor, value: Tensor, grad: Tensor) -> float:
+    floor = 0.1 * grad.double().abs().max() * value.double().abs().max()
+    return ((got.double() - exact).abs().max() / torch.maximum(exact.abs().max(), floor)).item()

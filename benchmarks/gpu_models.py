@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images a second and memory of networks on a GPU, in inference and training, beside timm's."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from gpu_timing import Clock, Job, first_line, interleaved
+
+MODELS = [
+    "sola_nano",
+    "sola_tiny",
+    "sola_small",
+    "sola_base",
+    "resnet18",
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "efficientformer_l1",
+    "swin_tiny_patch4_window7_224",
+    "convnext_tiny",
+]
+CLASSES = 1000
+
+
+def models(
+    names: list[str], size: int, batch: int, rounds: int, clock: Clock, compiled: bool
+) -> Iterator[dict[str, Any]]:
+    """Images/s under bfloat16 autocast, every model in its best memory layout; memory is what the model adds."""
+    mode = "compiled" if compiled else "eager"
+    jobs: dict[str, Job] = {}
+    memory: dict[str, float] = {}
+    for name in names:
+        if clock.over():
+            print(f"models: time is over before {name}", flush=True)
+            break
+        try:
+            found, added = prepared(name, size, batch, mode)
+            jobs |= found
+            memory |= added
+        except Exception as error:  # one model that fails must not cost the others' numbers
+            print(f"models: {name} left out: {first_line(error)}", flush=True)
+        # what one model's activations leave in the allocator's pieces may not fit another's
+        torch.cuda.empty_cache()
+    for key, (median, spread) in interleaved(jobs, rounds, clock, calls=3).items():
+        name, direction = key.split()
+        yield {
+            "what": "model",
+            "model": name,
+            "mode": mode,
+            "direction": direction,
+            "batch": batch,
+            "size": size,
+            "dtype": "bfloat16 autocast",
+            "images_per_second": batch / median * 1e6,
+            "spread": spread,
+            "peak_mib": memory[key],
+        }
+
+
+def prepared(name: str, size: int, batch: int, mode: str) -> tuple[dict[str, Job], dict[str, float]]:
+    """A network's jobs, called already, and the MiB that each of them needs."""
+    before = torch.cuda.memory_allocated()
+    jobs = model_jobs(name, size, batch, mode)
+    return jobs, {key: peak(job, before) for key, job in jobs.items()}
+
+
+def peak(job: Job, before: int) -> float:
+    """MiB on the device at the most during a second call of the job, without the `before` bytes of other jobs."""
+    job()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    job()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def model_jobs(name: str, size: int, batch: int, mode: str, device: str = "cuda") -> dict[str, Job]:
+    """A network's forward and its training step, as "name inference" and "name training"."""
+    from sola_vision import sola  # noqa: F401 - registers the names
+    from sola_vision.analysis.cost import build
+
+    # networks with windows or learned positions are laid out for the size
+    model = build(name, (size, size), CLASSES, device="cpu").to(device)
+    layout = torch.channels_last if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()) else None
+    images = torch.randn(batch, 3, size, size, device=device)
+    if layout is not None:
+        model, images = model.to(memory_format=layout), images.to(memory_format=layout)
+    labels = torch.randint(CLASSES, (batch,), device=device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    network = torch.compile(model) if mode == "compiled" else model
+
+    def infer() -> None:
+        model.eval()
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
+            network(images)
+
+    def train() -> None:
+        model.train()
+        with torch.autocast(device, torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return {f"{name} inference": infer, f"{name} training": train}

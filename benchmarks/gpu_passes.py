@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of the element-wise passes on a GPU: as the package calls them, in plain torch, and what HBM needs."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from gpu_timing import Clock, Job, copy_bandwidth, first_line, interleaved, name_of
+from torch import Tensor
+
+BATCH, SIDE, CHANNELS, MIXES = 128, 56, 96, 3  # stage 1 of sola_tiny and sola_small
+Pass = Callable[..., Tensor]
+
+
+def passes(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Microseconds of forward and backward, and over the time of one crossing of every input and output."""
+    bandwidth = copy_bandwidth()
+    yield {"what": "bandwidth", "copy_tb_s": bandwidth / 1e12}
+    for dtype in (torch.bfloat16, torch.float32):
+        for name in ("norm_shift", "gate", "gated_sum", "squared_relu"):
+            if clock.over():
+                print(f"passes: time is over before {name} {name_of(dtype)}", flush=True)
+                return
+            try:
+                jobs, moved = pass_jobs(name, dtype)
+                times = interleaved(jobs, rounds, clock)
+            except RuntimeError as error:  # one pass that fails must not cost the others' numbers
+                print(f"passes: {name} {name_of(dtype)} left out: {first_line(error)}", flush=True)
+                continue
+            for key, (median, spread) in times.items():
+                path, direction = key.split()
+                floor = moved[direction] / bandwidth * 1e6
+                yield {
+                    "what": "pass",
+                    "name": name,
+                    "path": path,
+                    "direction": direction,
+                    "dtype": name_of(dtype),
+                    "microseconds": median,
+                    "spread": spread,
+                    "over_hbm_floor_measured": median / floor,
+                }
+            del jobs
+            torch.cuda.empty_cache()
+
+
+def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict[str, Job], dict[str, int]]:
+    """Jobs by "path direction", and the bytes that a direction moves at least. gated_sum has the backward of gate."""
+    from sola_vision.ops import passes as plain
+
+    inputs = operands(name, dtype, device)
+    kernel, portable = getattr(torch.ops.sola, name), getattr(plain, f"_{name}")
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    out = kernel(*inputs)
+    grad = torch.randn_like(out)
+    backward = "gate" if name == "gated_sum" else name
+    behind = backward_inputs(name, inputs, grad)
+    kernel_back, portable_back = getattr(torch.ops.sola, f"{backward}_backward"), plain._BACKWARDS[backward]
+    gradients = kernel_back(*behind)
+    moved = {
+        "forward": nbytes(*tensors, out),
+        "backward": nbytes(*behind, *([gradients] if isinstance(gradients, Tensor) else gradients)),
+    }
+    del out, gradients
+
+    # without grad mode, as in autograd's backward: with it the plain forms build a graph
+    def quiet(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Job:
+        return torch.no_grad()(lambda: function(*arguments))
+
+    jobs = {
+        "kernel forward": quiet(kernel, inputs),
+        "portable forward": quiet(portable, inputs),
+        "kernel backward": quiet(kernel_back, behind),
+        "portable backward": quiet(portable_back, behind),
+    }
+    return jobs, moved
+
+
+def operands(name: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """What the operator takes. Weights and mixes of norm_shift have x's dtype, as the layers hand them over."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=g, device=device).to(dtype)
+
+    image = (BATCH, SIDE, SIDE, CHANNELS)
+    if name == "norm_shift":
+        return draw(*image), draw(CHANNELS), draw(CHANNELS), 1e-6, draw(MIXES, CHANNELS).sigmoid(), 0, 0
+    if name == "squared_relu":
+        return (draw(*image[:3], 4 * CHANNELS),)
+    return tuple(draw(*image) for _ in range({"gate": 2, "gated_sum": 3}[name]))
+
+
+def backward_inputs(name: str, inputs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
+    if name == "norm_shift":
+        return (*inputs[:5], grad)
+    if name == "gated_sum":
+        return (*inputs[1:], grad)
+    return (*inputs, grad)
+
+
+def nbytes(*values: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))

@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of the passes against their plain forms in float64: values, gradients, ugly shapes, every dtype.
+
+Without a CUDA device Triton's interpreter runs them on the CPU; with one the same tests run on it and carry the mark
+`gpu`, like those that need a device at all.
+"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sola_vision import ops
+from sola_vision.layers.linear import LinearLayer
+from sola_vision.ops import gpu_passes, passes
+
+pytest.importorskip("triton")
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_device = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+# triton.jit reads the variable when it decorates; no other module of this process may see it
+with pytest.MonkeyPatch.context() as patch:
+    if INTERPRETED:
+        patch.setenv("TRITON_INTERPRET", "1")
+    from sola_vision.ops import triton_passes
+
+SHAPES = [(1, 1, 1, 1), (2, 5, 3, 33), (1, 7, 7, 96), (2, 40, 3, 48), (1, 17, 20, 66), (1, 1, 9, 3)]
+# a store in bfloat16 rounds to 2^-9, but Triton's interpreter cuts it off
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+WIDE, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_poisoned(monkeypatch):
+    """Memory that nobody wrote is nan; the interpreter patches triton.language once, not at every call of a helper."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan") if made.is_floating_point() else 2**30)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
+        # the one function that it adds up at once, not value by value
+        monkeypatch.setattr(triton_passes, "add", triton_passes.tl.standard._sum_combine)
+    # rows without a token, and exponentials that overflow to infinity
+    with np.errstate(all="ignore"):
+        yield
+
+
+def close(found, expected, dtype, scale=1.0):
+    size = max(expected.abs().max().item(), 1.0)
+    assert found.dtype == dtype
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=scale * ROUNDING[dtype] * size)
+
+
+def shift_inputs(batch, height, width, channels, mixes, dtype, parameters=None):
+    g = torch.Generator().manual_seed(channels)
+    x = torch.randn(batch, height, width, channels, generator=g) * 3 + 1
+    weight, bias = torch.randn(2, channels, generator=g)
+    mix = torch.rand(mixes, channels, generator=g)
+    return [x.to(DEVICE, dtype), *(t.to(DEVICE, parameters or dtype) for t in (weight, bias, mix))]
+
+
+def shift_and_gradients(x, weight, bias, mixes, grad, top=0, bottom=0):
+    """What the definition says, in float64."""
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias, mixes)]
+    out = passes._norm_shift(*leaves[:3], 1e-5, leaves[3], top, bottom)
+    return out.detach(), torch.autograd.grad(out, leaves, grad.double())
+
+
+def random_like(x, dtype=None, seed=1):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype or x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameters", "made"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm_shift_and_its_gradients(shape, dtype, parameters, made):
+    mixes = 2 if made == dtype else 3
+    tensors = shift_inputs(*shape, mixes, dtype, parameters)
+    out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0, made)
+    grad = random_like(out)
+    expected, wanted = shift_and_gradients(*tensors, grad)
+    close(out, expected, made, scale=2)
+    found = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+    for tensor, gradient, right in zip(tensors, found, wanted, strict=True):
+        close(gradient, right, tensor.dtype, scale=30)  # one channel's norm divides by sqrt(eps)
+
+
+@pytest.mark.parametrize("mixes", [1, 3, 4])
+def test_any_number_of_mixes(mixes):
+    tensors = shift_inputs(1, 3, 4, 12, mixes, torch.float32)
+    out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0)
+    grad = random_like(out)
+    expected, wanted = shift_and_gradients(*tensors, grad)
+    close(out, expected, torch.float32, scale=2)
+    for gradient, right in zip(
+        gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad), wanted, strict=True
+    ):
+        close(gradient, right, torch.float32, scale=5)
+
+
+def test_norm_shift_in_wide_and_in_many_tiles(monkeypatch):
+    monkeypatch.setattr(gpu_passes, "_PROGRAMS", 3)
+    for shape in ((1, 2, 3, 1500), (3, 11, 5, 200)):
+        tensors = shift_inputs(*shape, 2, torch.float32)
+        out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0)
+        grad = random_like(out)
+        expected, wanted = shift_and_gradients(*tensors, grad)
+        close(out, expected, torch.float32, scale=2)
+        found = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+        for gradient, right in zip(found, wanted, strict=True):
+            close(gradient, right, torch.float32, scale=5)
+
+
+@pytest.mark.parametrize(("top", "bottom"), [(1, 0), (0, 2), (1, 1), (3, 2)])
+def test_lent_rows_are_left_out_of_the_result(top, bottom):
+    x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
+    whole = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 0, 0)[:, :, top : 5 - bottom]
+    part = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, top, bottom)
+    assert torch.equal(part, whole)
+
+
+def test_norm_shift_takes_constant_tokens_without_eps():
+    """A row of a tile that has no token divides by nothing, and is nobody's."""
+    x, weight, bias, mixes = shift_inputs(1, 1, 3, 5, 2, torch.float32)
+    found = gpu_passes.norm_shift_backward(x, weight, bias, 0.0, mixes, torch.ones(2, *x.shape, device=DEVICE))
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
+def test_inputs_of_any_strides():
+    x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
+    turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    expected = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 0, 0)
+    mixes_turned = mixes.t().contiguous().t()
+    assert torch.equal(gpu_passes.norm_shift(turned, weight, bias, 1e-5, mixes_turned, 0, 0), expected)
+    grad = random_like(expected)
+    grad_turned = grad.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    pairs = zip(
+        gpu_passes.norm_shift_backward(turned, weight, bias, 1e-5, mixes_turned, grad_turned),
+        gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes, grad),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert torch.equal(gpu_passes.gate(turned, x), gpu_passes.gate(x, x))
+    one = grad[:1, :, :1].expand(2, 2, 5, 4, 24)[0]
+    found, right = gpu_passes.gate_backward(turned, x, one), gpu_passes.gate_backward(x, x, one.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [[WIDE] * 3, [torch.float16] * 3, [HALF] * 3, [WIDE, HALF, HALF], [HALF, WIDE, HALF], [HALF, HALF, torch.float16]],
+)
+@pytest.mark.parametrize("count", [1, 197, 2048, 4100])
+def test_gates_and_squared_relu(count, dtypes):
+    g = torch.Generator().manual_seed(count)
+    own = [(torch.randn(count, generator=g) * 9).to(DEVICE, dtype) for dtype in dtypes]
+    exact = [t.double().requires_grad_() for t in own]
+    residual, receptance, value = exact
+    grad = torch.randn(count, generator=g).to(DEVICE, dtypes[0])
+    opened = torch.sigmoid(receptance) * value
+    of_sum = torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
+    total = gpu_passes.gated_sum(*own)
+    close(total, (residual + opened).detach(), of_sum)
+    out = torch.full_like(total, 7)
+    gpu_passes.gated_sum_(*own, out)
+    assert torch.equal(out, total)
+    close(gpu_passes.gate(*own[1:]), opened.detach(), torch.promote_types(*dtypes[1:]))
+    found, wanted = gpu_passes.gate_backward(*own[1:], grad), torch.autograd.grad(opened, exact[1:], grad.double())
+    for gradient, right, dtype in zip(found, wanted, dtypes[1:], strict=True):
+        close(gradient, right, dtype, scale=2)
+    squared = value.clamp(min=0) ** 2
+    close(gpu_passes.squared_relu(own[2]), squared.detach(), dtypes[2])
+    (right,) = torch.autograd.grad(squared, value, grad.double())
+    close(gpu_passes.squared_relu_backward(own[2], grad), right, dtypes[2], scale=2)
+
+
+def test_extremes_and_nan():
+    nan, inf = float("nan"), float("inf")
+    receptance = torch.tensor([nan, 1e4, -1e4, inf, -inf, 45.0, -45.0], device=DEVICE)
+    ones = torch.ones(7, device=DEVICE)
+    torch.testing.assert_close(
+        gpu_passes.gate(receptance, ones), torch.sigmoid(receptance), equal_nan=True, rtol=1e-6, atol=1e-18
+    )
+    torch.testing.assert_close(gpu_passes.squared_relu(receptance), torch.relu(receptance) ** 2, equal_nan=True)
+    found = gpu_passes.gate_backward(receptance, ones, ones)
+    for a, b in zip(found, passes._gate_backward(receptance, ones, ones), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-7)
+    x = torch.zeros(1, 3, 3, 4, device=DEVICE)
+    x[0, 1, 1, 2] = nan
+    half = torch.full((1, 4), 0.5, device=DEVICE)
+    out = gpu_passes.norm_shift(x, ones[:4], ones[:4], 1e-5, half, 0, 0)
+    assert out[0, 0, 1, 1].isnan().all()
+    assert not out[0, 0, 0, 0].isnan().any()
+
+
+def test_results_are_the_same_to_the_bit_from_run_to_run():
+    tensors = shift_inputs(2, 21, 9, 48, 2, torch.float32)
+    grad = random_like(torch.empty(2, 2, 21, 9, 48))
+    first, second = (gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)])
+def test_nothing_makes_nothing(shape):
+    x, weight, bias, mixes = shift_inputs(*shape, 2, torch.float32)
+    out = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 0, 0, torch.float16)
+    assert (out.shape, out.dtype) == ((2, *shape), torch.float16)
+    found = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes, out)
+    assert [g.shape for g in found] == [x.shape, weight.shape, bias.shape, mixes.shape]
+    assert not any(g.any() for g in found)
+    assert gpu_passes.gated_sum(x, x, x).shape == shape
+    gpu_passes.gated_sum_(x, x, x, torch.empty_like(x))
+
+
+def test_all_rows_lent_and_no_mixes_are_nothing_too():
+    x, weight, bias, mixes = shift_inputs(2, 5, 3, 4, 2, torch.float32)
+    assert gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 2, 3).shape == (2, 2, 0, 3, 4)
+    assert gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes[:0], 0, 0).shape == (0, 2, 5, 3, 4)
+    found = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes[:0], x[None][:0])
+    assert not any(g.any() for g in found)
+
+
+def test_what_the_kernels_do_not_take_goes_the_plain_way(monkeypatch):
+    monkeypatch.setattr(gpu_passes, "_kernels", None)
+    tensors = shift_inputs(2, 5, 3, 4, 2, torch.float64)
+    x, grad = tensors[0], torch.ones(2, 2, 5, 3, 4, dtype=torch.float64, device=DEVICE)
+    out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 1, 0)
+    assert torch.equal(out, passes._norm_shift(*tensors[:3], 1e-5, tensors[3], 1, 0))
+    found = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+    right = passes._norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    assert torch.equal(gpu_passes.gate(x, x), passes._gate(x, x))
+    assert torch.equal(gpu_passes.gated_sum(x, x, x), passes._gated_sum(x, x, x))
+    assert torch.equal(gpu_passes.squared_relu(x), passes._squared_relu(x))
+    assert torch.equal(gpu_passes.squared_relu_backward(x, x), passes._squared_relu_backward(x, x))
+    monkeypatch.setattr(gpu_passes, "_MOST_CHANNELS", 3)
+    wide = shift_inputs(2, 5, 3, 4, 2, torch.float32)
+    assert gpu_passes.norm_shift(*wide[:3], 1e-5, wide[3], 0, 0, torch.bfloat16).dtype == torch.bfloat16
+    found = gpu_passes.norm_shift_backward(*wide[:3], 1e-5, wide[3], grad.bfloat16())
+    assert [g.dtype for g in found] == [torch.float32] * 4
+
+
+def test_register_serves_the_cuda_key():
+    defined = torch.library.Library("sola_gpu_passes_test", "DEF")
+    names = [
+        *("norm_shift", "norm_shift.dtype", "norm_shift_backward", "gate", "gate_backward", "gated_sum", "gated_sum_"),
+        *("squared_relu", "squared_relu_backward"),
+    ]
+    for name in names:
+        schema = str(torch._C._get_schema(f"sola::{name.partition('.')[0]}", name.partition(".")[2]))
+        defined.define(schema.removeprefix("sola::"))
+    gpu_passes.register(defined)
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sola_gpu_passes_test::{name}", "CUDA")
+
+
+# the interpreter accepts what a compiler does not; Triton carries ptxas, so a device is not needed to compile for one
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sola_vision.ops import gpu_passes, triton_passes as kernels
+
+wide, half = "*fp32", "*bf16"
+tile = gpu_passes._tile(96)
+flat = dict(BLOCK=gpu_passes._VALUES)
+for name, types, constants in [
+    ("statistics", [half, wide, "fp32", "i32"], dict(C=96, **tile)),
+    ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 6], dict(C=96, M=3, **tile)),
+    ("norm_shift_backward", [wide, wide, wide, wide, half, wide, wide, "fp32", *["i32"] * 4], dict(C=96, M=3, **tile)),
+    ("gate", [half, half, half, "i32"], flat),
+    ("gate_backward", [half, half, wide, half, half, "i64"], flat),
+    ("gated_sum", [wide, half, half, wide, "i32"], flat),
+    ("squared_relu", [half, half, "i32"], flat),
+    ("squared_relu_backward", [half, half, half, "i32"], flat),
+]:
+    kernel = getattr(kernels, name)
+    options = gpu_passes._BACKWARD_OPTIONS if name == "norm_shift_backward" else gpu_passes._OPTIONS
+    signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
+    assert compiled.asm["cubin"]
+    assert "atom" not in compiled.asm["ptx"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_device_and_use_no_atomics(capability, tmp_path):
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE)
+    done = subprocess.run([sys.executable, str(script), str(capability)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("autocast", [pytest.param(x, marks=needs_device) for x in (False, True)])
+@pytest.mark.parametrize("dim", [33, 96])
+def test_a_layer_equals_its_portable_form_on_a_device(dim, autocast):
+    torch.manual_seed(0)
+    layer = LinearLayer(dim).to(DEVICE)
+    x = torch.randn(2, 9, 7, dim, device=DEVICE)
+    grad = torch.randn(x.shape, device=DEVICE)
+
+    def run(path):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with ops.use(path), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out, _ = layer(leaf)
+            with torch.no_grad():
+                inference, _ = layer(x)
+        out.backward(grad)
+        return out.detach(), inference, leaf.grad, *(p.grad for p in layer.parameters())
+
+    native, portable = run("native"), run("portable")
+    for found, right in zip(native, portable, strict=True):
+        assert found.dtype == right.dtype
+        error = (found.double() - right.double()).norm() / right.double().norm()
+        assert error < (3e-2 if autocast else 1e-4), error
+
+
+@pytest.mark.parametrize("operator", [pytest.param("operators", marks=needs_device)])
+def test_operators_are_registered_correctly_on_a_device(operator):
+    x, weight, bias, mixes = (t.requires_grad_() for t in shift_inputs(1, 4, 3, 8, 2, torch.float32))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    sola, half = torch.ops.sola, x.detach().bfloat16().requires_grad_()
+    shift = (x, weight, bias, 1e-5, mixes, 1, 0)
+    torch.library.opcheck(sola.norm_shift.default, shift, test_utils=tests)
+    torch.library.opcheck(sola.norm_shift.dtype, (*shift, torch.bfloat16), test_utils=tests)
+    torch.library.opcheck(sola.gate.default, (half, half * 2), test_utils=tests)
+    torch.library.opcheck(sola.gated_sum.default, (x, half, half * 2), test_utils=tests)
+    torch.library.opcheck(sola.squared_relu.default, (half,), test_utils=tests)

@@ -8,8 +8,9 @@
     python benchmarks/gpu.py models --compiled --only NAME ...
     python benchmarks/gpu.py models --size 1024 --batch 8
     python benchmarks/gpu.py profile                        # which kernels the time goes to
-    python benchmarks/gpu.py all --vision-rwkv DIR          # correct, operator, passes, models, profile
+    python benchmarks/gpu.py all --vision-rwkv DIR          # compile, correct, operator, models, passes, profile
     python benchmarks/gpu.py build-vision-rwkv DIR          # ahead, beside another part: operator finds it built
+    python benchmarks/gpu.py compile                        # ahead: the networks' kernels, on all cores at once
 
 DIR is a checkout of Vision-RWKV or the folder with its kernel's sources. When --minutes are over, a part stops between
 two measurements and writes what it has, as it does when something fails. A copy without .git is told its --commit.
@@ -26,6 +27,7 @@ import gpu_models
 import gpu_profile
 import gpu_vision_rwkv
 import torch
+from gpu_compile import compile_all
 from gpu_correct import correct
 from gpu_operator import operator
 from gpu_passes import passes
@@ -42,7 +44,10 @@ def main() -> int:
     use_kernel()
     if args.part == "build-vision-rwkv":
         return 0 if gpu_vision_rwkv.build(args.folder) is not None else 1
-    failed = [name for name, part in chosen(args).items() if not done(name, part, args.out, args.commit)]
+    if args.part == "compile":
+        return 0 if compile_all(gpu_models.MODELS) else 1
+    failed = [] if args.part != "all" or compile_all(gpu_models.MODELS) else ["compile"]
+    failed += [name for name, part in chosen(args).items() if not done(name, part, args.out, args.commit)]
     print(f"\n{listing(gpu_measures(load(args.out)))}")
     if failed:
         print(f"benchmarks/gpu.py: failed: {', '.join(failed)}", file=sys.stderr)
@@ -59,8 +64,9 @@ def parse() -> argparse.Namespace:
         "passes": add("passes", help="speed of the element-wise passes"),
         "models": add("models", help="throughput and memory of networks, inference and training, bf16"),
         "profile": add("profile", help="the kernels that networks and the operator spend their time in"),
-        "all": add("all", help="correct, operator, passes, models, profile in one process"),
+        "all": add("all", help="compile, correct, operator, models, passes, profile"),
     }
+    add("compile", help="compile what networks launch, a process for each width")
     build = add("build-vision-rwkv", help="build Vision-RWKV's kernel into torch's cache of extensions")
     build.add_argument("folder", type=Path, metavar="DIR")
     for name in ("operator", "all"):
@@ -103,8 +109,8 @@ def chosen(args: argparse.Namespace) -> dict[str, Part]:
         return {
             "correct": lambda: correct(clock),
             "operator": lambda: operator(args.rounds, clock, args.vision_rwkv),
-            "passes": lambda: passes(args.rounds, clock),
             "models": lambda: gpu_models.models(gpu_models.MODELS, 224, 128, args.rounds, clock, False),
+            "passes": lambda: passes(args.rounds, clock),
             "profile": lambda: gpu_profile.profiles(gpu_profile.MODELS, 224, 128, clock),
         }
     if args.part == "correct":

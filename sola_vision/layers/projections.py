@@ -39,8 +39,8 @@ def shift_linear(
     if top == bottom == 0 and in_bands(x, *projections):
         return _shift_linear_in_bands(x.contiguous(), weight, bias, eps, mixes, projections)
 
-    # the CPU's kernels write what they read, and compilers fuse the conversion
-    dtype = None if x.device.type == "cpu" or torch.compiler.is_compiling() else _autocast_dtype(x)
+    # only the GPU's kernel writes another dtype than it reads; compilers fuse the conversion
+    dtype = _autocast_dtype(x) if x.is_cuda and not torch.compiler.is_compiling() else None
 
     def shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor) -> Tensor:
         return ops.norm_shift(x, weight, bias, eps, mixes, top=top, bottom=bottom, dtype=dtype)
@@ -103,20 +103,21 @@ def _linear(
 ) -> tuple[Tensor, ...]:
     # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned and by
     # exporters and transforms such as torch.func's
-    pays = inputs[0].device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    pays = not inputs[0].is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     pays = pays and ops.pinned() in (None, "native")
     if pays and not ops.seen_through(*inputs, *parameters) and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = make(*inputs, *parameters)
     # a single part as a view: what is unbound has its gradients copied together
-    parts = made.unbind() if len(projections) > 1 else (made.view(made.shape[1:]),)
+    parts = made.unbind() if len(projections) > 1 else (made.squeeze(0),)
     return tuple(project(part, projection) for part, projection in zip(parts, projections, strict=True))
 
 
 class _Linear(torch.autograd.Function):
-    """Matrix i applied to part i of what `make` makes of inputs [B, H, W, C] and parameters, on a CPU: a few images at
-    a time, so that what is made is still in the cache when it is multiplied.
+    """Matrix i applied to part i of what `make` makes of inputs [B, H, W, C] and parameters.
+
+    On a CPU a few images at a time, so that what is made is still in the cache when it is multiplied.
     """
 
     @staticmethod
@@ -182,7 +183,7 @@ def _split(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence
 
 def _images(x: Tensor) -> list[slice]:
     """Parts of a batch [B, H, W, C] to go through."""
-    if x.numel() == 0:
+    if x.device.type != "cpu" or x.numel() == 0:
         return [slice(0, len(x))]
     size = max(1, BAND_BYTES // (x[0].numel() * x.element_size()))
     return [slice(i, i + size) for i in range(0, len(x), size)]

@@ -8,6 +8,7 @@ interprets (TRITON_INTERPRET=1 at the first call): that is how the kernels are t
 """
 
 import importlib.util
+
 import torch
 from torch import Tensor
 

@@ -26,7 +26,7 @@ def launch(
     options: dict[str, Any],
 ) -> None:
     """kernel(*tensors, *numbers, *constants), in this order, on the tensors' device, which is the current one. A kernel
-    always comes with the same options for the same constants.
+    lives as long as the process and always comes with the same options for the same constants.
     """
     grid = (programs, 1, 1)
     dtypes = []
@@ -37,7 +37,7 @@ def launch(
         dtypes.append(tensor.dtype)
     values = tuple(constants.values())
     kinds = [(n == 1, n % _ALIGNED == 0, n >= _INT32) for n in numbers]  # Triton makes kernels of their own for these
-    key = (kernel, tensors[0].get_device(), *dtypes, *kinds, *values, options.get("maxnreg"))
+    key = (id(kernel), tensors[0].get_device(), *dtypes, *kinds, *values, options.get("maxnreg"))
     binary = _binaries.get(key)
     if binary is None:
         # None in the interpreter, which has no binaries

@@ -32,18 +32,20 @@ def attention(qkv: Tensor, head_dim: int) -> Tensor:
     return torch.ops.sola.attention(qkv, head_dim)[0]
 
 
-_HALF = (torch.bfloat16, torch.float16)
 _KERNEL = cpu.load() is None and cpu.instruction_set() != "generic"
-# in half precision torch's attention multiplies on the processor's matrix unit, which the kernel does not know
+# in bfloat16 torch's attention multiplies on the processor's matrix unit, which the kernel does not know: faster from
+# so many tokens on, but for the backward, which takes torch longer than the unit gains (docs/performance.md)
 _MATRIX_UNIT = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+_TOKENS_FOR_MATRIX_UNIT = 256
 
 
 def _torchs_own(qkv: Tensor) -> bool:
+    unit = _MATRIX_UNIT and qkv.dtype == torch.bfloat16 and not (torch.is_grad_enabled() and qkv.requires_grad)
     return (
         not _KERNEL
         or qkv.device.type != "cpu"
         or qkv.dtype == torch.float64
-        or (qkv.dtype in _HALF and _MATRIX_UNIT)
+        or (unit and qkv.shape[1] >= _TOKENS_FOR_MATRIX_UNIT)
         or pinned() in ("reference", "portable")
         or torch.compiler.is_exporting()  # what is exported is for any device
         or torch.jit.is_tracing()

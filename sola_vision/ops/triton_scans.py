@@ -254,7 +254,7 @@ def scan(
 def _wide_scan(
     E, a, b, n, a1, b1, fade, lam, count, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """The first `count` rows in a loop, since wide chunks are rare: rows are taken out of tiles by number, and put in."""
+    """The first `count` rows in a loop, since wide chunks are rare: rows are taken out of tiles and put in by index."""
     rows = tl.arange(0, L)[:, None]
     before_n = tl.full((L, BLOCK), EMPTY, tl.int32)
     before_a = tl.full((L, BLOCK), 0.0, tl.float32)

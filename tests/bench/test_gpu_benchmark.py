@@ -221,3 +221,11 @@ def test_slow_jobs_get_fewer_calls(scripts, monkeypatch):
     times = gpu_timing.interleaved({name: job(name) for name in now}, 2, gpu_timing.Clock(1))
     assert times == {name: (value, 0.0) for name, value in now.items()}
     assert called == {"quick": 2 * 12, "slow": 2 * 5, "slower": 2 * 3}
+
+
+def test_what_networks_launch_is_compiled_for_every_width(scripts):
+    import gpu_compile
+
+    found = gpu_compile.layers(["sola_tiny", "resnet18", "sola_small"])
+    assert found == [(768, 7), (384, 14), (256, 7), (192, 28), (192, 14), (128, 28), (96, 56)]
+    gpu_compile.call(16, 3, "cpu")

@@ -276,8 +276,15 @@ def test_who_takes_the_kernel(monkeypatch):
             assert multihead._torchs_own(qkv)
             assert torch.equal(ops.attention(qkv, 4), softmax.attention(qkv, 4))
     monkeypatch.setattr(multihead, "_MATRIX_UNIT", True)
-    assert multihead._torchs_own(qkv.bfloat16())
-    assert not multihead._torchs_own(qkv)
+    long = qkv.detach().repeat(1, 64, 1)
+    assert multihead._torchs_own(long.bfloat16())
+    assert not multihead._torchs_own(long.bfloat16()[:, :-1])
+    assert not multihead._torchs_own(long.half())
+    assert not multihead._torchs_own(long)
+    trained = long.bfloat16().requires_grad_()
+    assert not multihead._torchs_own(trained)
+    with torch.no_grad():
+        assert multihead._torchs_own(trained)
 
 
 def test_graphs_that_are_exported_hold_torchs_own():

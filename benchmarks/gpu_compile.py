@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles what networks launch, a process for each width on a core of its own: one after the other takes minutes.
+
+Triton keeps binaries on disk, where the other parts find them.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+SIZE = 224
+
+
+def compile_all(names: list[str]) -> bool:
+    """For the networks of these names at SIZE; whether every process came to its end."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return all(pool.map(compiles, layers(names)))
+
+
+def layers(names: list[str]) -> list[tuple[int, int]]:
+    """Width and side of the maps of every stage, the widest first."""
+    from sola_vision.analysis.cost import build
+
+    configs = [build(name, (SIZE, SIZE)).config for name in names if name.startswith("sola_")]
+    found = {
+        (dim, SIZE // stride) for config in configs for dim, stride in zip(config.dims, config.strides, strict=True)
+    }
+    return sorted(found, reverse=True)
+
+
+def compiles(layer: tuple[int, int]) -> bool:
+    return subprocess.run([sys.executable, __file__, *map(str, layer)]).returncode == 0
+
+
+def call(dim: int, side: int, device: str = "cuda") -> None:
+    """A linear layer's training step and inference under autocast, as the models are measured."""
+    from sola_vision.layers import LinearLayer
+
+    layer = LinearLayer(dim).to(device)
+    x = torch.randn(2, side, side, dim, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        layer(x)[0].float().sum().backward()
+        with torch.inference_mode():
+            layer(x)
+
+
+if __name__ == "__main__":
+    call(int(sys.argv[1]), int(sys.argv[2]))

@@ -51,11 +51,11 @@ def correct(clock: Clock) -> Iterator[dict[str, Any]]:
     error = ((out.double() - exact).abs().max() / value.double().abs().max()).item()
     good = error <= 5e-6 and max(errors) <= 1e-5
     yield {"what": "definition", "shape": [2, 300, 33], "forward": error, "gradients_wukv": errors, "ok": good}
-    for check in (extremes, cuda_graph, compiled):
+    for check in (extremes, cuda_graph, compiled, passes):
         try:
             yield check()
-        except Exception as error:  # the other checks are worth knowing
-            yield {"what": check.__name__, "error": first_line(error), "ok": False}
+        except Exception as failure:  # the other checks are worth knowing
+            yield {"what": check.__name__, "error": first_line(failure), "ok": False}
 
 
 def extremes() -> dict[str, Any]:
@@ -99,6 +99,50 @@ def compiled() -> dict[str, Any]:
     out, grads = call(torch.compile(ops.wkv, fullgraph=True), inputs)
     same = torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
     return {"what": "torch.compile", "ok": same}
+
+
+def passes(device: str = "cuda") -> dict[str, Any]:
+    """The element-wise passes and their gradients beside their plain forms in float64, as autocast calls them: the
+    largest error in units of the result's precision.
+    """
+    from sola_vision import ops
+
+    worst = 0.0
+    for channels in (33, 96):
+        g = torch.Generator().manual_seed(0)
+        x, first, second = (torch.randn(2, 9, 7, channels, generator=g).to(device) for _ in range(3))
+        weight, bias, *mixes = torch.rand(5, channels, generator=g).to(device)
+        for made in (torch.float32, torch.bfloat16):
+            half = [first.to(made), second.to(made)]
+            calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+                (
+                    lambda a, w, b, m, to=made: ops.norm_shift(
+                        a, w, b, 1e-6, m, dtype=to if a.dtype == torch.float32 else None
+                    ),
+                    [x, weight, bias, torch.stack(mixes)],
+                ),
+                (ops.gate, half),
+                (ops.gated_sum, [x, *half]),
+                (ops.squared_relu, half[:1]),
+            ]
+            for run, inputs in calls:
+                worst = max(worst, pass_error(run, inputs) / torch.finfo(made).eps)
+    return {"what": "passes", "worst_in_eps": worst, "ok": worst <= 8}
+
+
+def pass_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
+    """The largest error of a result and of its gradients, relative to the largest value of each."""
+    from sola_vision import ops
+
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = run(*leaves)
+    grad = torch.randn_like(out)
+    found = (out, *torch.autograd.grad(out, leaves, grad))
+    exact_leaves = [x.double().detach().requires_grad_() for x in inputs]
+    with ops.use("portable"):
+        exact_out = run(*exact_leaves).double()
+    exact = (exact_out, *torch.autograd.grad(exact_out, exact_leaves, grad.double()))
+    return max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True))
 
 
 def operands(

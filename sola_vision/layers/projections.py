@@ -110,7 +110,7 @@ def _linear(
         return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = make(*inputs, *parameters)
     # a single part as a view: what is unbound has its gradients copied together
-    parts = made.unbind() if len(projections) > 1 else (made.squeeze(0),)
+    parts = made.unbind() if len(projections) > 1 else (made.view(made.shape[1:]),)
     return tuple(project(part, projection) for part, projection in zip(parts, projections, strict=True))
 
 
@@ -190,9 +190,9 @@ def _images(x: Tensor) -> list[slice]:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """Of a matrix product of x."""
+    """Of a matrix product of x; float64 stays."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -66,7 +66,7 @@ def wkv_backward(
         return torch.zeros_like(decay), torch.zeros_like(bonus), gk, gv
     with on_device_of(key):
         row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK, _BACKWARD_REGISTERS)
-        partials = torch.empty((2, row.batch, row.chunks, row.channels), device=key.device)
+        partials = row.scratch(2, row.batch, row.chunks, row.channels)
         inputs = (row.step, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
         states = row.states_of_chunks()
         sums = row.new_states(row.chunks)
@@ -101,12 +101,16 @@ class _Row:
         self.blocks = -(-self.channels // self.block)
         masked = bool(self.num_tokens % self.length or self.channels % self.block)
         self.constants = {"C": self.channels, "L": self.length, "BLOCK": self.block, "MASKED": masked}
-        self.step = torch.empty((2, self.channels), device=key.device)
+        self.step = self.scratch(2, self.channels)
         self.options = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers}
 
     def new_states(self, count: int) -> Tensor:
         """Room for a state on each side of every chunk: exponent, a and b [3, 2, B, count, C]."""
-        return torch.empty((3, 2, self.batch, count, self.channels), device=self.key.device)
+        return self.scratch(3, 2, self.batch, count, self.channels)
+
+    def scratch(self, *size: int) -> Tensor:
+        # float32 whatever torch's default is: the kernels see int32 in it, too
+        return torch.empty(size, dtype=torch.float32, device=self.key.device)
 
     def launch(self, name: str, *tensors: Tensor, **flags: bool) -> None:
         programs = self.batch * self.chunks * self.blocks

@@ -31,7 +31,8 @@ def launch(
     grid = (programs, 1, 1)
     dtypes = []
     for tensor in tensors:
-        if tensor.data_ptr() % _ALIGNED:
+        # AMD's kernels are compiled for storages below or beyond 2 GiB, too
+        if tensor.data_ptr() % _ALIGNED or (torch.version.hip and tensor.untyped_storage().nbytes() >= _INT32):
             kernel[grid](*tensors, *numbers, **constants, **options)
             return
         dtypes.append(tensor.dtype)

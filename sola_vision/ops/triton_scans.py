@@ -200,7 +200,7 @@ def survey(k, there, fade, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.cons
     low = fold(where_there(there, k, float("inf"), MASKED), smaller, L, BLOCK)
     reference = tl.floor(bounded(high, KEY_LIMIT) * LOG2E + 0.5).to(tl.int32)
     # what fades may vanish; what grows with the distance has no bound but 2^(L/2) over a chunk without an exponent
-    return reference, ((high - low) * LOG2E > NARROW) | (fade > 0)
+    return reference, ((high - low) * LOG2E > NARROW) | (tl.abs(high) > KEY_LIMIT) | (fade > 0)
 
 
 @triton.jit

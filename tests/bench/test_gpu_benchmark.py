@@ -229,3 +229,11 @@ def test_what_networks_launch_is_compiled_for_every_width(scripts):
     found = gpu_compile.layers(["sola_tiny", "resnet18", "sola_small"])
     assert found == [(768, 7), (384, 14), (256, 7), (192, 28), (192, 14), (128, 28), (96, 56)]
     gpu_compile.call(16, 3, "cpu")
+
+
+def test_passes_are_compared_with_their_plain_forms(scripts, monkeypatch):
+    import gpu_correct
+
+    assert gpu_correct.passes("cpu")["ok"]
+    monkeypatch.setattr(gpu_correct, "pass_error", lambda run, inputs: 1e-1)
+    assert not gpu_correct.passes("cpu")["ok"]

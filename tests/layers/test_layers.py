@@ -133,6 +133,17 @@ def test_a_linear_layer_keeps_little_for_the_backward():
     assert maps <= 13
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_leaves_a_float64_layer_alone(trained):
+    layer = LinearLayer(8).double()
+    x = torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    with torch.set_grad_enabled(trained):
+        expected, _ = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = layer(x)
+    torch.testing.assert_close(found, expected)
+
+
 def test_softmax_mixer_is_eq_1_for_every_head():
     torch.manual_seed(0)
     mixer = SoftmaxMixer(12, head_dim=4).double()

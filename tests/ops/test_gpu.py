@@ -158,6 +158,27 @@ def test_gpu_is_right_at_extremes(num_tokens):
         check(some, out[..., pick], [x[..., pick] for x in grads])
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("size", [1e7, -1e7])
+def test_gpu_takes_keys_beyond_any_weight(num_tokens, size):
+    decay, bonus, key, value, grad = random_inputs(1, num_tokens, 3, calm=True)
+    inputs = (decay, bonus, torch.full_like(key, size), value, grad)
+    check(inputs, *run(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gpu_needs_no_default_dtype(dtype):
+    inputs = random_inputs(2, 40, 5)
+    expected = run(*inputs)
+    torch.set_default_dtype(dtype)
+    try:
+        found = run(*inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+
+
 def test_gpu_chooses_the_path_chunk_by_chunk():
     """One wild token makes its chunk wide, and the narrow neighbours read states far above and below their own keys."""
     decay, bonus, key, value, grad = random_inputs(1, 100, 4, calm=True)

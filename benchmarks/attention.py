@@ -19,8 +19,9 @@ from sola_vision.engine.log import surroundings, write_json
 from sola_vision.ops import cpu, softmax
 
 HEAD_DIM = 32
-# images, tokens, heads: stages 3 and 4 of sola_small at 224 and 1024 pixels, stage 3 of sola_tiny in training
-SHAPES = ((8, 196, 12), (8, 49, 24), (1, 4096, 12), (1, 1024, 24), (32, 196, 6))
+# images, tokens, heads: stages 3 and 4 of sola_small at 224 and 1024 pixels (stage 3 also at 256), stage 3 of sola_tiny
+# in training
+SHAPES = ((8, 196, 12), (8, 256, 12), (8, 49, 24), (1, 4096, 12), (1, 1024, 24), (32, 196, 6))
 DTYPES = (torch.float32, torch.bfloat16)
 
 

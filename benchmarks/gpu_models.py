@@ -77,7 +77,6 @@ def peak(job: Job, before: int) -> float:
 
 def model_jobs(name: str, size: int, batch: int, mode: str, device: str = "cuda") -> dict[str, Job]:
     """A network's forward and its training step, as "name inference" and "name training"."""
-    from sola_vision import sola  # noqa: F401 - registers the names
     from sola_vision.analysis.cost import build
 
     # networks with windows or learned positions are laid out for the size

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launching Triton kernels without losing more time on the host than they take on the device.
 
-Triton looks at every argument of every launch to find the binary that it compiled for such arguments: 10 to 20
-microseconds, more than many of these kernels run. What decides here is known: dtypes, constants and alignment.
+Triton looks at every argument of every launch to find the binary that it compiled for such arguments, and eager
+networks wait for it (docs/performance.md). What decides here is known: dtypes, constants and alignment.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from torch import Tensor
 _binaries: dict[Any, Any] = {}
 _ALIGNED = 16  # bytes: what Triton makes a difference by
 _INT32 = 2**31
+_AMD = torch.version.hip is not None  # whose kernels are compiled for storages below or beyond 2 GiB, too
 
 
 def launch(
@@ -31,8 +32,7 @@ def launch(
     grid = (programs, 1, 1)
     dtypes = []
     for tensor in tensors:
-        # AMD's kernels are compiled for storages below or beyond 2 GiB, too
-        if tensor.data_ptr() % _ALIGNED or (torch.version.hip and tensor.untyped_storage().nbytes() >= _INT32):
+        if tensor.data_ptr() % _ALIGNED or (_AMD and tensor.untyped_storage().nbytes() >= _INT32):
             kernel[grid](*tensors, *numbers, **constants, **options)
             return
         dtypes.append(tensor.dtype)

@@ -145,12 +145,13 @@ def scan_states(
 
 
 @triton.jit
-def _outputs(
-    k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+def _read(
+    k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    fade, lam = scans.whole(fade, lam, WIDE)
-    own_n, own_m = scans.whole(own_n, own_m, WIDE)
+    """What every token reads: its weight (n, m), the states before it from the left and from the right, and
+    with its own part (the last) numerator and denominator of eq. 9 at one exponent.
+    """
     n, m = scans.weights(k, there, reference, MASKED, WIDE)
     x = m * v
     En, ex, ee = scans.enter(states, state, 1, stride, inside, reference, WIDE)
@@ -158,7 +159,20 @@ def _outputs(
     En, ex, ee = scans.enter(states, state, 0, stride, inside, reference, WIDE)
     An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
     own = own_m[None, :]
-    _n, num, den, _e = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
+    top, num, den, weight = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
+    return n, m, An, ax, ae, Rn, rx, re, top, num, den, weight
+
+
+@triton.jit
+def _outputs(
+    k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+    L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    fade, lam = scans.whole(fade, lam, WIDE)
+    own_n, own_m = scans.whole(own_n, own_m, WIDE)
+    _n, _m, _An, _ax, _ae, _Rn, _rx, _re, _top, num, den, _own = _read(
+        k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
+    )  # fmt: skip
     scans.store_tile(out + tokens, num / den, there, MASKED)
 
 
@@ -196,14 +210,9 @@ def _backward(
 ):  # fmt: skip
     fade, lam = scans.whole(fade, lam, WIDE)
     own_n, own_m = scans.whole(own_n, own_m, WIDE)
-    n, m = scans.weights(k, there, reference, MASKED, WIDE)
-    x = m * v
-    En, ex, ee = scans.enter(states, state, 1, stride, inside, reference, WIDE)
-    Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, True, WIDE)
-    En, ex, ee = scans.enter(states, state, 0, stride, inside, reference, WIDE)
-    An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
-    own = own_m[None, :]
-    top, num, den, weight = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
+    n, m, An, ax, ae, Rn, rx, re, top, num, den, weight = _read(
+        k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
+    )  # fmt: skip
     # behind the row's end there may be no denominator at all
     scale = 1.0 / scans.where_there(there, den, 1.0, MASKED)
     y = num * scale

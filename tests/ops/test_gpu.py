@@ -8,7 +8,6 @@ With a device the same tests run on it and carry the mark `gpu`, like those that
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -26,27 +25,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
     from sola_vision.ops import triton_kernels
 
-
-@pytest.fixture(autouse=True)
-def _quick_and_poisoned(monkeypatch):
-    """Memory that nobody wrote is nan; the interpreter patches triton.language once, not at every call of a helper."""
-
-    def poisoned(make):
-        def call(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan") if made.is_floating_point() else 2**30)
-
-        return call
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    if INTERPRETED:
-        from triton.runtime import interpreter
-
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
-    # lanes without a channel and rows without a token divide nothing by nothing
-    with np.errstate(all="ignore"):
-        yield
+pytestmark += [pytest.mark.usefixtures("kernels_scratch")]
 
 
 def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, calm=False):

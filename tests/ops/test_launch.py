@@ -89,6 +89,16 @@ def test_what_is_not_aligned_is_left_to_triton():
     assert not kernel.launched
 
 
+def test_large_storages_are_left_to_triton_where_it_compiles_for_small_ones(monkeypatch):
+    monkeypatch.setattr(launching, "_AMD", True)
+    monkeypatch.setattr(launching, "_INT32", 1000)
+    kernel = Kernel()
+    for size in (64, 250, 64):  # 256, 1000 and 256 bytes
+        launch(kernel, torch.ones(size))
+    assert len(kernel.asked) == 2
+    assert len(kernel.launched) == 1
+
+
 def test_the_interpreter_has_no_binaries():
     kernel, x = Kernel(interpreted=True), torch.ones(64)
     for _ in range(3):

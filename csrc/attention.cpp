@@ -72,7 +72,7 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
   U of_queries{}, of_keys{}, of_values{};
   for (int64_t p = 0; p < panels; ++p) {
     float* const to = space.queries + p * panel * h.dim;
-    gather_panel(h.query + (first + p * panel) * h.stride, h.stride, queries - p * panel, h.dim, h.scale(), to);
+    gather_panel(h.query + (first + p * panel) * h.stride, h.stride, queries - p * panel, h.dim, h.scale() * log2_e, to);
     for (int64_t i = 0; i < panel * h.dim; i += W) of_queries = larger(of_queries, as_bits(widen(to + i)) & 0x7fffffffu);
     for (int v = 0; v < wide; ++v) space.most[p][v] = splat(none), space.total[p][v] = F{};
   }
@@ -96,7 +96,7 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
     scatter_panel(space.results + p * panel * tall, factor, h.out_stride, left, h.dim, h.to_out + at * h.out_stride);
     for (int64_t q = 0; q < panel && q < left; ++q) {
       const float most = space.most[p][q / W].at[q % W], total = space.total[p][q / W].at[q % W];
-      h.lse[at + q] = most + __builtin_logf(total);
+      h.lse[at + q] = most / log2_e + __builtin_logf(total);
     }
   }
   return true;

@@ -64,7 +64,7 @@ template <class T>
 void add_panel(const Head<T>& h, const Workspace& space, int64_t first, int64_t count, U& of_queries, U& of_grads) {
   const float scale = h.scale();
   const T *query = h.query + first * h.stride, *grad = h.grad + first * h.out_stride, *out = h.out + first * h.out_stride;
-  gather_panel(query, h.stride, count, h.dim, scale, space.queries);
+  gather_panel(query, h.stride, count, h.dim, scale * log2_e, space.queries);
   gather_panel(grad, h.out_stride, count, h.dim, 1.0f, space.grads);
   const int64_t there = count < panel ? count : panel;
   of_queries = larger(of_queries, copy_rows(query, h.stride, there, h.dim, scale, panel, space.broad, space.query_rows));
@@ -77,7 +77,7 @@ void add_panel(const Head<T>& h, const Workspace& space, int64_t first, int64_t 
     float delta = 0.0f;
     for (int i = 0; i < W; ++i) delta += sum[i];
     space.delta[q] = delta;
-    space.lse[q] = q < there ? h.lse[first + q] : 0.0f;
+    space.lse[q] = q < there ? h.lse[first + q] * log2_e : 0.0f;
   }
   for (int64_t i = 0; i < space.tall * panel; ++i) space.of_queries[i] = 0.0f;
   for (int64_t k = 0; k < h.tokens; k += block) {

@@ -11,10 +11,19 @@ namespace {
 constexpr int64_t block = 64;     // keys whose scores by a panel of queries exist at a time
 constexpr float largest = 1e30f;  // of products and values; what is larger takes the plain loops in float64
 
-// exp(below), zero from e^-87 on, as in float32: the least weight is taken off all, which larger ones do not notice
+constexpr float log2_e = 1.44269504f;  // scores are multiplied by it, since 2^x takes fewer steps than e^x
+
+// 2^below to 2e-7, exact for 0; zero from 2^-125 on: the least weight is taken off all, which larger ones do not notice
 SOLA_FORCED inline F weight(F below) {
-  F shifted;
-  return exp_polynomial<0>(larger(splat(-87.0f), below), shifted) - exp_polynomial<0>(splat(-87.0f), shifted);
+  below = larger(splat(-125.0f), below);
+  const F shifted = below + 12582912.0f;  // rounds to an integer and leaves it in the low bits
+  const F r = below - (shifted - 12582912.0f);
+  F p = r * 0.00132029823f + 0.00967495193f;
+  p = p * r + 0.0555104738f;
+  p = p * r + 0.24022166f;
+  p = p * r + 0.693146596f;
+  p = p * r + 1.0f;
+  return as_float(as_bits(p) + (as_bits(shifted) << 23)) - 0x1p-125f;
 }
 
 template <class T>

@@ -33,7 +33,7 @@ SOLA_FORCED inline void multiply(F (&sums)[rows][wide], const float* left, int64
 }
 
 // the same onto a tile in memory
-SOLA_FORCED inline void multiply_onto(float* sums, int64_t sums_stride, const float* left, int64_t step, int64_t next,
+__attribute__((noinline)) void multiply_onto(float* sums, int64_t sums_stride, const float* left, int64_t step, int64_t next,
                                       const float* right, int64_t stride, int64_t depth) {
   F tile[rows][wide];
 #pragma GCC unroll 8
@@ -84,18 +84,25 @@ SOLA_FORCED inline void transpose(F (&square)[W]) {
 
 inline int at_most_W(int64_t n) { return static_cast<int>(n < W ? n : W); }
 
+// rows of which row(q, d) is a register from number d on -> [width, panel] at `to`
+template <class Row>
+SOLA_FORCED inline void turn_panel(int64_t width, float* to, const Row& row) {
+  for (int64_t q = 0; q < panel; q += W) {
+    for (int64_t d = 0; d < width; d += W) {
+      F square[W];
+      for (int i = 0; i < W; ++i) square[i] = row(q + i, d);
+      transpose(square);
+      for (int i = 0; i < at_most_W(width - d); ++i) narrow(to + (d + i) * panel + q, square[i]);
+    }
+  }
+}
+
 // [count, width] at `from`, times scale -> [width, panel] at `to`; columns that are missing are zero
 template <class T>
 void gather_panel(const T* from, int64_t stride, int64_t count, int64_t width, float scale, float* to) {
-  for (int64_t q = 0; q < panel; q += W) {
-    for (int64_t d = 0; d < width; d += W) {
-      const int n = at_most_W(width - d);
-      F square[W];
-      for (int i = 0; i < W; ++i) square[i] = q + i < count ? load(from + (q + i) * stride + d, n) * scale : F{};
-      transpose(square);
-      for (int i = 0; i < n; ++i) narrow(to + (d + i) * panel + q, square[i]);
-    }
-  }
+  turn_panel(width, to, [=](int64_t q, int64_t d) {
+    return q < count ? load(from + q * stride + d, at_most_W(width - d)) * scale : F{};
+  });
 }
 
 // the opposite, each column times its own factor; columns from `count` on are not written

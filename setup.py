@@ -25,19 +25,32 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 MATHS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+# products of bfloat16, which compilers know since GCC 11 and Clang 12, assemblers since binutils 2.36
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+BFLOAT16_PRODUCTS = """
+#include <immintrin.h>
+__m512 pairs(__m512 sums, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sums, a, b); }
+void tiles(const void* from) {
+  _tile_loadconfig(from);
+  _tile_dpbf16ps(0, 1, 2);
+}
+"""
 
 
-def kernel_sources() -> dict[str, list[str]]:
+def kernel_sources(bfloat16: bool) -> dict[str, list[str]]:
     """Object file -> arguments: the kernels once for each instruction set, the registration once."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = {"generic": []} | ({"avx2": AVX2, "avx512": AVX512} if x86 else {})
+    more = {"avx512_bf16": AVX512_BF16, "amx": AMX} if x86 and bfloat16 else {}
     objects = {
         f"{source}_{name}": [f"csrc/{source}.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags]
-        for source in ("wkv", "passes", "attention", "attention_backward")
-        for name, flags in sets.items()
+        for source in ("linear", "linear_backward", "wkv", "passes", "attention", "attention_backward")
+        for name, flags in (sets | (more if source == "linear" else {})).items()
     }
-    for source in ("register", "register_passes", "register_attention"):
-        objects[source] = [f"csrc/{source}.cpp", *(["-DSOLA_X86"] if x86 else [])]
+    defines = (["-DSOLA_X86"] if x86 else []) + (["-DSOLA_BFLOAT16"] if more else [])
+    for source in ("register", "register_passes", "register_attention", "register_linear"):
+        objects[source] = [f"csrc/{source}.cpp", *defines]
     return objects
 
 
@@ -61,8 +74,9 @@ class BuildKernel(build_ext):
             return out
 
         try:
+            bfloat16 = _compiles(compiler, [*COMMON, *AMX, *flags], BFLOAT16_PRODUCTS, objects / "trial.cpp")
             with ThreadPoolExecutor() as pool:
-                compiled = list(pool.map(compile_one, kernel_sources().items()))
+                compiled = list(pool.map(compile_one, kernel_sources(bfloat16).items()))
             kind = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared", "-ldl"]
             _run([*compiler, *compiled, *kind, *flags, "-o", str(target)])
         except (OSError, subprocess.CalledProcessError) as error:
@@ -94,6 +108,13 @@ class AnyPythonWheel(bdist_wheel):
 def _reason(error: Exception) -> str:
     command = getattr(error, "cmd", None)
     return f"{command[0]} failed with status {error.returncode}" if command else str(error)
+
+
+def _compiles(compiler: list[str], flags: list[str], code: str, file: Path) -> bool:
+    """Whether a compiler, and the assembler behind it, make something of this code."""
+    file.write_text(code)
+    command = [*compiler, *flags, "-c", "-o", str(file.with_suffix(".o")), str(file)]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str]) -> None:

@@ -228,11 +228,15 @@ inline void gather(bfloat16* a, U bits) {
 
 inline F widen(const bfloat16* a) { return as_float(spread(a) << 16); }
 
+#if defined(__AVX512BF16__)
+inline void narrow(bfloat16* a, F f) { _mm256_storeu_si256((__m256i*)a, (__m256i)_mm512_cvtneps_pbh((__m512)f)); }
+#else
 inline void narrow(bfloat16* a, F f) {
   const U bits = as_bits(f), even = (bits >> 16) & 1u;
   const U rounded = (bits + 0x7fffu + even) >> 16;
   gather(a, f == f ? rounded : U{} + 0x7fc0u);
 }
+#endif
 
 #if defined(__AVX512F__)
 inline F widen(const float16* a) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)a)); }

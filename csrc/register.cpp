@@ -3,9 +3,18 @@
 // Nothing happens before sola_load is called: Python calls it after it has defined the operators, a C++ program that
 // runs an exported graph without Python calls sola_load(1), which defines them too.
 #include "register_attention.h"
+#include "register_linear.h"
 #include "register_passes.h"
 #include "tensor.h"
 #include "wkv.h"
+
+#if defined(SOLA_X86)
+#include <cpuid.h>
+#endif
+#if defined(SOLA_BFLOAT16) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sola {
 namespace {
@@ -17,16 +26,65 @@ const char* const schemas[] = {
 
 const Kernel* kernel = nullptr;
 
+#if defined(SOLA_BFLOAT16)
+Kernel with(Kernel kernel, const char* name, const Linear& linear) {
+  kernel.name = name, kernel.linear = &linear;
+  return kernel;
+}
+const Kernel dot_products = with(avx512::kernel, "avx512_bf16", avx512_bf16::linear);
+const Kernel matrix_products = with(avx512::kernel, "amx", amx::linear);
+
+// Whether there are tiles of bfloat16, which Linux has to be asked for.
+constexpr long tile_data = 18;
+bool has_matrix_unit() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  constexpr uint32_t bf16_and_tiles = 1u << 22 | 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16_and_tiles) != bf16_and_tiles) return false;
+#if defined(__linux__)
+  constexpr long what_is_supported = 0x1021;
+  uint64_t supported = 0;
+  return syscall(SYS_arch_prctl, what_is_supported, &supported) == 0 && (supported >> tile_data & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+// From then on signals need a larger stack of their own, so nobody is asked before a product needs it.
+bool may_use_matrix_unit() {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023;
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
+#if defined(SOLA_X86)
+// GCC 10 and Clang 13 do not know it by name
+bool has_f16c() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;
+}
+#endif
+
 // what this machine can run, best last
 std::vector<const Kernel*> available() {
   std::vector<const Kernel*> all{&generic::kernel};
 #if defined(SOLA_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     all.push_back(&avx2::kernel);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       all.push_back(&avx512::kernel);
+#if defined(SOLA_BFLOAT16)
+      if (__builtin_cpu_supports("avx512bf16")) {
+        all.push_back(&dot_products);
+        if (has_matrix_unit()) all.push_back(&matrix_products);
+      }
+#endif
     }
   }
 #endif
@@ -132,6 +190,7 @@ void register_operators(bool define) {
     for (const char* schema : schemas) check(shim.aoti_torch_library_def(library, schema), "define an operator");
     for (const char* schema : pass_schemas) check(shim.aoti_torch_library_def(library, schema), "define a pass");
     for (const char* schema : attention_schemas) check(shim.aoti_torch_library_def(library, schema), "define attention");
+    for (const char* schema : linear_schemas) check(shim.aoti_torch_library_def(library, schema), "define a product");
   }
   check(shim.aoti_torch_library_init_impl("sola", "CPU", __FILE__, __LINE__, &library), "open the library sola");
   check(shim.torch_library_impl(library, "wkv", wkv, torch::abi_version), "register wkv");
@@ -142,12 +201,21 @@ void register_operators(bool define) {
   for (const NamedKernel& each : named_attention()) {
     check(shim.torch_library_impl(library, each.name, each.function, torch::abi_version), "register attention");
   }
+  for (const NamedKernel& each : named_linear()) {
+    check(shim.torch_library_impl(library, each.name, each.function, torch::abi_version), "register a product");
+  }
 }
 
 }  // namespace
 
 const Passes& current_passes() { return *kernel->passes; }
 const Attend& current_attend() { return *kernel->attend; }
+const Linear& current_linear() { return *kernel->linear; }
+void need_bfloat16() {
+#if defined(SOLA_BFLOAT16)
+  if (kernel == &matrix_products && !may_use_matrix_unit()) kernel = &dot_products;
+#endif
+}
 
 }  // namespace sola
 

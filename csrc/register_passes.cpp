@@ -4,68 +4,6 @@
 namespace sola {
 namespace {
 
-double number(Value value) {
-  double number = 0.0;
-  memcpy(&number, &value, sizeof number);
-  return number;
-}
-
-// readable by the kernels: contiguous, of this type
-const void* flat(Tensor& tensor, const char* name, Type type) {
-  if (tensor.type(name) != type || !tensor.contiguous()) tensor = tensor.copy(type);
-  return tensor.read();
-}
-
-int64_t count(const std::vector<int64_t>& sizes) {
-  int64_t count = 1;
-  for (int64_t size : sizes) count *= size;
-  return count;
-}
-
-int64_t bytes(int64_t count, Type type) { return count * (type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2); }
-
-// ---- layer norm, quad shift, interpolations
-
-struct ShiftCall {
-  Tensor x, weight, bias, mixes;
-  Type type;
-  std::vector<int64_t> sizes;
-  std::vector<double> of_weight, of_bias, of_mixes;
-  Shift shift;
-
-  explicit ShiftCall(const Value* stack) : x(stack[0]), weight(stack[1]), bias(stack[2]), mixes(stack[4]) {
-    shift.eps = number(stack[3]);
-  }
-
-  void prepare(int64_t top, int64_t bottom) {
-    sizes = x.sizes();
-    if (sizes.size() != 4) {
-      throw std::invalid_argument("sola::norm_shift: x is " + text(sizes) + ", expected [batch, height, width, channels]");
-    }
-    if (top < 0 || bottom < 0 || top + bottom > sizes[1]) {
-      throw std::invalid_argument("sola::norm_shift: top " + std::to_string(top) + " and bottom " +
-                                  std::to_string(bottom) + " do not fit a height of " + std::to_string(sizes[1]));
-    }
-    const std::vector<int64_t> found = mixes.sizes();
-    expect(weight, "sola::norm_shift: weight", {sizes[3]}, "[channels]");
-    expect(bias, "sola::norm_shift: bias", {sizes[3]}, "[channels]");
-    expect(mixes, "sola::norm_shift: mixes", {found.empty() ? 1 : found[0], sizes[3]}, "[mixes, channels]");
-    of_weight = parameter(weight, "sola::norm_shift: weight");
-    of_bias = parameter(bias, "sola::norm_shift: bias");
-    of_mixes = parameter(mixes, "sola::norm_shift: mixes");
-    type = x.type("sola::norm_shift: x");
-    shift.images = sizes[0], shift.height = sizes[1], shift.width = sizes[2], shift.channels = sizes[3];
-    shift.mixes = found[0], shift.top = top, shift.bottom = bottom;
-    shift.weight = of_weight.data(), shift.bias = of_bias.data(), shift.mix = of_mixes.data();
-    shift.x = flat(x, "sola::norm_shift: x", type);
-  }
-
-  bool nothing() const { return count(sizes) * shift.mixes == 0; }
-  std::vector<int64_t> out_sizes() const {
-    return {shift.mixes, sizes[0], sizes[1] - shift.top - shift.bottom, sizes[2], sizes[3]};
-  }
-};
-
 void norm_shift(Value* stack, uint64_t, uint64_t) {
   ShiftCall call(stack);
   call.prepare(static_cast<int64_t>(stack[5]), static_cast<int64_t>(stack[6]));
@@ -75,46 +13,15 @@ void norm_shift(Value* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
-// row `row` of the bands' [rows, channels], summed over the bands in their order
-void total(const std::vector<double>& partial, const Shift& s, int64_t row, double* out) {
-  std::fill_n(out, s.channels, 0.0);
-  for (int64_t band = 0; band < bands(s); ++band) {
-    const double* from = partial.data() + (band * (2 + s.mixes) + row) * s.channels;
-    for (int64_t c = 0; c < s.channels; ++c) out[c] += from[c];
-  }
-}
-
 void norm_shift_backward(Value* stack, uint64_t, uint64_t) {
   ShiftCall call(stack);
   Tensor grad(stack[5]);
   call.prepare(0, 0);
   expect(grad, "sola::norm_shift_backward: grad", call.out_sizes(), "the output's size");
-  Shift& s = call.shift;
-  s.grad = flat(grad, "sola::norm_shift_backward: grad", call.type);
-  Tensor grad_x = Tensor::empty(call.sizes, call.type);
-  s.grad_x = grad_x.write();
-  std::vector<double> partial(static_cast<size_t>(bands(s) * (2 + s.mixes) * s.channels));
-  s.partial = partial.data();
-  const bool empty = call.nothing();
-  if (empty) {  // without mixes x has no gradient, but it may have elements
-    std::fill_n(static_cast<char*>(s.grad_x), bytes(count(call.sizes), call.type), 0);
-  } else {
-    current_passes().shift_backward(s, call.type, parallel_for);
-  }
-  Tensor grads[3] = {Tensor::empty({s.channels}, Type::float64), Tensor::empty({s.channels}, Type::float64),
-                     Tensor::empty({s.mixes, s.channels}, Type::float64)};
-  for (int64_t row = 0; row < 2 + s.mixes; ++row) {
-    double* out = static_cast<double*>(grads[row < 2 ? row : 2].write()) + (row < 2 ? 0 : (row - 2) * s.channels);
-    if (empty) {
-      std::fill_n(out, s.channels, 0.0);
-    } else {
-      total(partial, s, row, out);
-    }
-  }
-  const Type types[3] = {call.weight.type("sola::norm_shift: weight"), call.bias.type("sola::norm_shift: bias"),
-                         call.mixes.type("sola::norm_shift: mixes")};
-  stack[0] = grad_x.release();
-  for (size_t i = 0; i < 3; ++i) stack[1 + i] = grads[i].copy(types[i]).release();
+  call.shift.grad = flat(grad, "sola::norm_shift_backward: grad", call.type);
+  ShiftGradients results(call);
+  if (!call.nothing()) current_passes().shift_backward(call.shift, call.type, parallel_for);
+  results.release(stack);
 }
 
 // ---- flat passes

@@ -34,6 +34,11 @@ constexpr uint64_t abi_version = (uint64_t{2} << 56) | (uint64_t{11} << 48);  //
   X(int32_t, aoti_torch_copy_, (Handle, Handle, int32_t))                                                             \
   X(int32_t, torch_get_const_data_ptr, (Handle, const void**))                                                        \
   X(int32_t, torch_get_mutable_data_ptr, (Handle, void**))                                                            \
+  X(int32_t, torch_new_list_reserve_size, (size_t, void**))                                                           \
+  X(int32_t, torch_list_size, (void*, size_t*))                                                                       \
+  X(int32_t, torch_list_get_item, (void*, size_t, Value*))                                                            \
+  X(int32_t, torch_list_push_back, (void*, Value))                                                                    \
+  X(int32_t, torch_delete_list, (void*))                                                                              \
   X(int32_t, torch_get_num_threads, (uint32_t*))                                                                      \
   X(int32_t, torch_parallel_for, (int64_t, int64_t, int64_t, ParallelBody, void*))                                    \
   X(int32_t, aoti_torch_library_init_fragment, (const char*, const char*, uint32_t, void**))                          \

@@ -31,6 +31,7 @@
 
 #include "lanes.h"
 #include "attention.h"
+#include "linear.h"
 #include "passes.h"
 #include "robust.h"
 #include "scheduling.h"
@@ -409,6 +410,6 @@ void backward(const Problem& p, Type type, ParallelFor loop) {
 
 }  // namespace
 
-extern const Kernel kernel = {SOLA_TEXT(SOLA_ISA), W, forward, backward, &passes, &attend};
+extern const Kernel kernel = {SOLA_TEXT(SOLA_ISA), W, forward, backward, &passes, &attend, &linear};
 
 }  // namespace sola::SOLA_ISA

@@ -28,6 +28,7 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* cont
 
 struct Passes;  // passes.h
 struct Attend;  // attention.h
+struct Linear;  // linear.h
 
 struct Kernel {
   const char* name;
@@ -36,6 +37,7 @@ struct Kernel {
   void (*backward)(const Problem&, Type, ParallelFor);
   const Passes* passes;
   const Attend* attend;
+  const Linear* linear;
 };
 
 namespace generic {

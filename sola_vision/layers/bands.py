@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sola_vision.ops import pinned, seen_through
+from sola_vision.ops import cpu, pinned, seen_through, tangents
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
+# from which packing the weights is worth it
+_TOKENS_PER_CHANNEL = {torch.float32: 2.0, torch.bfloat16: 0.5}
 
 
 class Band(NamedTuple):
@@ -31,17 +33,39 @@ class Band(NamedTuple):
 
 
 def in_bands(x: Tensor, *projections: nn.Module) -> bool:
-    """Whether bands serve: gradients need the intermediates, compilers and GPUs want few large steps, and a pinned
-    path or a changed projection is to be seen in plain.
+    """Whether bands serve: compilers want few large steps."""
+    return not torch.compiler.is_compiling() and _values_only(x, *projections)
+
+
+def in_tiles(x: Tensor, *projections: nn.Linear) -> bool:
+    """Whether the kernel multiplies x [..., C] by projections, a tile of tokens at a time through all passes."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what is exported is for any processor
+    weights = (projection.weight for projection in projections)
+    return not exporting and _values_only(x, *projections) and multiplied_in_tiles(x, *weights)
+
+
+def _values_only(x: Tensor, *projections: nn.Module) -> bool:
+    """Whether nobody looks for more than values on a CPU: gradients need the intermediates, and a pinned path or a
+    changed projection is to be seen in plain.
     """
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and pinned() in (None, "native")
-        and not seen_through(x)  # who traces would lose what is written to a band
+        and not (seen_through(x) or tangents())  # who traces would lose what is written to a band
         and plain_linear(*projections)
+        and (torch.compiler.is_compiling() or not torch.nn.modules.module._has_any_global_hook())
+    )
+
+
+def multiplied_in_tiles(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernel has products of x, and tensors like it, by weights, and they are worth that it packs these."""
+    return (
+        cpu.multiplies(x.dtype)
+        and x.numel() >= _TOKENS_PER_CHANNEL[x.dtype] * x.shape[-1] ** 2
+        and all(other.dtype == x.dtype for other in others)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -54,13 +78,13 @@ def unchanged(projection: nn.Module) -> bool:
     """Whether it is a linear layer that does what its weight and bias say. A low-rank adapter, a quantised module or
     weight, and one that is hooked or whose forward was replaced does more, and has to be called.
     """
-    return (
-        type(projection) is nn.Linear
-        and type(projection.weight) in (nn.Parameter, Tensor)
-        and "forward" not in vars(projection)
-        and not (projection._forward_hooks or projection._forward_pre_hooks)
-        and not (projection._backward_hooks or projection._backward_pre_hooks)
-    )
+    return exactly(projection, nn.Linear) and type(projection.weight) in (nn.Parameter, Tensor)
+
+
+def exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its class says: no subclass, no wrapper, no hook, no other forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 def bands(x: Tensor, width: int) -> Iterator[Band]:

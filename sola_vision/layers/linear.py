@@ -13,7 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.bands import bands, in_bands
+from sola_vision.layers.bands import bands, exactly, in_bands, in_tiles
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
 from sola_vision.ops import gate, gated_sum, wkv
 
@@ -72,9 +72,23 @@ class LinearMixer(nn.Module):
         else:
             n = norm(x)
             receptance, key, value = (projection(n) for projection in projections)
-        readout = wkv(self.decay, self.bonus, key.flatten(1, 2), value.flatten(1, 2)).view(receptance.shape)
-        del key, value  # the largest moment of an inference is near
+        readout = self.read(key, value)
         return gate_linear(receptance, readout, self.output), readout
+
+    def add_to(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """x + the first of forward(x, norm), and the read-out."""
+        if not (self.token_shift and in_tiles(x, self.receptance, self.key, self.value, self.output)):
+            mixed, readout = self(x, norm)
+            return x + mixed, readout
+        # the receptance is not needed before the read-out is there, and is then made where it gates
+        mixes = torch.stack((self.mix_key, self.mix_value))
+        readout = self.read(*shift_linear(x, norm.weight, norm.bias, norm.eps, mixes, (self.key, self.value)))
+        mix, weights = self.mix_receptance[None], (self.receptance.weight, self.output.weight)
+        return torch.ops.sola.spatial_mix(x, norm.weight, norm.bias, norm.eps, mix, *weights, readout), readout
+
+    def read(self, key: Tensor, value: Tensor) -> Tensor:
+        """wkv_t of [B, H, W, C]."""
+        return wkv(self.decay, self.bonus, key.flatten(1, 2), value.flatten(1, 2)).view(key.shape)
 
 
 class ChannelMix(nn.Module):
@@ -119,8 +133,13 @@ class ChannelMix(nn.Module):
         return receptance, squared_relu_linear(hidden, self.value)
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x + forward(x, norm), in bands where gradients are not asked for."""
-        if not in_bands(x, self.key, self.receptance, self.value):
+        """x + forward(x, norm), in tiles or bands where gradients are not asked for."""
+        projections = (self.key, self.receptance, self.value)
+        if self.token_shift and in_tiles(x, *projections):
+            mixes = torch.stack((self.mix_key, self.mix_receptance))
+            weights = (projection.weight for projection in projections)
+            return torch.ops.sola.channel_mix(x, norm.weight, norm.bias, norm.eps, mixes, *weights)
+        if not in_bands(x, *projections):
             return gated_sum(x, *self.project(x, norm))
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -152,8 +171,12 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the same, and the hidden state's read-out [B, H, W, C] for bridges."""
-        mixed, readout = self.mixer(x, self.norm1)
-        x = x + self.drop_path(mixed)
-        if self.training and self.drop_path.drop_prob:
-            return x + self.drop_path(self.channel_mix(x, self.norm2)), readout
-        return self.channel_mix.add_to(x, self.norm2), readout
+        dropped = self.training and self.drop_path.drop_prob
+        if not dropped and exactly(self.mixer, LinearMixer):
+            x, readout = self.mixer.add_to(x, self.norm1)
+        else:
+            mixed, readout = self.mixer(x, self.norm1)
+            x = x + self.drop_path(mixed)
+        if not dropped and exactly(self.channel_mix, ChannelMix):
+            return self.channel_mix.add_to(x, self.norm2), readout
+        return x + self.drop_path(self.channel_mix(x, self.norm2)), readout

@@ -7,19 +7,29 @@ keep it: there the host's time for one more launch counts, and activation checkp
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sola_vision import ops
-from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, plain_linear
+from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles, plain_linear
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.ops.passes import norm_shift_backward
 
-# from the pass's inputs and the gradient of its result to the gradients of the inputs
-Backward = Callable[..., tuple[Tensor, ...]]
+_LARGEST_SUMS = 1 << 18  # numbers of a weight's gradient that stay in a core's second-level cache while they are summed
+
+
+class Pass(NamedTuple):
+    """An element-wise pass before products, of inputs [B, H, W, C] and parameters."""
+
+    make: Callable[..., Tensor]  # (*inputs, *parameters) -> what is multiplied, one part for each projection
+    backward: Callable[..., tuple[Tensor, ...]]  # (*inputs, *parameters, gradient of that) -> gradients of all
+    # the same with the products, in tiles: (*inputs, *parameters, *weights) -> their results, and from those and the
+    # gradients of the results to the gradients of all
+    products: Callable[..., Tensor | Sequence[Tensor]] | None = None
+    products_backward: Callable[..., Sequence[Tensor]] | None = None
 
 
 def shift_linear(
@@ -36,6 +46,9 @@ def shift_linear(
     """Layer norm, token shift and a projection without bias for each of mixes [M, C]: x [B, H, W, C] -> M results
     [B, H - top - bottom, W, D] (see ops.norm_shift).
     """
+    if top == bottom == 0 and in_tiles(x, *projections):
+        weights = [projection.weight for projection in projections]
+        return tuple(torch.ops.sola.norm_shift_linear(x, weight, bias, eps, mixes, weights))
     if top == bottom == 0 and in_bands(x, *projections):
         return _shift_linear_in_bands(x.contiguous(), weight, bias, eps, mixes, projections)
 
@@ -48,7 +61,16 @@ def shift_linear(
     def backward(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return norm_shift_backward(x, weight, bias, eps, mixes, grad, top, bottom)
 
-    return _linear(shift, backward, (x,), (weight, bias, mixes), projections)
+    def products(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, *weights: Tensor) -> list[Tensor]:
+        return torch.ops.sola.norm_shift_linear(x, weight, bias, eps, mixes, weights)
+
+    def products_backward(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, *others: Tensor) -> list[Tensor]:
+        weights, grads = others[: len(projections)], others[len(projections) :]
+        *found, of_weights = torch.ops.sola.norm_shift_linear_backward(x, weight, bias, eps, mixes, weights, grads)
+        return [*found, *of_weights]
+
+    tiled = (products, products_backward) if top == bottom == 0 else ()
+    return _linear(Pass(shift, backward, *tiled), (x,), (weight, bias, mixes), projections)
 
 
 def _shift_linear_in_bands(
@@ -79,7 +101,8 @@ def gate_linear(receptance: Tensor, value: Tensor, projection: nn.Linear) -> Ten
     def backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return torch.ops.sola.gate_backward(receptance, value, grad[0])
 
-    return _linear(gate, backward, (receptance, value), (), (projection,))[0]
+    of_gate = Pass(gate, backward, torch.ops.sola.gate_linear, torch.ops.sola.gate_linear_backward)
+    return _linear(of_gate, (receptance, value), (), (projection,))[0]
 
 
 def squared_relu_linear(hidden: Tensor, projection: nn.Linear) -> Tensor:
@@ -91,12 +114,12 @@ def squared_relu_linear(hidden: Tensor, projection: nn.Linear) -> Tensor:
     def backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         return (torch.ops.sola.squared_relu_backward(hidden, grad[0]),)
 
-    return _linear(square, backward, (hidden,), (), (projection,))[0]
+    products, products_backward = torch.ops.sola.squared_relu_linear, torch.ops.sola.squared_relu_linear_backward
+    return _linear(Pass(square, backward, products, products_backward), (hidden,), (), (projection,))[0]
 
 
 def _linear(
-    make: Callable[..., Tensor],
-    backward: Backward,
+    first: Pass,
     inputs: tuple[Tensor, ...],
     parameters: tuple[Tensor, ...],
     projections: Sequence[nn.Linear],
@@ -107,8 +130,8 @@ def _linear(
     pays = pays and ops.pinned() in (None, "native")
     if pays and not ops.seen_through(*inputs, *parameters) and plain_linear(*projections):
         weights = (projection.weight for projection in projections)
-        return _Linear.apply(make, backward, len(inputs), len(parameters), *inputs, *parameters, *weights)
-    made = make(*inputs, *parameters)
+        return _Linear.apply(first, len(inputs), len(parameters), *inputs, *parameters, *weights)
+    made = first.make(*inputs, *parameters)
     # a single part as a view: what is unbound has its gradients copied together
     parts = made.unbind() if len(projections) > 1 else (made.view(made.shape[1:]),)
     return tuple(project(part, projection) for part, projection in zip(parts, projections, strict=True))
@@ -123,25 +146,27 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        make: Callable[..., Tensor],
-        backward: Backward,
+        first: Pass,
         num_inputs: int,
         num_parameters: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.make, ctx.backward_of_make = make, backward
+        ctx.first = first
         ctx.counts = num_inputs, num_parameters
         ctx.save_for_backward(*tensors)
         inputs, parameters, weights = _split(tensors, ctx.counts)
+        if first.products is not None and multiplied_in_tiles(*inputs, *weights):
+            found = first.products(*inputs, *parameters, *weights)
+            return (found,) if isinstance(found, Tensor) else tuple(found)
         dtype = _autocast_dtype(inputs[0])
         weights = [weight.to(dtype) for weight in weights]
         parts = _images(inputs[0])
         if len(parts) == 1:
-            made = make(*inputs, *parameters)
+            made = first.make(*inputs, *parameters)
             return tuple(product(part.to(dtype), weight) for part, weight in zip(made, weights, strict=True))
         results: list[Tensor] = []
         for images in parts:
-            made = make(*(x[images] for x in inputs), *parameters)
+            made = first.make(*(x[images] for x in inputs), *parameters)
             results = results or [
                 made.new_empty((len(inputs[0]), *made.shape[2:-1], len(weight)), dtype=dtype) for weight in weights
             ]
@@ -153,6 +178,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, parameters, weights = _split(ctx.saved_tensors, ctx.counts)  # once: activation checkpointing counts
+        if ctx.first.products_backward is not None and multiplied_in_tiles(*inputs, *weights, *grads) and _fit(weights):
+            return None, None, None, *ctx.first.products_backward(*inputs, *parameters, *weights, *grads)
         dtype = grads[0].dtype  # under autocast the product was in half precision, and so is its gradient
         casts = [weight.to(dtype) for weight in weights]
         # sums over parts of the batch are kept in float32 or better
@@ -161,19 +188,24 @@ class _Linear(torch.autograd.Function):
         of_inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         for images in _images(inputs[0]):
             some = [x[images] for x in inputs]
-            made = ctx.make(*some, *parameters)
+            made = ctx.first.make(*some, *parameters)
             grad_made = torch.empty(made.shape, dtype=dtype, device=made.device)
             for part, grad, weight, grad_part, total in zip(made, grads, casts, grad_made, of_weights, strict=True):
                 rows = grad[images].reshape(-1, len(weight))
                 product_into(grad_part.flatten(0, -2), rows, weight.t())
                 total += weight_gradient(rows, part.flatten(0, -2).to(dtype))
-            found = ctx.backward_of_make(*some, *parameters, grad_made.to(made.dtype))
+            found = ctx.first.backward(*some, *parameters, grad_made.to(made.dtype))
             for whole, grad in zip(of_inputs, found[: len(inputs)], strict=True):
                 whole[images] = grad
             for total, grad in zip(of_parameters, found[len(inputs) :], strict=True):
                 total += grad
         sums = zip((*of_parameters, *of_weights), (*parameters, *weights), strict=True)
-        return None, None, None, None, *of_inputs, *(total.to(tensor.dtype) for total, tensor in sums)
+        return None, None, None, *of_inputs, *(total.to(tensor.dtype) for total, tensor in sums)
+
+
+def _fit(weights: Sequence[Tensor]) -> bool:
+    """Whether a thread can sum their gradients in tiles: in float32, and within its second-level cache."""
+    return all(weight.dtype == torch.float32 and weight.numel() <= _LARGEST_SUMS for weight in weights)
 
 
 def _split(tensors: Sequence[Tensor], counts: tuple[int, int]) -> tuple[Sequence[Tensor], ...]:

@@ -17,7 +17,7 @@ from sola_vision.ops import cpu, gpu, matrices, portable, reference, register
 from sola_vision.ops.arguments import check_kind, size
 from sola_vision.ops.multihead import attention
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
-from sola_vision.ops.path import Path, exporting_onnx, pinned, seen_through, transformed, use
+from sola_vision.ops.path import Path, exporting_onnx, pinned, seen_through, tangents, transformed, use
 from sola_vision.ops.vision_rwkv import published_wkv
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "quad_shift",
     "seen_through",
     "squared_relu",
+    "tangents",
     "use",
     "wkv",
 ]

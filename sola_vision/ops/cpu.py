@@ -38,7 +38,8 @@ def load() -> str | None:
 
 
 def instruction_set(name: str | None = None) -> str:
-    """What the CPU kernel uses: "avx512", "avx2" or "generic"; with a name, switches to it first (for the process).
+    """What the CPU kernel uses: "amx", "avx512_bf16", "avx512", "avx2" or "generic"; with a name, switches to it first
+    (for the process). "avx512_bf16" and "amx" are "avx512" with other products of bfloat16.
 
     RuntimeError where there is no kernel, ValueError for an instruction set that this machine lacks.
     """
@@ -51,6 +52,16 @@ def instruction_set(name: str | None = None) -> str:
             f"instruction_set({name!r}): this machine has not got it; choose a simpler one, such as generic"
         )
     return found.decode()
+
+
+@torch.compiler.assume_constant_result
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether there is a kernel whose products hold their own beside those of torch's libraries."""
+    if load() is not None:
+        return False
+    # without AVX2 there are no fused multiply-adds
+    sets = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16", "amx")}
+    return instruction_set() in sets.get(dtype, ())
 
 
 @cache

@@ -32,7 +32,7 @@ def attention(qkv: Tensor, head_dim: int) -> Tensor:
     return torch.ops.sola.attention(qkv, head_dim)[0]
 
 
-_KERNEL = cpu.load() is None and cpu.instruction_set() != "generic"
+_KERNEL = cpu.multiplies(torch.float32)
 # in bfloat16 torch's attention multiplies on the processor's matrix unit, which the kernel does not know: faster from
 # so many tokens on, but for the backward, which takes torch longer than the unit gains (docs/performance.md)
 _MATRIX_UNIT = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())

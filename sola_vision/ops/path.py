@@ -47,6 +47,11 @@ def transformed(*tensors: Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x)[1] is not None for x in tensors)
 
 
+def tangents() -> bool:
+    """Whether forward-mode differentiation is at work, where any tensor may carry a tangent."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def seen_through(*tensors: Tensor) -> bool:
     """Whether somebody looks who knows torch's own operators only: an exporter to ONNX, or what `transformed` names."""
     return exporting_onnx() or transformed(*tensors)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import autocast, gpu_passes, passes, portable, softmax
+from sola_vision.ops import autocast, gpu_passes, linear, passes, portable, softmax
 
 library = torch.library.Library("sola", "DEF")
 
@@ -75,4 +75,5 @@ for _name in ("wkv", "wkv_portable"):
     _define(_name)
 passes.register(library)
 gpu_passes.register(library)
+linear.register(library)
 softmax.register(library)

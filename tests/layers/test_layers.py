@@ -3,11 +3,13 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sola_vision import ops
 from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, bands, projections
 from sola_vision.layers.bridge import sample
-from sola_vision.ops import reference
+from sola_vision.ops import cpu, reference
 
 
 def token_shift(x, *mixes):
@@ -44,12 +46,81 @@ def test_bands_change_nothing(monkeypatch, shift, budget):
     x = torch.randn(3, 9, 7, 12)
     expected, readout = layer(x)
     monkeypatch.setattr(bands, "BAND_BYTES", budget)
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)  # whose tiles come first
     with torch.no_grad():
         out, same = layer(x)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(same, readout)
         out, _ = layer(x.transpose(1, 2).contiguous().transpose(1, 2))
         torch.testing.assert_close(out, expected)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """The kernel's products, of however few tokens; a list that grows with the names of those that run."""
+    if not cpu.multiplies(torch.float32):
+        pytest.skip("there is no kernel that multiplies in tiles")
+    monkeypatch.setattr(bands, "_TOKENS_PER_CHANNEL", dict.fromkeys(bands._TOKENS_PER_CHANNEL, 0))
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function._opname)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        yield seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [True, False])
+def test_tiles_change_nothing(tiles, shift, dtype):
+    if not cpu.multiplies(dtype):
+        pytest.skip(f"no kernel multiplies {dtype}")
+    torch.manual_seed(0)
+    layer = LinearLayer(40, token_shift=shift)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    layer, x = layer.to(dtype), torch.randn(3, 9, 7, 40).to(dtype)
+    with torch.no_grad():
+        found = layer(x)
+        assert ("channel_mix" in tiles) == shift
+        turned, _ = layer(x.transpose(1, 2).contiguous().transpose(1, 2))
+        with ops.use("portable"):
+            expected = layer(x)
+    close = {"rtol": 0, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, expected, **close)
+    assert torch.equal(turned, found[0])
+
+
+def test_gradients_in_tiles_are_those_of_the_plain_form(tiles):
+    torch.manual_seed(0)
+    layer, x = LinearLayer(40), torch.randn(2, 9, 7, 40, requires_grad=True)
+    tensors, weight = [x, *layer.parameters()], torch.randn(2, 9, 7, 40)
+    found = torch.autograd.grad((layer(x)[0] * weight).sum(), tensors)
+    assert {"norm_shift_linear_backward", "gate_linear_backward", "squared_relu_linear_backward"} <= set(tiles)
+    with ops.use("portable"):
+        expected = torch.autograd.grad((layer(x)[0] * weight).sum(), tensors)
+    for each in zip(found, expected, strict=True):
+        torch.testing.assert_close(*each, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_does_not_multiply_in_tiles(tiles):
+    layer, x = LinearLayer(8), torch.randn(1, 9, 7, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = layer(x)
+    out.sum().backward()  # outside of autocast, with gradients in half precision
+    assert not any("linear" in name for name in tiles)
+
+
+def test_a_hooked_mixer_is_called(tiles):
+    layer, x, seen = LinearLayer(8), torch.randn(1, 9, 7, 8), []
+    with torch.no_grad():
+        expected, _ = layer(x)
+        layer.mixer.register_forward_hook(lambda module, inputs, out: seen.append(out[0].shape))
+        found, _ = layer(x)
+    assert seen == [x.shape]
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("height", [1, 2, 9])
@@ -208,3 +279,59 @@ def test_gradients_of_each_image_by_torch_func(shift):
             torch.testing.assert_close(together[name][i], gradient, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(torch.func.vmap(layer)(images)[0], torch.stack([layer(x)[0] for x in images]))
+
+
+class Wrapped(torch.nn.Module):
+    """As checkpointing, compilers and sharding wrap a part of a network."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, *args):
+        self.calls += 1
+        return self.inner(*args)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["mixer", "channel_mix"])
+def test_what_wraps_or_replaces_a_part_is_called(name, grad):
+    torch.manual_seed(0)
+    layer, x = LinearLayer(12), torch.randn(2, 9, 7, 12)
+    expected, _ = layer(x)
+    part = getattr(layer, name)
+    setattr(layer, name, Wrapped(part))
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(layer(x)[0], expected)
+    assert getattr(layer, name).calls == 1
+
+    class Other(type(part)):
+        def forward(self, x, norm):
+            made = super().forward(x, norm)
+            return made * 2 if name == "channel_mix" else (made[0] * 2, made[1])
+
+    part.__class__ = Other
+    setattr(layer, name, part)
+    with torch.set_grad_enabled(grad):
+        assert not torch.allclose(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["mixer.receptance.weight", "mixer.mix_key", "norm1.weight", "channel_mix.value.weight"]
+)
+def test_tangents_of_parameters_reach_the_result(name):
+    layer, x = LinearLayer(12), torch.randn(2, 9, 7, 12)
+    values = dict(layer.named_parameters())
+    with torch.no_grad(), forward_ad.dual_level():
+        values[name] = forward_ad.make_dual(values[name].detach(), torch.ones_like(values[name]))
+        out, _ = torch.func.functional_call(layer, values, (x,))
+        assert forward_ad.unpack_dual(out).tangent.abs().sum() > 0
+
+
+def test_a_global_hook_sees_all_parts():
+    layer, x, seen = LinearLayer(12), torch.randn(2, 9, 7, 12), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, out: seen.append(type(module)))
+    with torch.no_grad():
+        layer(x)
+    hook.remove()
+    assert seen.count(torch.nn.Linear) == 7

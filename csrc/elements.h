@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// One register of elements of any type, in the arithmetic's precision: float32, and float64 for float64.
+#pragma once
+#include <cstdlib>
+
+#include "lanes.h"
+
+namespace sola::SOLA_ISA {
+namespace {
+
+template <class T>
+struct Lane {
+  using Vector = F;
+  using Scalar = float;
+  using Mask = I;
+};
+template <>
+struct Lane<double> {
+  using Vector = D;
+  using Scalar = double;
+  using Mask = DU;
+};
+template <class T>
+using V = typename Lane<T>::Vector;
+template <class T>
+using S = typename Lane<T>::Scalar;
+template <class T>
+constexpr int64_t lanes = register_bytes / sizeof(S<T>);
+
+template <class T>
+V<T> get(const T* a, int64_t n = lanes<T>) {
+  if (__builtin_expect(n >= lanes<T>, 1)) return widen(a);
+  T part[lanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = a[i];
+  return widen(part);
+}
+
+template <class T>
+void put(T* a, V<T> v, int64_t n = lanes<T>) {
+  if (__builtin_expect(n >= lanes<T>, 1)) return narrow(a, v);
+  T part[lanes<T>];
+  narrow(part, v);
+  for (int64_t i = 0; i < n; ++i) a[i] = part[i];
+}
+
+// The same past the caches, for a whole register at an aligned address; `streams_are_done` orders it before what follows.
+#if defined(__AVX512F__)
+inline void stream(float* a, F v) { _mm512_stream_ps(a, (__m512)v); }
+#elif defined(__AVX2__)
+inline void stream(float* a, F v) { _mm256_stream_ps(a, (__m256)v); }
+#else
+inline void stream(float* a, F v) { narrow(a, v); }
+#endif
+inline void stream(bfloat16* a, F v) {
+#if defined(__AVX512F__)
+  alignas(32) bfloat16 part[W];
+  narrow(part, v);
+  _mm256_stream_si256((__m256i*)a, _mm256_load_si256((const __m256i*)part));
+#else
+  narrow(a, v);
+#endif
+}
+// results that are larger than caches are written like that: else each line of them would be read before
+template <class T>
+bool streamed(int64_t tokens, int64_t outputs) {
+  return tokens * outputs * static_cast<int64_t>(sizeof(T)) > int64_t{16} << 20;
+}
+// whether rows of this stride and width are all whole, aligned registers
+template <class T>
+bool in_registers(const T* to, int64_t stride, int64_t width) {
+  const uintptr_t places = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>((stride | width) * sizeof(T));
+  return places % (W * sizeof(T)) == 0;
+}
+inline void streams_are_done() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// of all lanes
+#if defined(__AVX512F__)
+inline float sum(F v) { return _mm512_reduce_add_ps((__m512)v); }
+inline double sum(D v) { return _mm512_reduce_add_pd((__m512d)v); }
+#else
+template <class Vec>
+auto sum(Vec v) {
+  auto first = v[0], second = v[1];
+  for (size_t i = 2; i < sizeof v / sizeof first; i += 2) first += v[i], second += v[i + 1];
+  return first + second;
+}
+#endif
+
+inline float root(float a) { return __builtin_sqrtf(a); }
+inline double root(double a) { return __builtin_sqrt(a); }
+
+// 1 / (1 + exp(-a)); beyond 44 it is 0 or 1 to 1e-19
+inline F sigmoid(F a) {
+  F inside = a < -44.0f ? splat(-44.0f) : a;
+  inside = inside > 44.0f ? splat(44.0f) : inside;
+  const F result = reciprocal(1.0f + exp(F{} - inside));
+  return a == a ? result : a;
+}
+inline D sigmoid(D a) {
+  const D result = 1.0 / (1.0 + exp_float64<D, DU>(D{} - a));
+  return a == a ? result : a;
+}
+
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count)
+      : data(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64))) {
+    if (data == nullptr) std::abort();
+    memset(static_cast<void*>(data), 0, static_cast<size_t>(count) * sizeof(T));
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+};
+
+// max(a, 0) where NaN stays NaN
+template <class Vec>
+Vec positive(Vec a) {
+  return a <= 0 ? Vec{} : a;
+}
+
+}  // namespace
+}  // namespace sola::SOLA_ISA

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products with the passes before and after them, compiled once for each instruction set (see linear.h).
+//
+// A thread takes tokens a tile at a time: it makes a factor of them, multiplies it by one panel of a weight after the
+// other, and uses the sums while they are in its cache. Neither tiles nor threads change the order of a sum.
+#include "linear.h"
+
+#include "parallel.h"
+#include "products.h"
+#include "shift.h"
+
+namespace sola::SOLA_ISA {
+namespace {
+
+constexpr int64_t tile_tokens = 96;            // a multiple of what a product takes together in each type
+constexpr int64_t slice = 384;                 // inputs of a product at a time
+constexpr int64_t bytes_of_tiles = 1024 << 10;  // of a thread, so that they stay in its second-level cache
+
+// tokens of a tile which have so many bytes in all their rows
+template <class T>
+int64_t tokens_of_tile(int64_t bytes) {
+  constexpr int64_t least = sizeof(T) == 4 ? 2 * together : 32;
+  const int64_t most = bytes_of_tiles / (bytes + 1) / least * least;
+  return most < least ? least : most < tile_tokens ? most : tile_tokens;
+}
+
+template <class T>
+Packed<T> packed(const Weight& w) {
+  return {static_cast<const T*>(w.packed), w.inputs, w.outputs};
+}
+
+template <class T>
+void pack(const Weight& w, ParallelFor loop) {
+  const Packed<T> to = packed<T>(w);
+  parallel(loop, to.panels(), 1 + 32768 / (w.inputs * panel + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      pack_panel(static_cast<const T*>(w.data) + p * panel * w.inputs, w.inputs, w.outputs - p * panel,
+                 const_cast<T*>(to.at(p)));
+    }
+  });
+}
+
+// sums (+)= left right^T with `depth` inputs of the weight from `begin` on; left begins with that input
+template <class T>
+void multiply(const Tile<T>& left, int64_t tokens, const Packed<T>& right, int64_t begin, int64_t depth,
+              const Tile<float>& sums) {
+  for (int64_t p = 0; p < right.panels(); ++p) {
+    float* const to = sums.row(0) + p * panel;
+    if (begin == 0) {
+      multiply_panel<false>(left.row(0), left.stride, tokens, right.at(p), depth, to, sums.stride);
+    } else {
+      multiply_panel<true>(left.row(0), left.stride, tokens, right.at(p, begin), depth, to, sums.stride);
+    }
+  }
+}
+
+// Rows `begin` to `end` of all images, normalised and shifted, a tile of tokens at a time: use(first token, tokens).
+template <class T, class Use>
+void each_tile(const Parameters<T>& a, int64_t begin, int64_t end, const Tile<T>* const (&tiles)[most_mixes],
+               int64_t tokens_of_tile, const Use& use) {
+  const Shift& p = a.p;
+  const T* const x = static_cast<const T*>(p.x);
+  const Ring<T> ring(p.width * a.padded);
+  const Buffer<float> zero(a.padded);
+  int64_t filled = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t h = r % p.height;
+    const auto compute = [&](int64_t row) {  // of the image
+      if (row < 0 || row >= p.height) return;
+      normalise<T>(a, x + (r - h + row) * p.width * p.channels, ring[row], nullptr, nullptr);
+    };
+    if (r == begin || h == 0) compute(h - 1), compute(h);
+    compute(h + 1);
+    const Neighbours<T> near{h > 0 ? ring[h - 1] : nullptr, ring[h], h + 1 < p.height ? ring[h + 1] : nullptr,
+                             zero.data, p.width, a.padded};
+    for (int64_t w = 0; w < p.width; ++w) {
+      const float* from[5];
+      near.of(w, from);
+      for (int64_t i = 0, c = 0; i < a.registers; ++i, c += W) {
+        const F s = a.shifted(from, i), difference = get(from[4] + c) - s;
+        for (int64_t m = 0; m < p.mixes; ++m) put(tiles[m]->row(filled) + c, s + get(a.mix(m) + c) * difference);
+      }
+      if (++filled == tokens_of_tile) {
+        use(r * p.width + w + 1 - filled, filled);
+        filled = 0;
+      }
+    }
+  }
+  if (filled > 0) use(end * p.width - filled, filled);
+}
+
+// [tokens, width] with rows of a stride at `to`, of registers that element(t, c) gives; past the caches if streamed
+template <class T, class Element>
+void write(T* to, int64_t stride, int64_t tokens, int64_t width, bool streamed, const Element& element) {
+  if (streamed && in_registers(to, stride, width)) {
+    for (int64_t t = 0; t < tokens; ++t, to += stride) {
+      for (int64_t c = 0; c < width; c += W) stream(to + c, element(t, c));
+    }
+    return;
+  }
+  for (int64_t t = 0; t < tokens; ++t, to += stride) {
+    for (int64_t c = 0; c < width; c += W) put(to + c, element(t, c), width - c);
+  }
+}
+
+int64_t rows_of(const Shift& s) { return s.images * s.height; }
+int64_t fewest_rows(const Shift& s) { return (tile_tokens + s.width - 1) / s.width; }
+
+template <class T>
+void shift_of(const ShiftLinear& p, ParallelFor loop) {
+  const Parameters<T> a(p.shift);
+  const int64_t mixes = p.shift.mixes, channels = p.shift.channels;
+  int64_t outputs = 0;
+  for (int64_t m = 0; m < mixes; ++m) pack<T>(p.weights[m], loop), outputs += p.weights[m].outputs;
+  const bool past = streamed<T>(rows_of(p.shift) * p.shift.width, outputs);
+  parallel(loop, rows_of(p.shift), fewest_rows(p.shift), [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit;
+    const int64_t most = tokens_of_tile<T>(mixes * channels * sizeof(T));
+    const Tile<T> first(most, channels), second(mixes > 1 ? most : 0, channels), third(mixes > 2 ? most : 0, channels);
+    const Tile<T>* const tiles[most_mixes] = {&first, &second, &third};
+    const Tile<float> sums(most, panel);
+    each_tile<T>(a, begin, end, tiles, most, [&](int64_t token, int64_t tokens) {
+      for (int64_t m = 0; m < mixes; ++m) {
+        const Packed<T> right = packed<T>(p.weights[m]);
+        T* const out = static_cast<T*>(p.out[m]) + token * right.outputs;
+        for (int64_t q = 0; q < right.panels(); ++q) {
+          const int64_t left = right.outputs - q * panel;
+          multiply_panel<false>(tiles[m]->row(0), tiles[m]->stride, tokens, right.at(q), channels, sums.row(0),
+                                sums.stride);
+          write(out + q * panel, right.outputs, tokens, left < panel ? left : panel, past,
+                [&](int64_t t, int64_t c) { return get(sums.row(t) + c); });
+        }
+      }
+    });
+    streams_are_done();
+  });
+}
+
+template <class T>
+void element_of(const ElementLinear& p, ParallelFor loop) {
+  const Weight& w = p.weight;
+  pack<T>(w, loop);
+  const T *receptance = static_cast<const T*>(p.receptance), *value = static_cast<const T*>(p.value);
+  const bool past = streamed<T>(p.tokens, w.outputs);
+  parallel(loop, p.tokens, tile_tokens, [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit;
+    const int64_t width = w.inputs < slice ? w.inputs : slice;
+    const int64_t most = tokens_of_tile<T>(width * sizeof(T) + w.outputs * sizeof(float));
+    const Tile<T> left(most, width);
+    const Tile<float> sums(most, w.outputs);
+    for (int64_t token = begin; token < end; token += most) {
+      const int64_t tokens = end - token < most ? end - token : most;
+      for (int64_t s = 0; s < w.inputs; s += slice) {
+        const int64_t depth = w.inputs - s < slice ? w.inputs - s : slice;
+        const int64_t from = token * w.inputs + s;
+        // zero up to where a product reads on
+        write(left.row(0), left.stride, tokens, up(depth, Step<T>::inputs), false, [&](int64_t t, int64_t c) {
+          const int64_t at = from + t * w.inputs + c, n = depth - c;
+          const F v = n > 0 ? get(value + at, n) : F{};
+          if (receptance == nullptr) return positive(v) * positive(v);
+          return n > 0 ? sigmoid(get(receptance + at, n)) * v : v;
+        });
+        multiply(left, tokens, packed<T>(w), s, depth, sums);
+      }
+      write(static_cast<T*>(p.out) + token * w.outputs, w.outputs, tokens, w.outputs, past,
+            [&](int64_t t, int64_t c) { return get(sums.row(t) + c); });
+    }
+    streams_are_done();
+  });
+}
+
+template <class T>
+void spatial_mix_of(const SpatialMix& p, ParallelFor loop) {
+  const Parameters<T> a(p.shift);
+  pack<T>(p.receptance, loop), pack<T>(p.output, loop);
+  const int64_t channels = p.shift.channels;
+  const T *x = static_cast<const T*>(p.shift.x), *readout = static_cast<const T*>(p.readout);
+  const bool past = streamed<T>(rows_of(p.shift) * p.shift.width, channels);
+  parallel(loop, rows_of(p.shift), fewest_rows(p.shift), [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit;
+    const int64_t most = tokens_of_tile<T>(channels * (sizeof(T) + sizeof(float)));
+    const Tile<T> factor(most, channels);
+    const Tile<float> sums(most, channels);
+    each_tile<T>(a, begin, end, {&factor, nullptr, nullptr}, most, [&](int64_t token, int64_t tokens) {
+      multiply(factor, tokens, packed<T>(p.receptance), 0, channels, sums);
+      write(factor.row(0), factor.stride, tokens, channels, false, [&](int64_t t, int64_t c) {
+        return sigmoid(get(sums.row(t) + c)) * get(readout + (token + t) * channels + c, channels - c);
+      });
+      multiply(factor, tokens, packed<T>(p.output), 0, channels, sums);
+      write(static_cast<T*>(p.out) + token * channels, channels, tokens, channels, past, [&](int64_t t, int64_t c) {
+        return get(x + (token + t) * channels + c, channels - c) + get(sums.row(t) + c);
+      });
+    });
+    streams_are_done();
+  });
+}
+
+template <class T>
+void channel_mix_of(const ChannelMix& p, ParallelFor loop) {
+  const Parameters<T> a(p.shift);
+  pack<T>(p.key, loop), pack<T>(p.receptance, loop), pack<T>(p.value, loop);
+  const Packed<T> key = packed<T>(p.key), receptance = packed<T>(p.receptance), value = packed<T>(p.value);
+  const int64_t channels = p.shift.channels, hidden = key.outputs;
+  const T* const x = static_cast<const T*>(p.shift.x);
+  const bool past = streamed<T>(rows_of(p.shift) * p.shift.width, channels);
+  parallel(loop, rows_of(p.shift), fewest_rows(p.shift), [&](int64_t begin, int64_t end) {
+    const MatrixUnit unit;
+    const int64_t width = hidden < slice ? hidden : slice;
+    const int64_t most = tokens_of_tile<T>((2 * channels + width) * sizeof(T) + 2 * channels * sizeof(float));
+    const Tile<T> of_key(most, channels), of_receptance(most, channels), units(most, width);
+    const Tile<T>* const tiles[most_mixes] = {&of_key, &of_receptance, nullptr};
+    const Tile<float> some(most, panel), gates(most, channels), sums(most, channels);
+    each_tile<T>(a, begin, end, tiles, most, [&](int64_t token, int64_t tokens) {
+      for (int64_t s = 0; s < hidden; s += slice) {
+        const int64_t depth = hidden - s < slice ? hidden - s : slice;
+        for (int64_t q = s / panel; q * panel < s + depth; ++q) {
+          multiply_panel<false>(of_key.row(0), of_key.stride, tokens, key.at(q), channels, some.row(0), some.stride);
+          write(units.row(0) + q * panel - s, units.stride, tokens, panel, false, [&](int64_t t, int64_t c) {
+            const F k = positive(get(some.row(t) + c));
+            return k * k;
+          });
+        }
+        multiply(units, tokens, value, s, depth, sums);
+      }
+      multiply(of_receptance, tokens, receptance, 0, channels, gates);
+      write(static_cast<T*>(p.out) + token * channels, channels, tokens, channels, past, [&](int64_t t, int64_t c) {
+        const F before = get(x + (token + t) * channels + c, channels - c);
+        return before + sigmoid(get(gates.row(t) + c)) * get(sums.row(t) + c);
+      });
+    });
+    streams_are_done();
+  });
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool has_bfloat16 = true;
+#define SOLA_BY_TYPE(name, Problem)                                        \
+  void name(const Problem& p, Type type, ParallelFor loop) {               \
+    if (type == Type::bfloat16) return name##_of<bfloat16>(p, loop);       \
+    name##_of<float>(p, loop);                                             \
+  }
+#else
+constexpr bool has_bfloat16 = false;
+#define SOLA_BY_TYPE(name, Problem) \
+  void name(const Problem& p, Type, ParallelFor loop) { name##_of<float>(p, loop); }
+#endif
+SOLA_BY_TYPE(shift, ShiftLinear)
+SOLA_BY_TYPE(element, ElementLinear)
+SOLA_BY_TYPE(spatial_mix, SpatialMix)
+SOLA_BY_TYPE(channel_mix, ChannelMix)
+#undef SOLA_BY_TYPE
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+extern const Linear linear = {has_bfloat16, shift, element, spatial_mix, channel_mix, &avx512::linear_backward};
+#else
+extern const Linear linear = {has_bfloat16, shift, element, spatial_mix, channel_mix, &linear_backward};
+#endif
+
+}  // namespace sola::SOLA_ISA

@@ -87,6 +87,8 @@ def _shift_linear_in_bands(
 
 def gate_linear(receptance: Tensor, value: Tensor, projection: nn.Linear) -> Tensor:
     """linear(sigmoid(receptance) * value): [B, H, W, C] twice -> [B, H, W, D]."""
+    if in_tiles(value, projection) and receptance.dtype == value.dtype:
+        return torch.ops.sola.gate_linear(receptance, value, projection.weight)
     if in_bands(value, projection):
         receptance, value = receptance.contiguous(), value.contiguous()
         made = value.new_empty((*value.shape[:3], projection.out_features))

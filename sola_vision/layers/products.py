@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of tokens by weights, by the faster of the two libraries that torch has on a CPU.
+"""Matrix products of tokens by weights, by the faster of the two libraries that torch has on a CPU. (Those with passes
+around them are the kernel's own where it can, see `projections.py`.)
 
 torch multiplies float32 matrices with MKL, which on AMD's processors stays with AVX2, and convolves with oneDNN, which
 takes the AVX-512 that is there. A 1x1 convolution is the same product, on such a processor twice as fast (docs/

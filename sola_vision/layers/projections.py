@@ -4,6 +4,8 @@
 The pass's result is as large as the product's and cheap to compute. Autograd would keep it for the weights' gradient;
 on a CPU it is computed again in the backward, so that a linear layer keeps about half as much. On a GPU autograd does
 keep it: there the host's time for one more launch counts, and activation checkpointing is for those who lack memory.
+
+Where the CPU kernel multiplies, pass and products are one operator (`ops/linear.py`), in inference and in training.
 """
 
 from collections.abc import Callable, Sequence

@@ -79,24 +79,16 @@ inline bool is_zero(float a) {
 constexpr uint32_t exp_range = 128;
 constexpr double exp_limit = 44.0;
 
-// Without that, for a within [-87, 0]: bias 0.
-template <int bias>
-SOLA_FORCED inline F exp_polynomial(F a, F& shifted) {
-  constexpr float constant = 12582912.0f + bias, unit = bias == 64 ? 0x1p-64f : 1.0f;
-  shifted = a * 1.44269504f + constant;
+SOLA_FORCED inline F exp(F a, U& seen) {
+  constexpr float constant = 12582912.0f + 64, unit = 0x1p-64f;
+  const F shifted = a * 1.44269504f + constant;
   const F r = a - (shifted - constant) * 0.693147181f;
   const F square = r * r;  // Estrin's form: half as many steps in a row as Horner's
   const F high = square * (unit * 0.00138146132f) + (r * (unit * 0.00836870982f) + unit * 0.0416683874f);
   const F middle = high * square + (r * (unit * 0.166665207f) + unit * 0.499999935f);
   const F p = middle * square + (r * unit + unit);
-  return as_float(as_bits(p) + (as_bits(shifted) << 23));
-}
-
-SOLA_FORCED inline F exp(F a, U& seen) {
-  F shifted;
-  const F result = exp_polynomial<64>(a, shifted);
   seen |= as_bits(shifted) ^ 0x4b400000u;
-  return result;
+  return as_float(as_bits(p) + (as_bits(shifted) << 23));
 }
 
 SOLA_FORCED inline F exp(F a) {

@@ -12,8 +12,6 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr int64_t tile_tokens = 96;            // a multiple of what a product takes together in each type
-constexpr int64_t slice = 384;                 // inputs of a product at a time
 constexpr int64_t bytes_of_tiles = 1024 << 10;  // of a thread, so that they stay in its second-level cache
 
 // tokens of a tile which have so many bytes in all their rows

@@ -12,9 +12,6 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr int64_t tile_tokens = 96;
-constexpr int64_t slice = 384;  // inputs of a weight at a time
-
 // a weight [outputs, inputs] as right factor of g: panels of inputs [outputs, panel]
 Packed<float> packed(const Gradient& g) {
   return {static_cast<const float*>(g.weight.packed), g.weight.outputs, g.weight.inputs};

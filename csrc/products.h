@@ -12,6 +12,8 @@ namespace {
 // tokens whose sums a product of float32 holds in registers, of which there are 32 or 16, beside two registers of weights
 // and a factor
 constexpr int together = register_bytes == 64 ? 12 : 6;
+constexpr int64_t tile_tokens = 96;  // at the most: a multiple of that, and of the matrix unit's 32
+constexpr int64_t slice = 384;       // inputs of a weight at a time
 
 // Numbers of a thread [tokens, width], zero at first. Rows take an odd number of the cache's lines, since at multiples of
 // large powers of two they would share a few places in it.
@@ -156,10 +158,6 @@ void multiply_block(const bfloat16* left, int64_t stride, const bfloat16* right,
 
 #else
 
-struct MatrixUnit {
-  MatrixUnit() {}  // nothing to set
-};
-
 template <bool onto>
 void multiply_block(const bfloat16* left, int64_t stride, const bfloat16* right, int64_t depth, float* sums,
                     int64_t sums_stride) {
@@ -198,12 +196,12 @@ void multiply_panel(const bfloat16* left, int64_t stride, int64_t tokens, const 
   }
 }
 
-#else
+#endif
 
+#if !defined(__AMX_BF16__)
 struct MatrixUnit {
-  MatrixUnit() {}
+  MatrixUnit() {}  // nothing to set
 };
-
 #endif
 
 // ---- a panel's product for a tile's tokens

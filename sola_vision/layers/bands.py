@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference on a CPU goes through an image in bands of rows, so that what a pass writes is still in the cache when the
-next one reads it, and large intermediates never exist as a whole.
+"""How a linear layer computes on a CPU: a tile of tokens at a time where the kernel multiplies (`csrc/linear.cpp`). Else
+inference goes through an image in bands of rows, so that what a pass writes is still in the cache when the next one
+reads it, and large intermediates never exist as a whole.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sola_vision.ops import cpu, pinned, seen_through, tangents
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
-# from which packing the weights is worth it
+# from which packing the weights in every call is worth it (benchmarks/tiles.py)
 _TOKENS_PER_CHANNEL = {torch.float32: 2.0, torch.bfloat16: 0.5}
 
 
@@ -62,7 +63,8 @@ def _values_only(x: Tensor, *projections: nn.Module) -> bool:
 def multiplied_in_tiles(x: Tensor, *others: Tensor) -> bool:
     """Whether the kernel has products of x, and tensors like it, by weights, and they are worth that it packs these."""
     return (
-        cpu.multiplies(x.dtype)
+        x.device.type == "cpu"
+        and cpu.multiplies(x.dtype)
         and x.numel() >= _TOKENS_PER_CHANNEL[x.dtype] * x.shape[-1] ** 2
         and all(other.dtype == x.dtype for other in others)
         and not torch.is_autocast_enabled("cpu")

@@ -335,3 +335,27 @@ def test_a_global_hook_sees_all_parts():
         layer(x)
     hook.remove()
     assert seen.count(torch.nn.Linear) == 7
+
+
+def test_a_compiled_layer_multiplies_in_tiles_and_an_exported_one_does_not():
+    if not cpu.multiplies(torch.float32):
+        pytest.skip("there is no kernel that multiplies in tiles")
+    layer, x, graphs = LinearLayer(12).eval(), torch.randn(2, 9, 7, 12), []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        expected, _ = layer(x)
+        found, _ = torch.compile(layer, backend=keep, fullgraph=True)(x)
+        exported = torch.export.export(layer, (x,)).module()
+        again, _ = exported(x)
+    (compiled,) = graphs
+    tiled = ("norm_shift_linear", "spatial_mix", "channel_mix")
+    calls = [[str(node.target) for node in graph.graph.nodes] for graph in (compiled, exported)]
+    assert all(any(f"sola.{name}" in call for call in calls[0]) for name in tiled)
+    assert not any(f"sola.{name}" in call for name in tiled for call in calls[1])
+    assert any("sola.norm_shift" in call for call in calls[1])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(again, expected)

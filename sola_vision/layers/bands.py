@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a linear layer computes on a CPU: a tile of tokens at a time where the kernel multiplies (`csrc/linear.cpp`). Else
-inference goes through an image in bands of rows, so that what a pass writes is still in the cache when the next one
-reads it, and large intermediates never exist as a whole.
+"""How a linear layer computes on a CPU: a tile of tokens at a time, where the kernel multiplies (`csrc/linear.cpp`);
+otherwise inference goes through an image in bands of rows, so that what a pass writes is still in the cache when the
+next one reads it, and large intermediates never exist as a whole.
 """
 
 from collections.abc import Iterator

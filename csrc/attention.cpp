@@ -33,10 +33,12 @@ struct Workspace {
         total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels_of_task * panel))) {}
 };
 
-// weights of a block of keys in place of its scores; what was summed before is brought to the new maximum
+// weights of a block of keys in place of its scores, relative to an integer near the maximum; what was summed before is
+// brought to a new one
 void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
-  const float* queries = space.queries + p * panel * dim;
-  F most[wide] = {space.most[p][0], space.most[p][1]};
+  const float* const queries = space.queries + p * panel * dim;
+  float* const scores = space.scores;
+  F most[wide] = {splat(none), splat(none)};
   for (int64_t j = 0; j < keys; j += rows) {
     F sums[rows][wide] = {};
     multiply(sums, space.keys + j * space.tall, space.tall, 1, queries, panel, dim);
@@ -45,21 +47,24 @@ void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
       for (int v = 0; v < wide; ++v) {
         const F s = j + r < keys ? sums[r][v] : splat(none);
         most[v] = larger(most[v], s);
-        narrow(space.scores + (j + r) * panel + v * W, s);
+        narrow(scores + (j + r) * panel + v * W, s);
       }
     }
   }
   for (int v = 0; v < wide; ++v) {
-    const F kept = weight(F(space.most[p][v]) - most[v]);
-    space.most[p][v] = most[v];
+    const F before = space.most[p][v], now = larger(before, whole(most[v]));
+    const Reference reference(now);
+    const F kept = power(before, reference);
+    space.most[p][v] = now;
     F total = F(space.total[p][v]) * kept;
-    for (int64_t j = 0; j < keys; ++j) {
-      float* const at = space.scores + j * panel + v * W;
-      const F w = weight(widen(at) - most[v]);
+#pragma GCC unroll 4
+    for (float *at = scores + v * W, *const end = at + keys * panel; at < end; at += panel) {
+      const F w = power(widen(at), reference);
       total += w;
       narrow(at, w);
     }
     space.total[p][v] = total;
+    if (memcmp(&before, &now, sizeof now) == 0) continue;
     float* const results = space.results + p * panel * space.tall + v * W;
     for (int64_t d = 0; d < space.tall; ++d) narrow(results + d * panel, widen(results + d * panel) * kept);
   }
@@ -88,7 +93,7 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
       }
     }
   }
-  if (!fits(of_queries, of_keys, of_values, h.dim)) return false;
+  if (!fits(of_queries, of_keys, h.dim, largest_score) || !fits(of_values, largest)) return false;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = first + p * panel, left = queries - p * panel;
     Lanes factor[wide];

@@ -36,24 +36,33 @@ struct Workspace {
 // weights and gradients of scores, of a block of keys by the panel
 void differentiate(const Workspace& space, int64_t first, int64_t keys, int64_t dim) {
   const float *key = space.keys + first * space.broad, *value = space.values + first * space.broad;
-  const F lse[wide] = {widen(space.lse), widen(space.lse + W)}, delta[wide] = {widen(space.delta), widen(space.delta + W)};
+  float *const weights = space.weights, *const of_scores = space.of_scores;
   for (int64_t j = 0; j < keys; j += rows) {
-    F s[rows][wide] = {}, dp[rows][wide] = {};
-    multiply(s, key + j * space.broad, space.broad, 1, space.queries, panel, dim);
-    float* const weights = space.weights + j * panel;
+    F sums[rows][wide] = {};
+    multiply(sums, key + j * space.broad, space.broad, 1, space.queries, panel, dim);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < wide; ++v) {
-        const F below = s[r][v] - lse[v];  // above zero by rounding only, and where there is no key
-        narrow(weights + r * panel + v * W, weight(below > 0.0f ? F{} : below));
-      }
+      for (int v = 0; v < wide; ++v) narrow(weights + (j + r) * panel + v * W, sums[r][v]);
     }
-    multiply(dp, value + j * space.broad, space.broad, 1, space.grads, panel, dim);
+  }
+  const Reference one(F{});
+  for (int v = 0; v < wide; ++v) {
+    const F lse = widen(space.lse + v * W);
+#pragma GCC unroll 4
+    for (float *at = weights + v * W, *const end = at + up(keys, rows) * panel; at < end; at += panel) {
+      const F below = widen(at) - lse;  // above zero by rounding only, and where there is no key
+      narrow(at, power(below > 0.0f ? F{} : below, one));
+    }
+  }
+  const F delta[wide] = {widen(space.delta), widen(space.delta + W)};
+  for (int64_t j = 0; j < keys; j += rows) {
+    F sums[rows][wide] = {};
+    multiply(sums, value + j * space.broad, space.broad, 1, space.grads, panel, dim);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       for (int v = 0; v < wide; ++v) {
-        const F ds = widen(weights + r * panel + v * W) * (dp[r][v] - delta[v]);
-        narrow(space.of_scores + (j + r) * panel + v * W, ds);
+        const int64_t at = (j + r) * panel + v * W;
+        narrow(of_scores + at, widen(weights + at) * (sums[r][v] - delta[v]));
       }
     }
   }
@@ -111,7 +120,7 @@ bool fast(const Head<T>& h, const Workspace& space) {
   for (int64_t i = 0; i < padded * space.broad; ++i) space.of_keys[i] = space.of_values[i] = 0.0f;
   U queries{}, grads{};
   for (int64_t q = 0; q < h.tokens; q += panel) add_panel(h, space, q, h.tokens - q, queries, grads);
-  if (!fits(queries, keys, U{}, h.dim) || !fits(grads, values, U{}, h.dim)) return false;
+  if (!fits(queries, keys, h.dim, largest_score) || !fits(grads, values, h.dim, largest)) return false;
   for (int64_t i = 0; i < h.tokens; ++i) {
     for (int64_t d = 0; d < h.dim; d += W) {
       const int64_t from = i * space.broad + d;

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdlib>
 
-#include "lanes.h"
+#include "exponential.h"
 
 namespace sola::SOLA_ISA {
 namespace {

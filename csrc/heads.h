@@ -2,6 +2,7 @@
 // Where a head's rows lie in the arrays of attention, and how its queries, keys and values become numbers that fit.
 #pragma once
 #include "attention.h"
+#include "exponential.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -10,21 +11,9 @@ namespace {
 
 constexpr int64_t block = 64;     // keys whose scores by a panel of queries exist at a time
 constexpr float largest = 1e30f;  // of products and values; what is larger takes the plain loops in float64
+constexpr float largest_score = 1e12f;
 
 constexpr float log2_e = 1.44269504f;  // scores are multiplied by it, since 2^x takes fewer steps than e^x
-
-// 2^below to 2e-7, exact for 0; zero from 2^-125 on: the least weight is taken off all, which larger ones do not notice
-SOLA_FORCED inline F weight(F below) {
-  below = larger(splat(-125.0f), below);
-  const F shifted = below + 12582912.0f;  // rounds to an integer and leaves it in the low bits
-  const F r = below - (shifted - 12582912.0f);
-  F p = r * 0.00132029823f + 0.00967495193f;
-  p = p * r + 0.0555104738f;
-  p = p * r + 0.24022166f;
-  p = p * r + 0.693146596f;
-  p = p * r + 1.0f;
-  return as_float(as_bits(p) + (as_bits(shifted) << 23)) - 0x1p-125f;
-}
 
 template <class T>
 struct Head {
@@ -79,10 +68,10 @@ inline double weights_of(const double* query, const double* keys, int64_t tokens
   return most + __builtin_log(total);
 }
 
-// whether scores stay finite, and sums of values
-inline bool fits(U queries, U keys, U values, int64_t dim) {
-  const float most = __builtin_sqrtf(largest / static_cast<float>(dim));
-  return fits(queries, most) && fits(keys, most) && fits(values, largest);
+// whether products of rows stay within a bound
+inline bool fits(U left, U right, int64_t dim, float most) {
+  const float root = __builtin_sqrtf(most / static_cast<float>(dim));
+  return fits(left, root) && fits(right, root);
 }
 
 // zeros, for the plain loops

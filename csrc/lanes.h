@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One SIMD register of channels: vector types of the compiler (GCC and Clang), loads and stores that convert, exp.
-// No intrinsics but for float16, so the same lines make SSE2, AVX2, AVX-512 and NEON. Everything lies in the namespace
+// One SIMD register of channels: vector types of the compiler (GCC and Clang), loads and stores that convert.
+// Few intrinsics, so the same lines make SSE2, AVX2, AVX-512 and NEON. Everything lies in the namespace
 // of its instruction set, and nothing comes from the C++ library: a shared inline function compiled for AVX-512 must
 // not be the copy that the linker keeps for everyone.
 #pragma once
@@ -69,31 +69,6 @@ inline bool is_zero(float a) {
   uint32_t bits;
   memcpy(&bits, &a, sizeof bits);
   return bits == 0;
-}
-
-// exp(a) to 1.1 ulp for small a and 2.5 ulp for |a| near the limit of 44, with fused multiply-adds; for larger a and NaN
-// the result is nonsense, and afterwards `seen` >= exp_range. exp(a) = 2^n exp(r) with |r| <= ln(2) / 2: adding
-// 1.5 * 2^23 + 64 rounds to an integer and leaves n + 64 in the low bits. From there it is added to the exponent of
-// exp(r), which the polynomial makes 2^64 times too small; and n is within [-64, 63] exactly if no other bits differ
-// from the constant's. Their union over all arguments is the check.
-constexpr uint32_t exp_range = 128;
-constexpr double exp_limit = 44.0;
-
-SOLA_FORCED inline F exp(F a, U& seen) {
-  constexpr float constant = 12582912.0f + 64, unit = 0x1p-64f;
-  const F shifted = a * 1.44269504f + constant;
-  const F r = a - (shifted - constant) * 0.693147181f;
-  const F square = r * r;  // Estrin's form: half as many steps in a row as Horner's
-  const F high = square * (unit * 0.00138146132f) + (r * (unit * 0.00836870982f) + unit * 0.0416683874f);
-  const F middle = high * square + (r * (unit * 0.166665207f) + unit * 0.499999935f);
-  const F p = middle * square + (r * unit + unit);
-  seen |= as_bits(shifted) ^ 0x4b400000u;
-  return as_float(as_bits(p) + (as_bits(shifted) << 23));
-}
-
-SOLA_FORCED inline F exp(F a) {
-  U seen;
-  return exp(a, seen = U{});
 }
 
 // 1 / a to about 1 ulp, for a neither subnormal nor so large that 1 / a is; division would be the slowest step

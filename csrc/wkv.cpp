@@ -29,8 +29,8 @@
 
 #include <cstring>
 
-#include "lanes.h"
 #include "attention.h"
+#include "exponential.h"
 #include "linear.h"
 #include "passes.h"
 #include "robust.h"
@@ -134,6 +134,8 @@ struct Tokens {
         stride(a.row_stride),
         n(Whole ? W : r.n) {}
   F operator[](int64_t j) const { return load(data + j * stride, n); }
+  // asks for a line that will be written: one that is not in the cache holds up all later writes
+  void expect(int64_t j) const { __builtin_prefetch(data + j * stride, 1); }
   void set(int64_t j, F f) const { store(data + j * stride, f, n); }
 };
 
@@ -306,6 +308,7 @@ void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot) 
   F decay = {}, bonus = {};
   Pair before{slot[FH], slot[FQ]}, after{slot[BH], slot[BQ]};
   replay<T, Whole>(p, r, start, slot, tokens, [&](int j, const Token& t, const Pair& left, F h, F q, F, F) {
+    grad_key.expect(j), grad_value.expect(j);
     adjoint[j] = {h, q, before.a + gain * h, before.b + gain * q, left.a, left.b};
     decay += t.rx * before.a;
     decay -= t.re * before.b;

@@ -97,6 +97,20 @@ def test_scores_that_grow_along_the_keys_and_ones_that_fall(path):
         assert error(found[2], exact[2]) < 1e-4
 
 
+@pytest.mark.parametrize("score", [sign * size for size in (1e3, 1e6, 4e9, 1e12, 1e15) for sign in (1, -1)])
+def test_keys_that_are_all_the_same_weigh_the_same(path, score):
+    """Below, at and above the largest scores of the fast path; alone, and before one that a third of all keys exceeds."""
+    root = abs(score) ** 0.5 / 2  # times sqrt(16)
+    qkv, _ = inputs(1, 99, 1, 16)
+    qkv[..., :32] = 0.0
+    qkv[..., 0], qkv[..., 16] = root, 4 * root * (1 if score > 0 else -1)
+    out = torch.ops.sola.attention(qkv, 16)[0]
+    torch.testing.assert_close(out, qkv[..., 32:].mean(1, keepdim=True).expand_as(out), rtol=1e-5, atol=1e-6)
+    qkv[:, 66:, 16] += root
+    out = torch.ops.sola.attention(qkv, 16)[0]
+    torch.testing.assert_close(out, qkv[:, 66:, 32:].mean(1, keepdim=True).expand_as(out), rtol=1e-5, atol=1e-6)
+
+
 def test_laws(path):
     qkv, _ = inputs(2, 77, 3, 32)
     run = torch.ops.sola.attention

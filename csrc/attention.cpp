@@ -12,8 +12,7 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr int panels_of_task = 256 / panel;  // which share copies of keys and values
-constexpr float none = -1e30f;               // the score of a key that is not there
+constexpr float none = -1e30f;  // the score of a key that is not there
 
 struct Workspace {
   int64_t tall;  // head_dim in whole tiles
@@ -21,16 +20,16 @@ struct Workspace {
   float *keys, *values, *scores, *queries, *results;  // [block, tall] twice, [block, panel], [panels, dim or tall, panel]
   Lanes (*most)[wide], (*total)[wide];                // of each panel
 
-  explicit Workspace(int64_t dim)
+  Workspace(int64_t dim, int64_t panels)
       : tall(up(dim, rows)),
-        memory(2 * block * tall + block * panel + panels_of_task * panel * (dim + tall + 2), 7),
+        memory(2 * block * tall + block * panel + panels * panel * (dim + tall + 2), 7),
         keys(memory.take(block * tall)),
         values(memory.take(block * tall)),
         scores(memory.take(block * panel)),
-        queries(memory.take(panels_of_task * panel * dim)),
-        results(memory.take(panels_of_task * panel * tall)),
-        most(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels_of_task * panel))),
-        total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels_of_task * panel))) {}
+        queries(memory.take(panels * panel * dim)),
+        results(memory.take(panels * panel * tall)),
+        most(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))),
+        total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))) {}
 };
 
 // weights of a block of keys in place of its scores, relative to an integer near the maximum; what was summed before is
@@ -127,16 +126,35 @@ void robust(const Head<T>& h, int64_t first, int64_t queries) {
   }
 }
 
+// How a head's queries are divided: as many panels as their own rows and results fit the second-level cache with share
+// copies of keys and values, whose rows lie far apart; fewer where threads would have nothing to do.
+struct Division {
+  int64_t panels, tasks;  // of a task, of a head
+
+  explicit Division(const Attention& a) {
+    constexpr int64_t cache = 512 << 10, least = 256 / panel;
+    const int64_t all = (a.tokens + panel - 1) / panel, heads = a.batch * a.heads;
+    const int64_t each = cache / (panel * (a.head_dim + up(a.head_dim, rows)) * static_cast<int64_t>(sizeof(float)));
+    const int64_t fewest = pieces(all, each > least ? each : least), most = pieces(all, least);
+    const int64_t wanted = pieces(4 * a.threads, heads);
+    tasks = wanted < fewest ? fewest : wanted > most ? most : wanted;
+    panels = pieces(all, tasks);
+    tasks = pieces(all, panels);
+  }
+  static int64_t pieces(int64_t count, int64_t each) { return (count + each - 1) / each; }
+};
+
 template <class T>
 void forward(const Attention& a, ParallelFor loop) {
-  constexpr int64_t each = panels_of_task * panel;
-  const int64_t tasks = (a.tokens + each - 1) / each;
-  parallel(loop, a.batch * a.heads * tasks, 1, [&a, tasks](int64_t begin, int64_t end) {
+  if (a.batch * a.tokens * a.heads == 0) return;
+  const Division division(a);
+  parallel(loop, a.batch * a.heads * division.tasks, 1, [&a, division](int64_t begin, int64_t end) {
     const FlushSubnormals keep(false);
-    const Workspace space(a.head_dim);
+    const Workspace space(a.head_dim, division.panels);
     for (int64_t i = begin; i < end; ++i) {
-      const Head<T> head(a, i / tasks);
-      const int64_t first = i % tasks * each, queries = a.tokens - first < each ? a.tokens - first : each;
+      const Head<T> head(a, i / division.tasks);
+      const int64_t each = division.panels * panel, first = i % division.tasks * each;
+      const int64_t queries = a.tokens - first < each ? a.tokens - first : each;
       if (!fast(head, first, queries, space)) robust(head, first, queries);
     }
   });

@@ -11,6 +11,7 @@ namespace sola {
 
 struct Attention {
   int64_t batch = 0, tokens = 0, heads = 0, head_dim = 0;
+  int64_t threads = 1;
   const void* qkv = nullptr;  // [batch, tokens, 3, heads, head_dim]
   void* out = nullptr;        // [batch, tokens, heads, head_dim]; read in the backward
   float* lse = nullptr;       // [batch, heads, tokens]; read in the backward

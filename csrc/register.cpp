@@ -132,9 +132,8 @@ struct Call {
                                                                               : Type::float32;
     w = parameter(decay, "sola::wkv: decay");
     u = parameter(bonus, "sola::wkv: bonus");
-    uint32_t threads = 1;
-    check(shim.torch_get_num_threads(&threads), "count its threads");
-    problem.batch = sizes[0], problem.tokens = sizes[1], problem.channels = sizes[2], problem.threads = threads;
+    problem.batch = sizes[0], problem.tokens = sizes[1], problem.channels = sizes[2];
+    problem.threads = thread_count();
     problem.decay = w.data(), problem.bonus = u.data();
     problem.key = input(key, key_type);
     problem.value = input(value, value_type);

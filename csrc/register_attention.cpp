@@ -26,6 +26,7 @@ struct Call {
     }
     problem.batch = sizes[0], problem.tokens = sizes[1];
     problem.heads = sizes[2] / (3 * head_dim), problem.head_dim = head_dim;
+    problem.threads = thread_count();
     problem.qkv = readable(qkv, "sola::attention: qkv", sizes, type);
     // there is no kernel in float64: torch's own operators compute that, and do not come here
     if (type == Type::float64) throw std::invalid_argument("sola::attention: float64 has no kernel; use ops.attention");

@@ -212,9 +212,7 @@ struct ProductGradient {
 
 // pieces of the tokens, each of which sums a weight's gradient for itself
 int64_t parts_of(int64_t pieces) {
-  uint32_t threads = 1;
-  check(shim.torch_get_num_threads(&threads), "count its threads");
-  return std::max<int64_t>(1, std::min<int64_t>(threads, pieces));
+  return std::max<int64_t>(1, std::min<int64_t>(thread_count(), pieces));
 }
 
 void element_backward(Tensor* receptance, Tensor& value, ProductGradient& product, Value* out) {

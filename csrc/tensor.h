@@ -19,6 +19,12 @@ using torch::Value;
 
 inline std::array<int32_t, 4> dtypes;  // torch's numbers, in the order of Type
 
+inline int64_t thread_count() {
+  uint32_t threads = 1;
+  check(shim.torch_get_num_threads(&threads), "count its threads");
+  return threads;
+}
+
 class Tensor {
   Handle handle_ = nullptr;
 

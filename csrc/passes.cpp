@@ -161,6 +161,7 @@ SOLA_BY_TYPE(squared_relu_backward, Pointwise)
 
 }  // namespace
 
-extern const Passes passes = {shift, shift_backward, gate, gate_backward, squared_relu, squared_relu_backward};
+extern const Passes passes = {shift,        shift_backward,        gate,          gate_backward,
+                              squared_relu, squared_relu_backward, depthwise_gelu};
 
 }  // namespace sola::SOLA_ISA

@@ -30,10 +30,9 @@ def project(x: Tensor, projection: nn.Linear) -> Tensor:
     """projection(x): [..., K] -> [..., D]."""
     convolves = (
         type(x) is Tensor  # not what torch.fx traces with
-        and not torch.compiler.is_compiling()
+        and unchanged(projection)
         and _convolves(x, projection.weight)
         and x.shape[-1] == projection.in_features
-        and unchanged(projection)
         and not torch.nn.modules.module._has_any_global_hook()
         and pinned() in (None, "native")
         and not seen_through(x)
@@ -79,7 +78,8 @@ def _image(x: Tensor) -> Tensor:
 
 def _convolves(x: Tensor, other: Tensor) -> bool:
     return (
-        _convolution_is_faster()
+        not torch.compiler.is_compiling()
+        and _convolution_is_faster()
         and not torch.jit.is_tracing()  # a traced file is for any processor
         and x.device.type == other.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32

@@ -99,7 +99,7 @@ def test_scores_that_grow_along_the_keys_and_ones_that_fall(path):
 
 @pytest.mark.parametrize("score", [sign * size for size in (1e3, 1e6, 4e9, 1e12, 1e15) for sign in (1, -1)])
 def test_keys_that_are_all_the_same_weigh_the_same(path, score):
-    """Below, at and above the largest scores of the fast path; alone, and before one that a third of all keys exceeds."""
+    """Below, at and above the largest scores of the fast path; then a third of the keys exceeds the others."""
     root = abs(score) ** 0.5 / 2  # times sqrt(16)
     qkv, _ = inputs(1, 99, 1, 16)
     qkv[..., :32] = 0.0

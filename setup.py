@@ -45,7 +45,7 @@ def kernel_sources(bfloat16: bool) -> dict[str, list[str]]:
     more = {"avx512_bf16": AVX512_BF16, "amx": AMX} if x86 and bfloat16 else {}
     objects = {
         f"{source}_{name}": [f"csrc/{source}.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags]
-        for source in ("linear", "linear_backward", "wkv", "passes", "depthwise", "attention", "attention_backward")
+        for source in ("linear", "linear_backward", "wkv", "passes", "attention", "attention_backward")
         for name, flags in (sets | (more if source == "linear" else {})).items()
     }
     defines = (["-DSOLA_X86"] if x86 else []) + (["-DSOLA_BFLOAT16"] if more else [])

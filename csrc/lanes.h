@@ -252,8 +252,6 @@ class FlushSubnormals {
   FlushSubnormals(const FlushSubnormals&) = delete;
 };
 
-inline int at_most_W(int64_t n) { return static_cast<int>(n < W ? n : W); }
-
 // the first n of W channels at a; the others are zero and stay unwritten
 template <class T>
 inline F load(const T* a, int n) {

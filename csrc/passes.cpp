@@ -161,7 +161,6 @@ SOLA_BY_TYPE(squared_relu_backward, Pointwise)
 
 }  // namespace
 
-extern const Passes passes = {shift,        shift_backward,        gate,          gate_backward,
-                              squared_relu, squared_relu_backward, depthwise_gelu};
+extern const Passes passes = {shift, shift_backward, gate, gate_backward, squared_relu, squared_relu_backward};
 
 }  // namespace sola::SOLA_ISA

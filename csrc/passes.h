@@ -32,15 +32,6 @@ struct Pointwise {
   void *out = nullptr, *grad_receptance = nullptr, *grad_value = nullptr;
 };
 
-// out = gelu(convolution of x + offset), 3x3 and depth-wise, with zeros outside of the image
-struct Depthwise {
-  int64_t images = 0, height = 0, width = 0, channels = 0;
-  int64_t padded = 0;  // channels, to whole registers of any size
-  const float *offset = nullptr, *weight = nullptr, *bias = nullptr;  // [padded], [9, padded], [padded]
-  const void* x = nullptr;  // [images, height, width, channels]
-  void* out = nullptr;      // like x
-};
-
 struct Passes {
   void (*shift)(const Shift&, Type, ParallelFor);
   void (*shift_backward)(const Shift&, Type, ParallelFor);
@@ -48,20 +39,16 @@ struct Passes {
   void (*gate_backward)(const Pointwise&, Type, ParallelFor);  // grad_receptance, grad_value
   void (*squared_relu)(const Pointwise&, Type, ParallelFor);   // out = max(value, 0)^2
   void (*squared_relu_backward)(const Pointwise&, Type, ParallelFor);
-  void (*depthwise_gelu)(const Depthwise&, Type, ParallelFor);  // not in float64
 };
 
 namespace generic {
 extern const Passes passes;
-void depthwise_gelu(const Depthwise&, Type, ParallelFor);
-}  // namespace generic
+}
 namespace avx2 {
 extern const Passes passes;
-void depthwise_gelu(const Depthwise&, Type, ParallelFor);
-}  // namespace avx2
+}
 namespace avx512 {
 extern const Passes passes;
-void depthwise_gelu(const Depthwise&, Type, ParallelFor);
-}  // namespace avx512
+}
 
 }  // namespace sola

@@ -112,54 +112,17 @@ void squared_relu_backward(Value* stack, uint64_t, uint64_t) {
   stack[0] = out.release();
 }
 
-// ---- depth-wise convolution with gelu
-
-void depthwise_gelu(Value* stack, uint64_t, uint64_t) {
-  Tensor x(stack[0]), offset(stack[1]), weight(stack[2]), bias(stack[3]);
-  const std::vector<int64_t> sizes = x.sizes();
-  const Type type = x.type("sola::depthwise_gelu: x");
-  if (sizes.size() != 4) {
-    throw std::invalid_argument("sola::depthwise_gelu: x is " + text(sizes) + ", expected [batch, height, width, channels]");
-  }
-  // there is no kernel in float64: torch's own operators compute that, and do not come here
-  if (type == Type::float64) throw std::invalid_argument("sola::depthwise_gelu: float64 has no kernel; use torch's conv2d");
-  expect(offset, "sola::depthwise_gelu: offset", {sizes[3]}, "[channels]");
-  expect(weight, "sola::depthwise_gelu: weight", {sizes[3], 1, 3, 3}, "[channels, 1, 3, 3]");
-  expect(bias, "sola::depthwise_gelu: bias", {sizes[3]}, "[channels]");
-  Depthwise p;
-  p.images = sizes[0], p.height = sizes[1], p.width = sizes[2], p.channels = sizes[3];
-  p.padded = (p.channels + 15) / 16 * 16;
-  std::vector<float> numbers(static_cast<size_t>(11 * p.padded));  // a row of channels for each of 11 numbers
-  const auto rows = [&](const Tensor& tensor, const char* name, int64_t count, int64_t first) {
-    const std::vector<double> found = parameter(tensor, name);
-    for (int64_t row = 0; row < count; ++row) {
-      float* const to = numbers.data() + (first + row) * p.padded;
-      for (int64_t c = 0; c < p.channels; ++c) to[c] = static_cast<float>(found[c * count + row]);
-    }
-    return numbers.data() + first * p.padded;
-  };
-  p.weight = rows(weight, "sola::depthwise_gelu: weight", 9, 0);
-  p.bias = rows(bias, "sola::depthwise_gelu: bias", 1, 9);
-  p.offset = rows(offset, "sola::depthwise_gelu: offset", 1, 10);
-  p.x = flat(x, "sola::depthwise_gelu: x", type);
-  Tensor out = Tensor::empty(sizes, type);
-  p.out = out.write();
-  if (count(sizes) > 0) current_passes().depthwise_gelu(p, type, parallel_for);
-  stack[0] = out.release();
-}
-
 }  // namespace
 
-const std::array<NamedKernel, 9>& named_passes() {
-  static const std::array<NamedKernel, 9> all{{{"norm_shift", norm_shift},
+const std::array<NamedKernel, 8>& named_passes() {
+  static const std::array<NamedKernel, 8> all{{{"norm_shift", norm_shift},
                                              {"norm_shift_backward", norm_shift_backward},
                                              {"gate", gate},
                                              {"gate_backward", gate_backward},
                                              {"gated_sum", gated_sum},
                                              {"gated_sum_", gated_sum_},
                                              {"squared_relu", squared_relu},
-                                             {"squared_relu_backward", squared_relu_backward},
-                                             {"depthwise_gelu", depthwise_gelu}}};
+                                             {"squared_relu_backward", squared_relu_backward}}};
   return all;
 }
 

@@ -15,8 +15,7 @@ inline const char* const pass_schemas[] = {
     "gated_sum(Tensor residual, Tensor receptance, Tensor value) -> Tensor",
     "gated_sum_(Tensor residual, Tensor receptance, Tensor value, Tensor(a!) out) -> ()",
     "squared_relu(Tensor x) -> Tensor",
-    "squared_relu_backward(Tensor x, Tensor grad) -> Tensor",
-    "depthwise_gelu(Tensor x, Tensor offset, Tensor weight, Tensor bias) -> Tensor"};
+    "squared_relu_backward(Tensor x, Tensor grad) -> Tensor"};
 
 struct NamedKernel {
   const char* name;
@@ -25,7 +24,7 @@ struct NamedKernel {
 
 // the passes of the instruction set in use
 const Passes& current_passes();
-const std::array<NamedKernel, 9>& named_passes();
+const std::array<NamedKernel, 8>& named_passes();
 
 inline double number(Value value) {
   double number = 0.0;

@@ -88,6 +88,8 @@ SOLA_FORCED inline void transpose(F (&square)[W]) {
   }
 }
 
+inline int at_most_W(int64_t n) { return static_cast<int>(n < W ? n : W); }
+
 // rows of which row(q, d) is a register from number d on -> [width, panel] at `to`
 template <class Row>
 SOLA_FORCED inline void turn_panel(int64_t width, float* to, const Row& row) {

@@ -45,33 +45,6 @@ def in_tiles(x: Tensor, *projections: nn.Linear) -> bool:
     return not exporting and _values_only(x, *projections) and multiplied_in_tiles(x, *weights)
 
 
-def in_one_pass(x: Tensor, before: nn.Linear, convolution: nn.Conv2d) -> bool:
-    """Whether the kernel convolves what `before` makes of x, and activates it, in one pass."""
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what is exported is for any processor
-    return (
-        type(x) is Tensor  # not what torch.fx traces with
-        and not exporting
-        and _values_only(x)
-        and cpu.multiplies(torch.float32)  # else multiply-adds are not fused
-        and unchanged(before)
-        and _depthwise(convolution)
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and all(each.dtype == x.dtype for each in (before.weight, convolution.weight))
-        and not (before.bias is None or convolution.bias is None)
-    )
-
-
-def _depthwise(convolution: nn.Conv2d) -> bool:
-    """Whether it is a 3x3 depth-wise convolution with zeros around the image, and nothing else."""
-    return (
-        exactly(convolution, nn.Conv2d)
-        and type(convolution.weight) in (nn.Parameter, Tensor)
-        and convolution.weight.shape[1:] == (1, 3, 3)
-        and (convolution.stride, convolution.padding, convolution.dilation) == ((1, 1),) * 3
-        and convolution.padding_mode == "zeros"
-    )
-
-
 def _values_only(x: Tensor, *projections: nn.Module) -> bool:
     """Whether nobody looks for more than values on a CPU: gradients need the intermediates, and a pinned path or a
     changed projection is to be seen in plain.

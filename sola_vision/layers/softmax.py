@@ -9,8 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.bands import in_one_pass
-from sola_vision.layers.products import product, project
+from sola_vision.layers.products import project
 from sola_vision.ops import attention
 
 
@@ -51,10 +50,6 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same."""
-        if in_one_pass(x, self.fc1, self.depthwise):
-            hidden = product(x, self.fc1.weight)
-            convolution = (self.depthwise.weight, self.depthwise.bias)
-            return project(torch.ops.sola.depthwise_gelu(hidden, self.fc1.bias, *convolution), self.fc2)
         x = project(x, self.fc1).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
         # not in the paper: before the activation, as in PVT v2, which introduced this MLP
         x = self.depthwise(x).permute(0, 2, 3, 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import autocast, depthwise, gpu_passes, linear, passes, portable, softmax
+from sola_vision.ops import autocast, gpu_passes, linear, passes, portable, softmax
 
 library = torch.library.Library("sola", "DEF")
 
@@ -76,5 +76,4 @@ for _name in ("wkv", "wkv_portable"):
 passes.register(library)
 gpu_passes.register(library)
 linear.register(library)
-depthwise.register(library)
 softmax.register(library)

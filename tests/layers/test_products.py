@@ -124,6 +124,11 @@ class Quantised(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
+def test_a_wrapper_without_a_weight_of_its_own_is_called(convolutions):
+    projection, x = nn.Linear(96, 64), torch.randn(400, 96)
+    assert torch.equal(products.project(x, nn.Sequential(projection)), projection(x))
+
+
 def test_a_weight_of_another_kind_multiplies_itself(convolutions):
     projection = nn.Linear(96, 8)
     projection.weight = nn.Parameter(torch.randn(8, 96).as_subclass(Quantised))

@@ -24,6 +24,7 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 # the kernels rely on fused multiply-adds; errno and traps would only keep loops from vectorising
 MATHS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# every processor with AVX-512 has prefetchw, without which GCC asks for a line only to read it
 AVX512 = [*AVX2, "-mprfchw", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # products of bfloat16, which compilers know since GCC 11 and Clang 12, assemblers since binutils 2.36
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]

@@ -126,19 +126,19 @@ void robust(const Head<T>& h, int64_t first, int64_t queries) {
   }
 }
 
-// How a head's queries are divided: as many panels as their own rows and results fit the second-level cache with share
-// copies of keys and values, whose rows lie far apart; fewer where threads would have nothing to do.
+// How a head's queries are divided into tasks, which share a copy of its keys and values, whose rows lie far apart: as
+// many panels as fit the second-level cache, queries and results, or fewer, so that all threads have some tasks; but not
+// less than 256 queries, which are worth the copy.
 struct Division {
   int64_t panels, tasks;  // of a task, of a head
 
   explicit Division(const Attention& a) {
-    constexpr int64_t cache = 512 << 10, least = 256 / panel;
-    const int64_t all = (a.tokens + panel - 1) / panel, heads = a.batch * a.heads;
-    const int64_t each = cache / (panel * (a.head_dim + up(a.head_dim, rows)) * static_cast<int64_t>(sizeof(float)));
-    const int64_t fewest = pieces(all, each > least ? each : least), most = pieces(all, least);
-    const int64_t wanted = pieces(4 * a.threads, heads);
-    tasks = wanted < fewest ? fewest : wanted > most ? most : wanted;
-    panels = pieces(all, tasks);
+    constexpr int64_t cache = 512 << 10, tasks_of_thread = 4, least = 256 / panel;
+    const int64_t all = pieces(a.tokens, panel);
+    const int64_t fit = cache / (panel * (a.head_dim + up(a.head_dim, rows)) * static_cast<int64_t>(sizeof(float)));
+    const int64_t fewest = pieces(all, fit > least ? fit : least), most = pieces(all, least);
+    const int64_t wanted = pieces(tasks_of_thread * a.threads, a.batch * a.heads);
+    panels = pieces(all, wanted < fewest ? fewest : wanted > most ? most : wanted);
     tasks = pieces(all, panels);
   }
   static int64_t pieces(int64_t count, int64_t each) { return (count + each - 1) / each; }

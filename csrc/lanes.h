@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One SIMD register of channels: vector types of the compiler (GCC and Clang), loads and stores that convert.
-// Few intrinsics, so the same lines make SSE2, AVX2, AVX-512 and NEON. Everything lies in the namespace
-// of its instruction set, and nothing comes from the C++ library: a shared inline function compiled for AVX-512 must
-// not be the copy that the linker keeps for everyone.
+// Few intrinsics, so the same lines make SSE2, AVX2, AVX-512 and NEON. Everything lies in the namespace of its
+// instruction set, and nothing comes from the C++ library: a shared inline function compiled for AVX-512 must not be the
+// copy that the linker keeps for everyone.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -18,7 +18,7 @@ int64_t up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 // the larger one; a if b is NaN
 inline F larger(F a, F b) {
 #if defined(__AVX512F__)
-  return (F)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);  // GCC makes two instructions of the other, and sometimes warns
+  return (F)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a);  // GCC may make two instructions of the other
 #else
   return b > a ? b : a;
 #endif

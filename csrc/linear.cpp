@@ -12,14 +12,16 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr int64_t bytes_of_tiles = 1024 << 10;  // of a thread, so that they stay in its second-level cache
+constexpr int64_t bytes_of_tiles = 1024 << 10;    // of a thread, so that they stay in its second-level cache
+constexpr int64_t bytes_of_weights = 2048 << 10;  // more than that do not, and come from further away for every tile
 
-// tokens of a tile which have so many bytes in all their rows
+// Tokens of a tile, which take so many numbers of memory and of float32 each, where they meet so many weights.
 template <class T>
-int64_t tokens_of_tile(int64_t bytes) {
-  constexpr int64_t least = sizeof(T) == 4 ? 2 * together : 32;
-  const int64_t most = bytes_of_tiles / (bytes + 1) / least * least;
-  return most < least ? least : most < tile_tokens ? most : tile_tokens;
+int64_t tokens_of_tile(int64_t numbers, int64_t of_float32, int64_t weights) {
+  constexpr int64_t least = sizeof(T) == 4 ? 2 * together : 32, size = sizeof(T);
+  const int64_t wanted = weights * size > bytes_of_weights ? 2 * tile_tokens : tile_tokens;
+  const int64_t most = bytes_of_tiles / (numbers * size + of_float32 * int64_t{sizeof(float)} + 1) / least * least;
+  return most < least ? least : most < wanted ? most : wanted;
 }
 
 template <class T>
@@ -49,6 +51,16 @@ void multiply(const Tile<T>& left, int64_t tokens, const Packed<T>& right, int64
     } else {
       multiply_panel<true>(left.row(0), left.stride, tokens, right.at(p, begin), depth, to, sums.stride);
     }
+  }
+}
+
+// left right^T, a panel at a time in `sums`: use(first output, how many of them)
+template <class T, class Use>
+void each_panel(const Tile<T>& left, int64_t tokens, const Packed<T>& right, const Tile<float>& sums, const Use& use) {
+  for (int64_t p = 0; p < right.panels(); ++p) {
+    const int64_t rest = right.outputs - p * panel;
+    multiply_panel<false>(left.row(0), left.stride, tokens, right.at(p), right.inputs, sums.row(0), sums.stride);
+    use(p * panel, rest < panel ? rest : panel);
   }
 }
 
@@ -113,7 +125,7 @@ void shift_of(const ShiftLinear& p, ParallelFor loop) {
   const bool past = streamed<T>(rows_of(p.shift) * p.shift.width, outputs);
   parallel(loop, rows_of(p.shift), fewest_rows(p.shift), [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
-    const int64_t most = tokens_of_tile<T>(mixes * channels * sizeof(T));
+    const int64_t most = tokens_of_tile<T>(mixes * channels, panel, outputs * channels);
     const Tile<T> first(most, channels), second(mixes > 1 ? most : 0, channels), third(mixes > 2 ? most : 0, channels);
     const Tile<T>* const tiles[most_mixes] = {&first, &second, &third};
     const Tile<float> sums(most, panel);
@@ -121,13 +133,10 @@ void shift_of(const ShiftLinear& p, ParallelFor loop) {
       for (int64_t m = 0; m < mixes; ++m) {
         const Packed<T> right = packed<T>(p.weights[m]);
         T* const out = static_cast<T*>(p.out[m]) + token * right.outputs;
-        for (int64_t q = 0; q < right.panels(); ++q) {
-          const int64_t left = right.outputs - q * panel;
-          multiply_panel<false>(tiles[m]->row(0), tiles[m]->stride, tokens, right.at(q), channels, sums.row(0),
-                                sums.stride);
-          write(out + q * panel, right.outputs, tokens, left < panel ? left : panel, past,
+        each_panel(*tiles[m], tokens, right, sums, [&](int64_t output, int64_t width) {
+          write(out + output, right.outputs, tokens, width, past,
                 [&](int64_t t, int64_t c) { return get(sums.row(t) + c); });
-        }
+        });
       }
     });
     streams_are_done();
@@ -143,7 +152,7 @@ void element_of(const ElementLinear& p, ParallelFor loop) {
   parallel(loop, p.tokens, tile_tokens, [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
     const int64_t width = w.inputs < slice ? w.inputs : slice;
-    const int64_t most = tokens_of_tile<T>(width * sizeof(T) + w.outputs * sizeof(float));
+    const int64_t most = tokens_of_tile<T>(width, w.outputs, w.inputs * w.outputs);
     const Tile<T> left(most, width);
     const Tile<float> sums(most, w.outputs);
     for (int64_t token = begin; token < end; token += most) {
@@ -176,7 +185,7 @@ void spatial_mix_of(const SpatialMix& p, ParallelFor loop) {
   const bool past = streamed<T>(rows_of(p.shift) * p.shift.width, channels);
   parallel(loop, rows_of(p.shift), fewest_rows(p.shift), [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
-    const int64_t most = tokens_of_tile<T>(channels * (sizeof(T) + sizeof(float)));
+    const int64_t most = tokens_of_tile<T>(channels, channels, 2 * channels * channels);
     const Tile<T> factor(most, channels);
     const Tile<float> sums(most, channels);
     each_tile<T>(a, begin, end, {&factor, nullptr, nullptr}, most, [&](int64_t token, int64_t tokens) {
@@ -204,10 +213,10 @@ void channel_mix_of(const ChannelMix& p, ParallelFor loop) {
   parallel(loop, rows_of(p.shift), fewest_rows(p.shift), [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
     const int64_t width = hidden < slice ? hidden : slice;
-    const int64_t most = tokens_of_tile<T>((2 * channels + width) * sizeof(T) + 2 * channels * sizeof(float));
+    const int64_t most = tokens_of_tile<T>(2 * channels + width, channels, (2 * hidden + channels) * channels);
     const Tile<T> of_key(most, channels), of_receptance(most, channels), units(most, width);
     const Tile<T>* const tiles[most_mixes] = {&of_key, &of_receptance, nullptr};
-    const Tile<float> some(most, panel), gates(most, channels), sums(most, channels);
+    const Tile<float> some(most, panel), sums(most, channels);
     each_tile<T>(a, begin, end, tiles, most, [&](int64_t token, int64_t tokens) {
       for (int64_t s = 0; s < hidden; s += slice) {
         const int64_t depth = hidden - s < slice ? hidden - s : slice;
@@ -220,10 +229,12 @@ void channel_mix_of(const ChannelMix& p, ParallelFor loop) {
         }
         multiply(units, tokens, value, s, depth, sums);
       }
-      multiply(of_receptance, tokens, receptance, 0, channels, gates);
-      write(static_cast<T*>(p.out) + token * channels, channels, tokens, channels, past, [&](int64_t t, int64_t c) {
-        const F before = get(x + (token + t) * channels + c, channels - c);
-        return before + sigmoid(get(gates.row(t) + c)) * get(sums.row(t) + c);
+      each_panel(of_receptance, tokens, receptance, some, [&](int64_t channel, int64_t width) {
+        const int64_t from = token * channels + channel;
+        write(static_cast<T*>(p.out) + from, channels, tokens, width, past, [&](int64_t t, int64_t c) {
+          const F before = get(x + from + t * channels + c, width - c);
+          return before + sigmoid(get(some.row(t) + c)) * get(sums.row(t) + channel + c);
+        });
       });
     });
     streams_are_done();

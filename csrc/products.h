@@ -12,7 +12,7 @@ namespace {
 // tokens whose sums a product of float32 holds in registers, of which there are 32 or 16, beside two registers of weights
 // and a factor
 constexpr int together = register_bytes == 64 ? 12 : 6;
-constexpr int64_t tile_tokens = 96;  // at the most: a multiple of that, and of the matrix unit's 32
+constexpr int64_t tile_tokens = 96;  // as a rule at the most: a multiple of that, and of the matrix unit's 32
 constexpr int64_t slice = 384;       // inputs of a weight at a time
 
 // Numbers of a thread [tokens, width], zero at first. Rows take an odd number of the cache's lines, since at multiples of

@@ -13,7 +13,8 @@ reason = cpu.load()
 needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
 sola = torch.ops.sola
 
-# images, height, width, channels, outputs: one token, one channel, odd numbers, beyond tiles and panels
+# images, height, width, channels, outputs: one token, one channel, odd numbers, beyond tiles and panels, tiles of twice
+# the tokens
 SHAPES = [
     (1, 1, 1, 1, 4),
     (2, 7, 7, 33, 132),
@@ -21,6 +22,7 @@ SHAPES = [
     (3, 14, 5, 96, 384),
     (2, 20, 120, 8, 31),
     (2, 3, 3, 400, 900),
+    (1, 19, 21, 400, 1600),
 ]
 SETS = {
     torch.float32: ("generic", "avx2", "avx512", "amx"),

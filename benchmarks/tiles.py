@@ -3,8 +3,9 @@
 
     python benchmarks/tiles.py             # writes benchmarks/results/tiles.json; two quiet minutes
 
-`sola_vision/layers/bands.py` chooses between the two by the number of tokens. With `--instruction-set avx2` the kernel
-is held to AVX2; torch's libraries are by MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
+`sola_vision/layers/bands.py` chooses between the two by the numbers of tokens and channels. With `--instruction-set
+avx2` the kernel is held to AVX2; torch's libraries are by MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse
@@ -31,10 +32,15 @@ SHAPES = (
     (1, 32, 768),
     (8, 7, 768),
     (8, 7, 512),
+    (8, 7, 384),
     (8, 7, 256),
     (1, 56, 96),
     (1, 14, 192),
+    (1, 14, 256),
+    (1, 28, 384),
     (1, 14, 384),
+    (1, 14, 768),
+    (1, 7, 192),
     (1, 7, 256),
 )
 DTYPES = (torch.float32, torch.bfloat16)
@@ -64,24 +70,24 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, protocol: Protocol)
     chosen = bool(bands.multiplied_in_tiles(x))
 
     def run(fewest: float) -> Tensor:
-        bands._TOKENS_PER_CHANNEL = dict.fromkeys(DTYPES, fewest)
+        bands._TOKENS_PER_SQUARE = dict.fromkeys(DTYPES, fewest)
         with torch.inference_mode():
             out: Tensor = layer(x)[0]
         return out
 
-    before = bands._TOKENS_PER_CHANNEL
+    before = bands._TOKENS_PER_SQUARE
     try:
         times = interleave({"tiles": lambda: run(0.0), "bands": lambda: run(float("inf"))}, protocol)
     finally:
-        bands._TOKENS_PER_CHANNEL = before
+        bands._TOKENS_PER_SQUARE = before
     faster, spread = ratio(times["bands"], times["tiles"])
     milliseconds = {name: found.median * 1e3 for name, found in times.items()}
-    per_channel = images * side * side / channels
-    print(f"{shape} {dtype}: {per_channel:.2f} tokens a channel, tiles {faster:.2f} times as fast", flush=True)
+    per_token = channels**2 / (images * side * side)
+    print(f"{shape} {dtype}: {per_token:.0f} squared channels a token, tiles {faster:.2f} times as fast", flush=True)
     return {
         "shape": shape,
         "dtype": str(dtype).removeprefix("torch."),
-        "tokens_per_channel": per_channel,
+        "squared_channels_per_token": per_token,
         "tiles_are_chosen": chosen,
         "milliseconds": milliseconds,
         "bands_over_tiles": {"ratio": faster, "spread": spread},

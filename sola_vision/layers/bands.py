@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sola_vision.ops import cpu, pinned, seen_through, tangents
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
-# from which packing the weights in every call is worth it (benchmarks/tiles.py)
-_TOKENS_PER_CHANNEL = {torch.float32: 2.0, torch.bfloat16: 0.5}
+# Tokens for each channel squared from which on tiles are faster: the fewer tokens, the more the packing of the weights
+# counts, and the more channels, the better torch's libraries multiply (benchmarks/tiles.py).
+_TOKENS_PER_SQUARE = {torch.float32: 1 / 350, torch.bfloat16: 1 / 1400}
 
 
 class Band(NamedTuple):
@@ -65,7 +66,7 @@ def multiplied_in_tiles(x: Tensor, *others: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and cpu.multiplies(x.dtype)
-        and x.numel() >= _TOKENS_PER_CHANNEL[x.dtype] * x.shape[-1] ** 2
+        and x.numel() >= _TOKENS_PER_SQUARE[x.dtype] * x.shape[-1] ** 3
         and all(other.dtype == x.dtype for other in others)
         and not torch.is_autocast_enabled("cpu")
     )

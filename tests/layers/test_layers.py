@@ -60,7 +60,7 @@ def tiles(monkeypatch):
     """The kernel's products, of however few tokens; a list that grows with the names of those that run."""
     if not cpu.multiplies(torch.float32):
         pytest.skip("there is no kernel that multiplies in tiles")
-    monkeypatch.setattr(bands, "_TOKENS_PER_CHANNEL", dict.fromkeys(bands._TOKENS_PER_CHANNEL, 0))
+    monkeypatch.setattr(bands, "_TOKENS_PER_SQUARE", dict.fromkeys(bands._TOKENS_PER_SQUARE, 0))
     seen = []
 
     class Watch(TorchDispatchMode):

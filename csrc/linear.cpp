@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t bytes_of_tiles = 1024 << 10;    // of a thread, so that they stay in its second-level cache
 constexpr int64_t bytes_of_weights = 2048 << 10;  // more than that do not, and come from further away for every tile
 
-// Tokens of a tile, which take so many numbers of memory and of float32 each, where they meet so many weights.
+// Tokens of a tile, where each takes so many numbers of T and of float32, and meets so many weights.
 template <class T>
 int64_t tokens_of_tile(int64_t numbers, int64_t of_float32, int64_t weights) {
   constexpr int64_t least = sizeof(T) == 4 ? 2 * together : 32, size = sizeof(T);

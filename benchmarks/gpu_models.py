@@ -42,7 +42,7 @@ def models(
             print(f"models: {name} left out: {first_line(error)}", flush=True)
         # what one model's activations leave in the allocator's pieces may not fit another's
         torch.cuda.empty_cache()
-    for key, (median, spread) in interleaved(jobs, rounds, clock, calls=3).items():
+    for key, (median, spread) in interleaved(jobs, rounds, clock).items():
         name, direction = key.split()
         yield {
             "what": "model",

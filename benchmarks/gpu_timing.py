@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Job = Callable[[], Any]
-SLOW = 20_000  # microseconds: such a job gets three timed calls a round, and one where it takes ten times as long
+SLOW = 60_000  # microseconds: such a job gets three timed calls a round, and one where it takes ten times as long
 
 
 class Clock:

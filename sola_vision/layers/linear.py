@@ -14,6 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from sola_vision.layers.bands import bands, exactly, in_bands, in_tiles
+from sola_vision.layers.halves import channel_mix, in_one_node, spatial_mix
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
 from sola_vision.ops import gate, gated_sum, wkv
 
@@ -66,6 +67,9 @@ class LinearMixer(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] before its norm -> the same, and the read-out wkv_t before the gate [B, H, W, C]."""
         projections = (self.receptance, self.key, self.value)
+        if self.token_shift and in_one_node(x, *projections, self.output):
+            parts = (self.mix_receptance, self.mix_key, self.mix_value)
+            return spatial_mix(x, norm, self.decay, self.bonus, parts, (*projections, self.output))
         if self.token_shift:
             mixes = torch.stack((self.mix_receptance, self.mix_key, self.mix_value))
             receptance, key, value = shift_linear(x, norm.weight, norm.bias, norm.eps, mixes, projections)
@@ -115,6 +119,9 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """x [B, H, W, C] before its norm -> the same."""
+        projections = (self.key, self.receptance, self.value)
+        if self.token_shift and in_one_node(x, *projections):
+            return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=False)
         return gate(*self.project(x, norm))
 
     def project(self, x: Tensor, norm: nn.LayerNorm, top: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
@@ -135,6 +142,8 @@ class ChannelMix(nn.Module):
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """x + forward(x, norm), in tiles or bands where gradients are not asked for."""
         projections = (self.key, self.receptance, self.value)
+        if self.token_shift and in_one_node(x, *projections):
+            return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=True)
         if self.token_shift and in_tiles(x, *projections):
             mixes = torch.stack((self.mix_key, self.mix_receptance))
             weights = (projection.weight for projection in projections)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from sola_vision import ops
 from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles, plain_linear
 from sola_vision.layers.products import product, product_into, project, weight_gradient
+from sola_vision.ops.autocast import autocast_dtype
 from sola_vision.ops.passes import norm_shift_backward
 
 _LARGEST_SUMS = 1 << 18  # numbers of a weight's gradient that stay in a core's second-level cache while they are summed
@@ -55,7 +56,7 @@ def shift_linear(
         return _shift_linear_in_bands(x.contiguous(), weight, bias, eps, mixes, projections)
 
     # only the GPU's kernel writes another dtype than it reads; compilers fuse the conversion
-    dtype = _autocast_dtype(x) if x.is_cuda and not torch.compiler.is_compiling() else None
+    dtype = autocast_dtype(x) if x.is_cuda and not torch.compiler.is_compiling() else None
 
     def shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor) -> Tensor:
         return ops.norm_shift(x, weight, bias, eps, mixes, top=top, bottom=bottom, dtype=dtype)
@@ -162,7 +163,7 @@ class _Linear(torch.autograd.Function):
         if first.products is not None and multiplied_in_tiles(*inputs, *weights):
             found = first.products(*inputs, *parameters, *weights)
             return (found,) if isinstance(found, Tensor) else tuple(found)
-        dtype = _autocast_dtype(inputs[0])
+        dtype = autocast_dtype(inputs[0])
         weights = [weight.to(dtype) for weight in weights]
         parts = _images(inputs[0])
         if len(parts) == 1:
@@ -223,14 +224,6 @@ def _images(x: Tensor) -> list[slice]:
         return [slice(0, len(x))]
     size = max(1, BAND_BYTES // (x[0].numel() * x.element_size()))
     return [slice(i, i + size) for i in range(0, len(x), size)]
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """Of a matrix product of x; float64 stays."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -15,9 +15,10 @@ from torch import Tensor
 from sola_vision.ops import portable
 from sola_vision.ops.launch import launch, on_device_of
 
-# tokens of a chunk: what a program keeps in registers, of which it may have so many
-_FORWARD_CHUNK, _FORWARD_REGISTERS = 32, 128
-_BACKWARD_CHUNK, _BACKWARD_REGISTERS = 16, 168
+# tokens of a chunk: what a program keeps in registers
+_FORWARD_CHUNK, _BACKWARD_CHUNK = 32, 16
+# registers that a lane may have: what a phase's narrow path needs. The wide one, which is rare, makes do with them
+_SUMS, _OUTPUTS, _BACK_SUMS, _GRADIENTS = 96, 128, 80, 144
 # sums that one program of the middle phase scans in a row, and when a row is long enough to be scanned in groups
 _GROUP = 32
 _LONG = 256
@@ -49,9 +50,9 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     with on_device_of(key):
-        row = _Row(decay, bonus, key, value, _FORWARD_CHUNK, _FORWARD_REGISTERS)
+        row = _Row(decay, bonus, key, value, _FORWARD_CHUNK)
         states = row.states_of_chunks()
-        row.launch("outputs", row.step, row.bonus, row.key, row.value, out, states)
+        row.launch("outputs", _OUTPUTS, row.step, row.bonus, row.key, row.value, out, states)
     return out
 
 
@@ -65,16 +66,16 @@ def wkv_backward(
     if key.numel() == 0:
         return torch.zeros_like(decay), torch.zeros_like(bonus), gk, gv
     with on_device_of(key):
-        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK, _BACKWARD_REGISTERS)
+        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK)
         partials = row.scratch(2, row.batch, row.chunks, row.channels)
         inputs = (row.step, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
         states = row.states_of_chunks()
         sums = row.new_states(row.chunks)
-        row.launch("backward", *inputs, states, sums, WRITE=False)
+        row.launch("backward", _BACK_SUMS, *inputs, states, sums, WRITE=False)
         back_states = row.scan(sums, by_b=False)
-        row.launch("backward", *inputs, states, back_states, WRITE=True)
+        row.launch("backward", _GRADIENTS, *inputs, states, back_states, WRITE=True)
         gw, gu = row.sum_partials(partials)
-    return (gw / key.shape[1]).to(decay.dtype), gu.to(bonus.dtype), gk, gv
+    return gw, gu, gk, gv
 
 
 def _double(*tensors: Tensor) -> bool:
@@ -85,7 +86,7 @@ def _double(*tensors: Tensor) -> bool:
 class _Row:
     """The inputs of one call as the kernels want them, and its grid of chunks."""
 
-    def __init__(self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int, registers: int) -> None:
+    def __init__(self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int) -> None:
         """`length` is a chunk's, at most; a power of two."""
         from sola_vision.ops import triton_kernels
 
@@ -102,7 +103,6 @@ class _Row:
         masked = bool(self.num_tokens % self.length or self.channels % self.block)
         self.constants = {"C": self.channels, "L": self.length, "BLOCK": self.block, "MASKED": masked}
         self.step = self.scratch(2, self.channels)
-        self.options = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers}
 
     def new_states(self, count: int) -> Tensor:
         """Room for a state on each side of every chunk: exponent, a and b [3, 2, B, count, C]."""
@@ -112,14 +112,15 @@ class _Row:
         # float32 whatever torch's default is: the kernels see int32 in it, too
         return torch.empty(size, dtype=torch.float32, device=self.key.device)
 
-    def launch(self, name: str, *tensors: Tensor, **flags: bool) -> None:
+    def launch(self, name: str, registers: int, *tensors: Tensor, **flags: bool) -> None:
         programs = self.batch * self.chunks * self.blocks
-        launch(getattr(self.kernels, name), programs, tensors, self.sizes, self.constants | flags, self.options)
+        options = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers}
+        launch(getattr(self.kernels, name), programs, tensors, self.sizes, self.constants | flags, options)
 
     def states_of_chunks(self) -> Tensor:
         """The forward states that enter every chunk from the left and from the right."""
         sums = self.new_states(self.chunks)
-        self.launch("chunk_sums", self.decay, self.key, self.value, self.step, sums)
+        self.launch("chunk_sums", _SUMS, self.decay, self.key, self.value, self.step, sums)
         return self.scan(sums, by_b=True)
 
     def scan(self, sums: Tensor, by_b: bool) -> Tensor:
@@ -162,15 +163,13 @@ class _Row:
             _OPTIONS,
         )
 
-    def sum_partials(self, partials: Tensor) -> Tensor:
-        """[2, B, chunks, C] -> [2, C] in float64."""
+    def sum_partials(self, partials: Tensor) -> tuple[Tensor, Tensor]:
+        """[2, B, chunks, C] -> gw and gu [C], in float64 until they are stored."""
         images = torch.empty((2, self.batch, self.channels), dtype=torch.float64, device=partials.device)
-        launch(
-            self.kernels.sum_partials,
-            2 * self.batch * self.blocks,
-            (partials, images),
-            (self.chunks,),
-            {"C": self.channels, "BLOCK": self.block, "AHEAD": _AHEAD},
-            _OPTIONS,
-        )
-        return images.sum(1)
+        constants = {"C": self.channels, "BLOCK": self.block, "AHEAD": _AHEAD}
+        programs = 2 * self.batch * self.blocks
+        launch(self.kernels.sum_partials, programs, (partials, images), (self.chunks,), constants, _OPTIONS)
+        gw, gu = torch.empty_like(self.decay), torch.empty_like(self.bonus)
+        sizes = (self.batch, self.num_tokens)
+        launch(self.kernels.sum_images, 2 * self.blocks, (images, gw, gu), sizes, constants, _OPTIONS)
+        return gw, gu

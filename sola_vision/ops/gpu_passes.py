@@ -8,6 +8,7 @@ own; arithmetic is float32, and what the kernels do not take, float64 above all,
 
 import importlib.util
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -165,6 +166,7 @@ def squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
     return _launch("squared_relu_backward", (x, grad), [x.dtype])[0]
 
 
+@cache
 def _kernels() -> Any:
     from sola_vision.ops import triton_passes
 

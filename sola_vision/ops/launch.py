@@ -30,15 +30,18 @@ def launch(
     lives as long as the process and always comes with the same options for the same constants.
     """
     grid = (programs, 1, 1)
-    dtypes = []
+    addresses, dtypes = [], []
     for tensor in tensors:
-        if tensor.data_ptr() % _ALIGNED or (_AMD and tensor.untyped_storage().nbytes() >= _INT32):
+        address = tensor.data_ptr()
+        if address % _ALIGNED or (_AMD and tensor.untyped_storage().nbytes() >= _INT32):
             kernel[grid](*tensors, *numbers, **constants, **options)
             return
+        addresses.append(address)
         dtypes.append(tensor.dtype)
     values = tuple(constants.values())
     kinds = [(n == 1, n % _ALIGNED == 0, n >= _INT32) for n in numbers]  # Triton makes kernels of their own for these
-    key = (id(kernel), tensors[0].get_device(), *dtypes, *kinds, *values, options.get("maxnreg"))
+    device = tensors[0].get_device()
+    key = (id(kernel), device, *dtypes, *kinds, *values, options.get("maxnreg"))
     binary = _binaries.get(key)
     if binary is None:
         # None in the interpreter, which has no binaries
@@ -46,7 +49,8 @@ def launch(
     elif binary is kernel:
         kernel[grid](*tensors, *numbers, **constants, **options)
     else:
-        binary[grid](*tensors, *numbers, *values)
+        # addresses instead of tensors: a binary would ask every tensor for its own, and the driver whether it is one
+        binary[grid](*addresses, *numbers, *values)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -48,7 +48,7 @@ def chunk_sums(
 
     Leaves lam in step, float32 [2, C] (exponent as int32, mantissa), for the other kernels.
     """
-    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK)
+    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK, False)
     stride = stride.to(tl.int64)
     k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
     v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
@@ -78,7 +78,7 @@ def scan_states(
     A group starts from its entering state (CARRY) or from nothing, and writes the state before each sum, or only the
     one behind its last (TOTALS); states may take the place of the sums. A long row takes three launches: totals of
     groups, states before groups, states before sums. The pair's size is b where b is a denominator (BY_B), else the
-    larger of the two. Float64 inside; AHEAD sums are read before the first of them is needed.
+    larger of the two. Float64 inside; AHEAD sums are read while those before them are added.
     """
     blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -104,11 +104,14 @@ def scan_states(
     length = tl.minimum(count - first, group_length)
     start = (image * count + tl.where(side == 0, first, first + length - 1)) * C + channel
     hop = tl.where(side == 0, C, -C)
+    ahead = tl.arange(0, AHEAD)[:, None]
+    places = tl.multiple_of(start[None, :] + ahead * hop, (1, 1))  # as in scans.place
+    there = inside[None, :] & (ahead < length)
+    n, a1, b1 = scans.load_state(sums, places, side, stride, there)
     for i in range(0, length, AHEAD):
-        ahead = i + tl.arange(0, AHEAD)[:, None]
-        places = tl.multiple_of(start[None, :] + ahead * hop, (1, 1))  # as in scans.place
-        there = inside[None, :] & (ahead < length)
-        n, a1, b1 = scans.load_state(sums, places, side, stride, there)
+        next_places = tl.multiple_of(places + AHEAD * hop, (1, 1))
+        next_there = inside[None, :] & (ahead < length - i - AHEAD)
+        next_n, next_a1, next_b1 = scans.load_state(sums, next_places, side, stride, next_there)
         ns = scans.rows_of(n, AHEAD, BLOCK)
         a1s = scans.rows_of(a1, AHEAD, BLOCK)
         b1s = scans.rows_of(b1, AHEAD, BLOCK)
@@ -140,6 +143,11 @@ def scan_states(
             ea = scans.tile_of(before_a, AHEAD, BLOCK, False)
             eb = scans.tile_of(before_b, AHEAD, BLOCK, False)
             scans.store_state(out, places, side, stride, there, En, ea, eb)
+        places = next_places
+        there = next_there
+        n = next_n
+        a1 = next_a1
+        b1 = next_b1
     if TOTALS:
         scans.store_state(out, group_state, side, group_stride, inside, E, a, b)
 
@@ -173,7 +181,7 @@ def _outputs(
     _n, _m, _An, _ax, _ae, _Rn, _rx, _re, _top, num, den, _own = _read(
         k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
     )  # fmt: skip
-    scans.store_tile(out + tokens, num / den, there, MASKED)
+    scans.store_tile(out + tokens, num * scans.reciprocal(den), there, MASKED)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
@@ -182,7 +190,7 @@ def outputs(
     C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Phase 3: every token's eq. 9, from the states that enter its chunk."""
-    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK)
+    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK, True)
     stride = stride.to(tl.int64)
     k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
     v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
@@ -214,7 +222,7 @@ def _backward(
         k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
     )  # fmt: skip
     # behind the row's end there may be no denominator at all
-    scale = 1.0 / scans.where_there(there, den, 1.0, MASKED)
+    scale = scans.reciprocal(scans.where_there(there, den, 1.0, MASKED))
     y = num * scale
     h = g * scale
     q = h * y
@@ -231,6 +239,9 @@ def _backward(
         Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
         scans.store_state(back_states, state, 1, stride, inside, Sn, sh, sq)
     if WRITE:
+        # every token between two others sees the left state of one and the right state of the other
+        between = scans.meeting(An + fade, Bn, WIDE) * (ax * bh - ae * bq)
+        gw = scans.sum_rows(scans.where_there(there, between, 0.0, MASKED), L, BLOCK, True)
         En, eh, eq = scans.enter(back_states, state, 0, stride, inside, -reference, WIDE)
     else:
         En, eh, eq = scans.nothing(-reference, WIDE)
@@ -247,11 +258,9 @@ def _backward(
         gq = left * fq + right * bq + weight * q
         scans.store_tile(grad_value + tokens, gv, there, MASKED)
         scans.store_tile(grad_key + tokens, v * gv - gq, there, MASKED)
-        gu = scans.fold(weight * h * (v - y), scans.plus, L, BLOCK)
-        # every token between two others sees the left state of one and the right state of the other
-        between = scans.meeting(An + fade, Bn, WIDE) * (ax * bh - ae * bq)
-        between += scans.meeting(Rn + fade, Fn, WIDE) * (rx * fh - re * fq)
-        gw = -lam * scans.fold(scans.where_there(there, between, 0.0, MASKED), scans.plus, L, BLOCK)
+        gu = scans.sum_rows(weight * h * (v - y), L, BLOCK, False)
+        between = scans.meeting(Rn + fade, Fn, WIDE) * (rx * fh - re * fq)
+        gw = -lam * (gw + scans.sum_rows(scans.where_there(there, between, 0.0, MASKED), L, BLOCK, False))
         tl.store(partials + state, gw, mask=inside)
         tl.store(partials + stride + state, gu, mask=inside)
 
@@ -265,7 +274,7 @@ def backward(
 
     partials float32 [2, B, chunks, C]: this chunk's part of N gw and of gu.
     """
-    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK)
+    channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK, not WRITE)
     stride = stride.to(tl.int64)
     k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
     v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
@@ -286,6 +295,19 @@ def backward(
         )  # fmt: skip
 
 
+@triton.jit
+def _sum_rows(first, count, inside, C: tl.constexpr, AHEAD: tl.constexpr):
+    """The sum of `count` rows of C numbers, one after the other in float64; AHEAD of them are read at once."""
+    total = tl.full(inside.shape, 0.0, tl.float64)
+    for i in range(0, count, AHEAD):
+        rows = ()
+        for j in tl.static_range(AHEAD):
+            rows = rows + (tl.load(first + (i + j) * C, mask=inside & (i + j < count), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            total += rows[j].to(tl.float64)
+    return total
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def sum_partials(partials, out, chunks, C: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
     """Parts of one image's gw or gu, [chunks, C] float32, as one row of float64: [2 B, C] in the end."""
@@ -293,12 +315,20 @@ def sum_partials(partials, out, chunks, C: tl.constexpr, BLOCK: tl.constexpr, AH
     program = tl.program_id(0)
     channel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     image = (program // blocks).to(tl.int64)  # [2, B]
-    first = partials + image * chunks * C + channel
-    total = tl.full(channel.shape, 0.0, tl.float64)
-    for i in range(0, chunks, AHEAD):
-        rows = ()
-        for j in tl.static_range(AHEAD):
-            rows = rows + (tl.load(first + (i + j) * C, mask=(channel < C) & (i + j < chunks), other=0.0),)
-        for j in tl.static_range(AHEAD):
-            total += rows[j].to(tl.float64)
+    total = _sum_rows(partials + image * chunks * C + channel, chunks, channel < C, C, AHEAD)
     tl.store(out + image * C + channel, total, mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["batch", "num_tokens"])
+def sum_images(
+    images, grad_decay, grad_bonus, batch, num_tokens, C: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr
+):
+    """Rows of every image, [2, B, C] float64 of N gw and of gu, as gw and gu [C]."""
+    blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    channel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(0) // blocks
+    total = _sum_rows(images + which.to(tl.int64) * batch * C + channel, batch, channel < C, C, AHEAD)
+    if which == 0:
+        tl.store(grad_decay + channel, (total / num_tokens).to(grad_decay.dtype.element_ty), mask=channel < C)
+    else:
+        tl.store(grad_bonus + channel, total.to(grad_bonus.dtype.element_ty), mask=channel < C)

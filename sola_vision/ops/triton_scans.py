@@ -11,6 +11,9 @@ is taken out of the tile row by row. A lane holds its channel's whole column, so
 # mypy: ignore-errors
 # ruff: noqa: RUF005
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
@@ -29,6 +32,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts: a product of the first with an exponent below 2^15 is exact
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
+
+
+# whether a kernel may name instructions of NVIDIA's
+PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x of a normal x, to a unit in the last place; a division would look for numbers that have no such inverse."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
 
 
 @triton.jit
@@ -134,6 +150,16 @@ def fold(tile, combine: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(tile, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """The sum of a tile's rows, one after the other as a scan makes them, so that none of them has to be kept."""
+    rows = rows_of(tile, L, BLOCK)
+    total = rows[L - 1 if REVERSE else 0]
+    for i in tl.static_range(1, L):
+        total += rows[L - 1 - i if REVERSE else i]
+    return total
+
+
+@triton.jit
 def tile_of(rows, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """L rows, or from the last to the first, as a tile [L, BLOCK]."""
     parts = ()
@@ -149,19 +175,23 @@ def tile_of(rows, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
-    """Which chunk and channels this program owns. One grid axis: only the first may pass 65535.
+def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, FROM_LAST: tl.constexpr):
+    """Which chunk and channels this program owns. One grid axis: only the first may pass 65535. Phases go through the
+    chunks in turn from the first and from the last, so that they begin with what the cache still has.
 
     Returns the channels and which of them exist, the offsets of the chunk's tokens and which of them exist (tiles), the
     offset of the chunk's state, and how many tokens there are.
     """
     blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
+    if FROM_LAST:
+        program = tl.num_programs(0) - 1 - program
     channel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     index = program // blocks  # [B, chunks]
     start = (index % chunks) * L
     token = tl.arange(0, L)[:, None]
-    tokens = ((index // chunks).to(tl.int64) * num_tokens + start) * C + (token * C + channel[None, :])
+    # channel and place of the first token, then as many channels more as are known when this is compiled
+    tokens = ((index // chunks).to(tl.int64) * num_tokens + start) * C + channel[None, :] + token * C
     # a lane would else take neighbouring channels, and the tile would have to be turned for the scan
     tokens = tl.multiple_of(tokens, (1, 1))
     there = (token < num_tokens - start) & (channel < C)[None, :]

@@ -207,7 +207,7 @@ def test_networks_run_as_they_are_timed(scripts):
 def test_slow_jobs_get_fewer_calls(scripts, monkeypatch):
     import gpu_timing
 
-    now = {"quick": 10.0, "slow": 30_000.0, "slower": 300_000.0}
+    now = {"quick": 10.0, "slow": 100_000.0, "slower": 1_000_000.0}
     called = dict.fromkeys(now, 0)
 
     def job(name):

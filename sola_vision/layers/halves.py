@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The halves of a linear layer on a GPU, one node of autograd each.
+
+An eager network waits there for the host, whose time goes by calls: an operator that autograd records, a view, a
+conversion by autocast each cost it as much as a launch, forward and backward. So a half calls its kernels one after the
+other on rows of channels, and its backward is written out. What it computes is what `LinearMixer` and `ChannelMix`
+compute otherwise. T tokens of all images, N of one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sola_vision import ops
+from sola_vision.layers.bands import plain_linear
+from sola_vision.ops.autocast import autocast_dtype, kernels_only
+
+_op = torch.ops.sola
+
+
+def in_one_node(x: Tensor, *projections: nn.Linear) -> bool:
+    """Whether a half of x [B, H, W, C] is a node of its own: compilers, tracers and who pins a path want to see what it
+    does, changed projections have to be called, and float64 has no kernels.
+    """
+    return (
+        x.is_cuda
+        and ops.missing_kernel("cuda") is None
+        and type(x) is Tensor
+        and x.dtype != torch.float64
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and ops.pinned() in (None, "native")
+        and not (ops.seen_through(x) or ops.tangents())
+        and plain_linear(*projections)
+        and not torch.nn.modules.module._has_any_global_hook()
+        and (torch.is_autocast_enabled("cuda") or all(projection.weight.dtype == x.dtype for projection in projections))
+    )
+
+
+def spatial_mix(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    decay: Tensor,
+    bonus: Tensor,
+    mixes: Sequence[Tensor],
+    projections: Sequence[nn.Linear],
+) -> tuple[Tensor, Tensor]:
+    """The first half of x [B, H, W, C], before its norm and without its residual, and the read-out: both like x, in the
+    dtype of products. mixes and projections: receptance, key, value; and the output's projection.
+    """
+    weights = (projection.weight for projection in projections)
+    tensors = (x, norm.weight, norm.bias, decay, bonus, *mixes, *weights)
+    if torch.is_grad_enabled():
+        return _SpatialMix.apply(autocast_dtype(x), norm.eps, *tensors)
+    mixed, readout, *_ = _spatial_mix(autocast_dtype(x), norm.eps, *tensors)
+    return mixed, readout
+
+
+def channel_mix(
+    x: Tensor, norm: nn.LayerNorm, mixes: Sequence[Tensor], projections: Sequence[nn.Linear], *, residual: bool
+) -> Tensor:
+    """The second half of x [B, H, W, C], before its norm: x plus it, or it alone in the dtype of products.
+    mixes: key, receptance; projections: key, receptance, value.
+    """
+    weights = (projection.weight for projection in projections)
+    tensors = (x, norm.weight, norm.bias, *mixes, *weights)
+    if torch.is_grad_enabled():
+        return _ChannelMix.apply(autocast_dtype(x), norm.eps, residual, *tensors)
+    return _channel_mix(autocast_dtype(x), norm.eps, residual, *tensors)[0]
+
+
+def _spatial_mix(
+    dtype: torch.dtype,
+    eps: float,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    *others: Tensor,
+) -> tuple[Tensor, ...]:
+    """The half, the read-out, and what their backward needs."""
+    batch, height, width, channels = x.shape
+    with kernels_only():
+        mixes, weights = torch.stack(others[:3]), torch.stack(others[3:]).to(dtype)
+        shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+        made = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
+        receptance, key, value = made.view(3, batch, height * width, channels).unbind()
+        readout = _op.wkv.default(decay, bonus, key, value)
+        gated = _op.gate.default(receptance, readout).flatten(0, 1)
+        mixed = torch.mm(gated, weights[3].t())
+    return mixed.view(x.shape), readout.view(x.shape), mixes, weights, shifted, receptance, key, value, readout, gated
+
+
+class _SpatialMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        mixed, read, *kept = _spatial_mix(dtype, eps, *tensors)
+        ctx.eps, ctx.dtype = eps, tensors[-1].dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:5], *kept)
+        return mixed, read
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_mixed: Tensor | None, of_read: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, scale, shift, decay, bonus, mixes, weights, shifted, receptance, key, value, readout, gated = (
+            ctx.saved_tensors
+        )
+        of_mixed = torch.zeros_like(gated) if of_mixed is None else of_mixed.reshape(gated.shape)
+        with kernels_only():
+            of_gated = torch.mm(of_mixed, weights[3]).view(readout.shape)
+            of_receptance, of_readout = _op.gate_backward.default(receptance, readout, of_gated)
+            if of_read is not None:
+                of_readout += of_read.reshape(readout.shape)
+            of_decay, of_bonus, of_key, of_value = _op.wkv_backward.default(decay, bonus, key, value, of_readout)
+            of_weights, of_shifted = [], torch.empty_like(shifted)
+            grads = (of_receptance, of_key, of_value)
+            for grad, part, weight, of_part in zip(grads, shifted, weights, of_shifted, strict=False):
+                rows = grad.view(part.shape)
+                torch.mm(rows, weight, out=of_part)
+                of_weights.append(_of_weight(rows, part, ctx.dtype))
+            of_weights.append(_of_weight(of_mixed, gated, ctx.dtype))
+            of_shifted = of_shifted.view(3, *x.shape)
+            *of_norm, of_mixes = _op.norm_shift_backward.default(x, scale, shift, ctx.eps, mixes, of_shifted)
+        return None, None, *of_norm, of_decay, of_bonus, *of_mixes, *of_weights
+
+
+def _channel_mix(
+    dtype: torch.dtype, eps: float, residual: bool, x: Tensor, scale: Tensor, shift: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """The half, with or without its residual, and what its backward needs."""
+    with kernels_only():
+        mixes, weights = torch.stack(others[:2]), [weight.to(dtype) for weight in others[2:]]
+        shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+        hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
+        squared = _op.squared_relu.default(hidden)
+        value = torch.mm(squared, weights[2].t())
+        rows = x.reshape(value.shape)
+        out = ops.gated_sum(rows, receptance, value) if residual else _op.gate.default(receptance, value)
+    return out.view(x.shape), mixes, shifted, hidden, receptance, squared, value, *weights
+
+
+class _ChannelMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, eps: float, residual: bool, *tensors: Tensor) -> Tensor:
+        out, *kept = _channel_mix(dtype, eps, residual, *tensors)
+        ctx.eps, ctx.dtype, ctx.residual = eps, tensors[-1].dtype, residual
+        ctx.save_for_backward(*tensors[:3], *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, mixes, shifted, hidden, receptance, squared, value, *weights = ctx.saved_tensors
+        with kernels_only():
+            of_receptance, of_value = _op.gate_backward.default(receptance, value, grad.reshape(value.shape))
+            of_hidden = _op.squared_relu_backward.default(hidden, torch.mm(of_value, weights[2]))
+            of_weights, of_shifted = [], torch.empty_like(shifted)
+            for rows, part, weight, of_part in zip(
+                (of_hidden, of_receptance), shifted, weights, of_shifted, strict=False
+            ):
+                torch.mm(rows, weight, out=of_part)
+                of_weights.append(_of_weight(rows, part, ctx.dtype))
+            of_weights.append(_of_weight(of_value, squared, ctx.dtype))
+            of_shifted = of_shifted.view(2, *x.shape)
+            of_x, *of_norm, of_mixes = _op.norm_shift_backward.default(x, scale, shift, ctx.eps, mixes, of_shifted)
+            if ctx.residual:
+                of_x += grad
+        return None, None, None, of_x, *of_norm, *of_mixes, *of_weights
+
+
+def _of_weight(rows: Tensor, made: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a weight [D, K] in its dtype, from the product's [T, D] and what was multiplied [T, K]."""
+    if rows.dtype == dtype:
+        return torch.mm(rows.t(), made)
+    if rows.is_cuda and dtype == torch.float32:
+        return torch.mm(rows.t(), made, out_dtype=dtype)  # never rounded to half precision
+    return torch.mm(rows.t(), made).to(dtype)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A half of a linear layer as one node of autograd is the half of the modules: values and every gradient."""
+
+import pytest
+import torch
+
+from sola_vision import ops
+from sola_vision.layers import LinearLayer, halves
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+SIZES = [(2, 5, 3, 8), (1, 1, 1, 1), (3, 4, 7, 33), (0, 4, 7, 8), (2, 0, 7, 8)]
+
+
+def layer(dim, dtype=torch.float64, device="cpu"):
+    torch.manual_seed(0)
+    made = LinearLayer(dim, dtype=dtype, device=device)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 2 else 1.0))
+    return made
+
+
+def calls(made):
+    """Each half by its modules, and by its node."""
+    mixer, mix = made.mixer, made.channel_mix
+    first = (mixer.receptance, mixer.key, mixer.value, mixer.output)
+    second = (mix.key, mix.receptance, mix.value)
+    of_first = (mixer.mix_receptance, mixer.mix_key, mixer.mix_value)
+    of_second = (mix.mix_key, mix.mix_receptance)
+    return {
+        "spatial": (
+            lambda x: mixer(x, made.norm1),
+            lambda x: halves.spatial_mix(x, made.norm1, mixer.decay, mixer.bonus, of_first, first),
+        ),
+        "channel": (
+            lambda x: (mix(x, made.norm2),),
+            lambda x: (halves.channel_mix(x, made.norm2, of_second, second, residual=False),),
+        ),
+        "channel with residual": (
+            lambda x: (x + mix(x, made.norm2),),
+            lambda x: (halves.channel_mix(x, made.norm2, of_second, second, residual=True),),
+        ),
+    }
+
+
+def found(call, x, grads, parameters):
+    """Results, and the gradients for x and the parameters that have one."""
+    x = x.detach().requires_grad_()
+    results = call(x)
+    kept = [(result, grad) for result, grad in zip(results, grads, strict=False) if grad is not None]
+    outs, of_outs = zip(*((result, grad.to(result.dtype)) for result, grad in kept), strict=True)
+    return [*results, *torch.autograd.grad(outs, (x, *parameters), of_outs, allow_unused=True)]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "result", "read-out"])
+def test_node_is_the_modules(device, size, half, wanted):
+    """Also where nobody asks for the read-out's gradient, or only for it, as at the source of a last bridge."""
+    if device == "cpu" and ops.missing_kernel("cpu") is not None:
+        pytest.skip("a node calls kernels, and the plain forms of backwards are not all kernels")
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    made = layer(size[-1], dtype, device)
+    x, *grads = torch.randn(3, *size, dtype=dtype, device=device)
+    grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    if grads[0] is None and half != "spatial":
+        pytest.skip("this half has no read-out")
+    by_modules, by_node = calls(made)[half]
+    with ops.use("portable"):
+        expected = found(by_modules, x, grads, list(made.parameters()))
+    for got, want in zip(found(by_node, x, grads, list(made.parameters())), expected, strict=True):
+        if got is None or want is None:  # a parameter of the other half, or one that nothing wanted depends on
+            assert want is None
+            assert got is None or not got.any()
+            continue
+        assert got.shape == want.shape
+        if got.numel():
+            assert (got - want).abs().max() <= (1e-9 if device == "cpu" else 1e-4) * (1 + want.abs().max())
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+def test_node_under_autocast(device, half):
+    """Products and read-out in half precision, the gradients of the wide parameters wide."""
+    if device == "cpu" and "residual" in half:
+        pytest.skip("the CPU's kernels take operands of one dtype")
+    if device == "cpu" and ops.missing_kernel("cpu") is not None:
+        pytest.skip("a node calls kernels")
+    made = layer(32, torch.float32, device)
+    x, *grads = torch.randn(3, 2, 6, 5, 32, device=device)
+    by_modules, by_node = calls(made)[half]
+    with torch.autocast(device, torch.bfloat16), ops.use("portable"):
+        expected = found(by_modules, x, grads, list(made.parameters()))
+    with torch.autocast(device, torch.bfloat16):
+        made_by_node = found(by_node, x, grads, list(made.parameters()))
+    for got, want in zip(made_by_node, expected, strict=True):
+        if want is None:
+            assert got is None
+            continue
+        assert got.dtype == want.dtype
+        assert (got - want).abs().max() <= 0.03 * want.abs().max()

@@ -12,8 +12,6 @@ from gpu_timing import Clock, Job, copy_bandwidth, first_line, graphed, interlea
 from torch import Tensor
 
 SHAPES = [(128, 3136, 96), (1, 3136, 96), (128, 784, 192), (1, 65536, 96), (8, 16384, 96)]
-# here launches from Python take longer than what they launch: replays of a CUDA graph are timed as well
-SMALL = (1, 3136, 96)
 # N C elements that cross memory in two sweeps: k and v twice and y; k, v and y's gradient twice and two gradients
 FLOORS = {"forward": 5, "backward": 8}
 # nominal memory bandwidth in TB/s by the vendor's data sheet; other devices get the measured one only
@@ -39,8 +37,7 @@ def operator(rounds: int, clock: Clock, vision_rwkv: Path | None) -> Iterator[di
                 return
             inputs = operands(*shape, dtype, calm=True)
             jobs = operator_jobs(ops, inputs, theirs)
-            if shape == SMALL:
-                jobs |= graphs(jobs)
+            jobs |= graphs(jobs)  # launches from Python may take longer than what they launch
             for name, (median, spread) in interleaved(jobs, rounds, clock).items():
                 words = name.split()
                 path, direction = words[0], words[1]

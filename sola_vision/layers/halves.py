@@ -8,14 +8,15 @@ compute otherwise. T tokens of all images, N of one.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sola_vision import ops
 from sola_vision.layers.bands import plain_linear
+from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 
 _op = torch.ops.sola
@@ -54,7 +55,8 @@ def spatial_mix(
     tensors = (x, norm.weight, norm.bias, decay, bonus, *mixes, *weights)
     if torch.is_grad_enabled():
         return _SpatialMix.apply(autocast_dtype(x), norm.eps, *tensors)
-    mixed, readout, *_ = _spatial_mix(autocast_dtype(x), norm.eps, *tensors)
+    with kernels_only():
+        mixed, readout, *_ = _spatial_mix(autocast_dtype(x), norm.eps, *tensors)
     return mixed, readout
 
 
@@ -68,7 +70,8 @@ def channel_mix(
     tensors = (x, norm.weight, norm.bias, *mixes, *weights)
     if torch.is_grad_enabled():
         return _ChannelMix.apply(autocast_dtype(x), norm.eps, residual, *tensors)
-    return _channel_mix(autocast_dtype(x), norm.eps, residual, *tensors)[0]
+    with kernels_only():
+        return _channel_mix(autocast_dtype(x), norm.eps, residual, *tensors)[0]
 
 
 def _spatial_mix(
@@ -83,32 +86,33 @@ def _spatial_mix(
 ) -> tuple[Tensor, ...]:
     """The half, the read-out, and what their backward needs."""
     batch, height, width, channels = x.shape
-    with kernels_only():
-        mixes, weights = torch.stack(others[:3]), torch.stack(others[3:]).to(dtype)
-        shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
-        made = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
-        receptance, key, value = made.view(3, batch, height * width, channels).unbind()
-        readout = _op.wkv.default(decay, bonus, key, value)
-        gated = _op.gate.default(receptance, readout).flatten(0, 1)
-        mixed = torch.mm(gated, weights[3].t())
+    mixes, weights = torch.stack(others[:3]), torch.stack(others[3:]).to(dtype)
+    shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+    made = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
+    receptance, key, value = made.view(3, batch, height * width, channels).unbind()
+    readout = _op.wkv.default(decay, bonus, key, value)
+    gated = _op.gate.default(receptance, readout).flatten(0, 1)
+    mixed = torch.mm(gated, weights[3].t())
     return mixed.view(x.shape), readout.view(x.shape), mixes, weights, shifted, receptance, key, value, readout, gated
 
 
 class _SpatialMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        mixed, read, *kept = _spatial_mix(dtype, eps, *tensors)
-        ctx.eps, ctx.dtype = eps, tensors[-1].dtype
+        with kernels_only():
+            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors)
+        ctx.dtype, ctx.eps = dtype, eps
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:5], *kept)
-        return mixed, read
+        ctx.save_for_backward(*tensors, *kept)
+        return mixed, readout
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_mixed: Tensor | None, of_read: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, shift, decay, bonus, mixes, weights, shifted, receptance, key, value, readout, gated = (
-            ctx.saved_tensors
-        )
+        x, scale, shift, decay, bonus, *others = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
+            return None, None, *differentiable_backward(half, inputs, (of_mixed, of_read))
+        last, mixes, weights, shifted, receptance, key, value, readout, gated = others[6:]
         of_mixed = torch.zeros_like(gated) if of_mixed is None else of_mixed.reshape(gated.shape)
         with kernels_only():
             of_gated = torch.mm(of_mixed, weights[3]).view(readout.shape)
@@ -121,8 +125,8 @@ class _SpatialMix(torch.autograd.Function):
             for grad, part, weight, of_part in zip(grads, shifted, weights, of_shifted, strict=False):
                 rows = grad.view(part.shape)
                 torch.mm(rows, weight, out=of_part)
-                of_weights.append(_of_weight(rows, part, ctx.dtype))
-            of_weights.append(_of_weight(of_mixed, gated, ctx.dtype))
+                of_weights.append(_of_weight(rows, part, last.dtype))
+            of_weights.append(_of_weight(of_mixed, gated, last.dtype))
             of_shifted = of_shifted.view(3, *x.shape)
             *of_norm, of_mixes = _op.norm_shift_backward.default(x, scale, shift, ctx.eps, mixes, of_shifted)
         return None, None, *of_norm, of_decay, of_bonus, *of_mixes, *of_weights
@@ -132,29 +136,32 @@ def _channel_mix(
     dtype: torch.dtype, eps: float, residual: bool, x: Tensor, scale: Tensor, shift: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
     """The half, with or without its residual, and what its backward needs."""
-    with kernels_only():
-        mixes, weights = torch.stack(others[:2]), [weight.to(dtype) for weight in others[2:]]
-        shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
-        hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
-        squared = _op.squared_relu.default(hidden)
-        value = torch.mm(squared, weights[2].t())
-        rows = x.reshape(value.shape)
-        out = ops.gated_sum(rows, receptance, value) if residual else _op.gate.default(receptance, value)
+    mixes, weights = torch.stack(others[:2]), [weight.to(dtype) for weight in others[2:]]
+    shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+    hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
+    squared = _op.squared_relu.default(hidden)
+    value = torch.mm(squared, weights[2].t())
+    rows = x.reshape(value.shape)
+    out = ops.gated_sum(rows, receptance, value) if residual else _op.gate.default(receptance, value)
     return out.view(x.shape), mixes, shifted, hidden, receptance, squared, value, *weights
 
 
 class _ChannelMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, eps: float, residual: bool, *tensors: Tensor) -> Tensor:
-        out, *kept = _channel_mix(dtype, eps, residual, *tensors)
-        ctx.eps, ctx.dtype, ctx.residual = eps, tensors[-1].dtype, residual
-        ctx.save_for_backward(*tensors[:3], *kept)
+        with kernels_only():
+            out, *kept = _channel_mix(dtype, eps, residual, *tensors)
+        ctx.dtype, ctx.eps, ctx.residual = dtype, eps, residual
+        ctx.save_for_backward(*tensors, *kept)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, mixes, shifted, hidden, receptance, squared, value, *weights = ctx.saved_tensors
+        x, scale, shift, *others = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            inputs, half = (x, scale, shift, *others[:5]), partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual)
+            return None, None, None, *differentiable_backward(half, inputs, (grad,))
+        last, mixes, shifted, hidden, receptance, squared, value, *weights = others[4:]
         with kernels_only():
             of_receptance, of_value = _op.gate_backward.default(receptance, value, grad.reshape(value.shape))
             of_hidden = _op.squared_relu_backward.default(hidden, torch.mm(of_value, weights[2]))
@@ -163,8 +170,8 @@ class _ChannelMix(torch.autograd.Function):
                 (of_hidden, of_receptance), shifted, weights, of_shifted, strict=False
             ):
                 torch.mm(rows, weight, out=of_part)
-                of_weights.append(_of_weight(rows, part, ctx.dtype))
-            of_weights.append(_of_weight(of_value, squared, ctx.dtype))
+                of_weights.append(_of_weight(rows, part, last.dtype))
+            of_weights.append(_of_weight(of_value, squared, last.dtype))
             of_shifted = of_shifted.view(2, *x.shape)
             of_x, *of_norm, of_mixes = _op.norm_shift_backward.default(x, scale, shift, ctx.eps, mixes, of_shifted)
             if ctx.residual:

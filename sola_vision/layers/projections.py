@@ -9,15 +9,17 @@ Where the CPU kernel multiplies, pass and products are one operator (`ops/linear
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from sola_vision import ops
 from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles, plain_linear
 from sola_vision.layers.products import product, product_into, project, weight_gradient
+from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype
 from sola_vision.ops.passes import norm_shift_backward
 
@@ -180,9 +182,12 @@ class _Linear(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, parameters, weights = _split(ctx.saved_tensors, ctx.counts)  # once: activation checkpointing counts
+        tensors = ctx.saved_tensors  # once: activation checkpointing counts
+        if torch.is_grad_enabled():
+            computed = partial(_plain_linear, ctx.first, ctx.counts, grads[0].dtype)
+            return None, None, None, *differentiable_backward(computed, tensors, grads)
+        inputs, parameters, weights = _split(tensors, ctx.counts)
         if ctx.first.products_backward is not None and multiplied_in_tiles(*inputs, *weights, *grads) and _fit(weights):
             return None, None, None, *ctx.first.products_backward(*inputs, *parameters, *weights, *grads)
         dtype = grads[0].dtype  # under autocast the product was in half precision, and so is its gradient
@@ -206,6 +211,13 @@ class _Linear(torch.autograd.Function):
                 total += grad
         sums = zip((*of_parameters, *of_weights), (*parameters, *weights), strict=True)
         return None, None, None, *of_inputs, *(total.to(tensor.dtype) for total, tensor in sums)
+
+
+def _plain_linear(first: Pass, counts: tuple[int, int], dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """What `_Linear` computes, in steps that autograd knows."""
+    inputs, parameters, weights = _split(tensors, counts)
+    made = first.make(*inputs, *parameters)
+    return [linear(part.to(dtype), weight.to(dtype)) for part, weight in zip(made, weights, strict=True)]
 
 
 def _fit(weights: Sequence[Tensor]) -> bool:

@@ -43,13 +43,13 @@ def calls(made):
     }
 
 
-def found(call, x, grads, parameters):
+def found(call, x, grads, parameters, **options):
     """Results, and the gradients for x and the parameters that have one."""
     x = x.detach().requires_grad_()
     results = call(x)
     kept = [(result, grad) for result, grad in zip(results, grads, strict=False) if grad is not None]
     outs, of_outs = zip(*((result, grad.to(result.dtype)) for result, grad in kept), strict=True)
-    return [*results, *torch.autograd.grad(outs, (x, *parameters), of_outs, allow_unused=True)]
+    return [*results, *torch.autograd.grad(outs, (x, *parameters), of_outs, allow_unused=True, **options)]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -100,3 +100,26 @@ def test_node_under_autocast(device, half):
             continue
         assert got.dtype == want.dtype
         assert (got - want).abs().max() <= 0.03 * want.abs().max()
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+@pytest.mark.parametrize("by", [0, 1], ids=["modules", "node"])
+def test_backwards_are_differentiated_again(device, half, by):
+    """Nobody is told half of a second derivative: `torch.autograd.grad` asks no node that has none."""
+    dtype = torch.float64 if device == "cpu" else torch.float32
+    made = layer(8, dtype, device)
+    x, *grads = torch.randn(3, 2, 3, 4, 8, dtype=dtype, device=device)
+
+    def second(call):
+        first = found(call, x, grads, list(made.parameters()), create_graph=True)
+        inputs = [leaf for leaf in made.parameters() if leaf.requires_grad]
+        penalty = sum(gradient.square().sum() for gradient in first[-1 - len(inputs) :] if gradient is not None)
+        return torch.autograd.grad(penalty, inputs, allow_unused=True)
+
+    with ops.use("portable"):
+        expected = second(calls(made)[half][0])
+    for got, want in zip(second(calls(made)[half][by]), expected, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            assert (got - want).abs().max() <= (1e-9 if device == "cpu" else 1e-3) * (1 + want.abs().max())

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backwards to be differentiated again: a node whose backward is written out goes back to steps that autograd knows."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def differentiable_backward(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of function(*inputs) for its inputs, with a graph of their own, from those of its first results; None
+    for inputs that need none. `torch.autograd.grad` passes over a node that says it has no second derivative.
+    """
+    with torch.enable_grad():
+        views = [x.view_as(x) if x.requires_grad else x for x in inputs]  # whose gradients end here
+        results = function(*views)
+    pairs = [(made, grad) for made, grad in zip(results, grads, strict=False) if grad is not None]
+    wanted = [x for x in views if x.requires_grad]
+    made, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(made, wanted, given, create_graph=True, allow_unused=True))
+    return tuple(next(found) if x.requires_grad else None for x in views)

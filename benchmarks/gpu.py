@@ -136,11 +136,12 @@ def done(name: str, part: Part, folder: Path, commit: str | None) -> bool:
         for row in part():
             rows.append(row)
             (gpu_profile.show if "kernels" in row else report)(row)
+            write(folder / f"gpu-{name}.json", rows, commit)  # at once: who is cut off keeps it
     except Exception as error:  # the other parts and what this one has are worth their minutes
         good = False
         print(f"{name}: stopped: {first_line(error)}", flush=True)
     if rows:
-        write(folder / f"gpu-{name}.json", rows, commit)
+        print(f"wrote {folder / f'gpu-{name}.json'}", flush=True)
     return good and bool(rows) and all(row.get("ok", True) for row in rows)
 
 

@@ -114,7 +114,6 @@ def write(path: Path, rows: list[dict[str, Any]], commit: str | None = None) -> 
     if commit is not None:
         where["commit"] = commit
     write_json(path, {**where, "rows": rows})
-    print(f"wrote {path}", flush=True)
 
 
 def triton_version() -> str | None:

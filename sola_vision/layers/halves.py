@@ -27,9 +27,9 @@ def in_one_node(x: Tensor, *projections: nn.Linear) -> bool:
     does, changed projections have to be called, and float64 has no kernels.
     """
     return (
-        x.is_cuda
+        type(x) is Tensor
+        and x.is_cuda
         and ops.missing_kernel("cuda") is None
-        and type(x) is Tensor
         and x.dtype != torch.float64
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and ops.pinned() in (None, "native")

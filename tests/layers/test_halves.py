@@ -80,8 +80,9 @@ def test_node_is_the_modules(device, size, half, wanted):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
-def test_node_under_autocast(device, half):
+def test_node_under_autocast(device, half, dtype):
     """Products and read-out in half precision, the gradients of the wide parameters wide."""
     if device == "cpu" and "residual" in half:
         pytest.skip("the CPU's kernels take operands of one dtype")
@@ -90,9 +91,9 @@ def test_node_under_autocast(device, half):
     made = layer(32, torch.float32, device)
     x, *grads = torch.randn(3, 2, 6, 5, 32, device=device)
     by_modules, by_node = calls(made)[half]
-    with torch.autocast(device, torch.bfloat16), ops.use("portable"):
+    with torch.autocast(device, dtype), ops.use("portable"):
         expected = found(by_modules, x, grads, list(made.parameters()))
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, dtype):
         made_by_node = found(by_node, x, grads, list(made.parameters()))
     for got, want in zip(made_by_node, expected, strict=True):
         if want is None:

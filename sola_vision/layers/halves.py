@@ -27,11 +27,11 @@ def in_one_node(x: Tensor, *projections: nn.Linear) -> bool:
     does, changed projections have to be called, and float64 has no kernels.
     """
     return (
-        type(x) is Tensor
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # first: compilers cannot follow what is below
+        and type(x) is Tensor
         and x.is_cuda
-        and ops.missing_kernel("cuda") is None
         and x.dtype != torch.float64
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and ops.missing_kernel("cuda") is None
         and ops.pinned() in (None, "native")
         and not (ops.seen_through(x) or ops.tangents())
         and plain_linear(*projections)

@@ -93,7 +93,8 @@ def _spatial_mix(
     readout = _op.wkv.default(decay, bonus, key, value)
     gated = _op.gate.default(receptance, readout).flatten(0, 1)
     mixed = torch.mm(gated, weights[3].t())
-    return mixed.view(x.shape), readout.view(x.shape), mixes, weights, shifted, receptance, key, value, readout, gated
+    ends = (_shaped(mixed, x), _shaped(readout, x))
+    return *ends, mixes, weights, shifted, receptance, key, value, gated
 
 
 class _SpatialMix(torch.autograd.Function):
@@ -103,7 +104,7 @@ class _SpatialMix(torch.autograd.Function):
             mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors)
         ctx.dtype, ctx.eps = dtype, eps
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*tensors, readout, *kept)  # what is handed out itself: who changes it in place is told
         return mixed, readout
 
     @staticmethod
@@ -112,23 +113,20 @@ class _SpatialMix(torch.autograd.Function):
         if torch.is_grad_enabled():
             inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
             return None, None, *differentiable_backward(half, inputs, (of_mixed, of_read))
-        last, mixes, weights, shifted, receptance, key, value, readout, gated = others[6:]
+        last, readout, mixes, weights, shifted, receptance, key, value, gated = others[6:]
         of_mixed = torch.zeros_like(gated) if of_mixed is None else of_mixed.reshape(gated.shape)
         with kernels_only():
-            of_gated = torch.mm(of_mixed, weights[3]).view(readout.shape)
-            of_receptance, of_readout = _op.gate_backward.default(receptance, readout, of_gated)
+            of_gated = torch.mm(of_mixed, weights[3]).view(key.shape)
+            of_receptance, of_readout = _op.gate_backward.default(receptance, readout.view(key.shape), of_gated)
             if of_read is not None:
-                of_readout += of_read.reshape(readout.shape)
+                of_readout += of_read.reshape(key.shape)
             of_decay, of_bonus, of_key, of_value = _op.wkv_backward.default(decay, bonus, key, value, of_readout)
-            of_weights, of_shifted = [], torch.empty_like(shifted)
-            grads = (of_receptance, of_key, of_value)
-            for grad, part, weight, of_part in zip(grads, shifted, weights, of_shifted, strict=False):
-                rows = grad.view(part.shape)
-                torch.mm(rows, weight, out=of_part)
-                of_weights.append(_of_weight(rows, part, last.dtype))
+            rows = [grad.flatten(0, 1) for grad in (of_receptance, of_key, of_value)]
+            of_shifted, of_weights = _products_backward(rows, shifted, weights, last.dtype)
             of_weights.append(_of_weight(of_mixed, gated, last.dtype))
-            of_shifted = of_shifted.view(3, *x.shape)
-            *of_norm, of_mixes = _op.norm_shift_backward.default(x, scale, shift, ctx.eps, mixes, of_shifted)
+            *of_norm, of_mixes = _op.norm_shift_backward.default(
+                x, scale, shift, ctx.eps, mixes, of_shifted.view(3, *x.shape)
+            )
         return None, None, *of_norm, of_decay, of_bonus, *of_mixes, *of_weights
 
 
@@ -143,7 +141,7 @@ def _channel_mix(
     value = torch.mm(squared, weights[2].t())
     rows = x.reshape(value.shape)
     out = ops.gated_sum(rows, receptance, value) if residual else _op.gate.default(receptance, value)
-    return out.view(x.shape), mixes, shifted, hidden, receptance, squared, value, *weights
+    return _shaped(out, x), mixes, shifted, hidden, receptance, squared, value, *weights
 
 
 class _ChannelMix(torch.autograd.Function):
@@ -165,18 +163,31 @@ class _ChannelMix(torch.autograd.Function):
         with kernels_only():
             of_receptance, of_value = _op.gate_backward.default(receptance, value, grad.reshape(value.shape))
             of_hidden = _op.squared_relu_backward.default(hidden, torch.mm(of_value, weights[2]))
-            of_weights, of_shifted = [], torch.empty_like(shifted)
-            for rows, part, weight, of_part in zip(
-                (of_hidden, of_receptance), shifted, weights, of_shifted, strict=False
-            ):
-                torch.mm(rows, weight, out=of_part)
-                of_weights.append(_of_weight(rows, part, last.dtype))
+            of_shifted, of_weights = _products_backward((of_hidden, of_receptance), shifted, weights, last.dtype)
             of_weights.append(_of_weight(of_value, squared, last.dtype))
-            of_shifted = of_shifted.view(2, *x.shape)
-            of_x, *of_norm, of_mixes = _op.norm_shift_backward.default(x, scale, shift, ctx.eps, mixes, of_shifted)
+            of_x, *of_norm, of_mixes = _op.norm_shift_backward.default(
+                x, scale, shift, ctx.eps, mixes, of_shifted.view(2, *x.shape)
+            )
             if ctx.residual:
                 of_x += grad
         return None, None, None, of_x, *of_norm, *of_mixes, *of_weights
+
+
+def _shaped(made: Tensor, x: Tensor) -> Tensor:
+    """A result in the shape of x; no view in autograd's eyes, so that it may be changed in place."""
+    return torch.ops.aten._unsafe_view(made, x.shape)
+
+
+def _products_backward(
+    rows: Sequence[Tensor], shifted: Tensor, weights: Sequence[Tensor] | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of shifted [M, T, C] and of the first M weights, which multiply it, from the results' [T, D]."""
+    of_shifted = torch.empty_like(shifted)
+    of_weights = []
+    for row, part, weight, of_part in zip(rows, shifted, weights, of_shifted, strict=False):
+        torch.mm(row, weight, out=of_part)
+        of_weights.append(_of_weight(row, part, dtype))
+    return of_shifted, of_weights
 
 
 def _of_weight(rows: Tensor, made: Tensor, dtype: torch.dtype) -> Tensor:

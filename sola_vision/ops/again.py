@@ -13,6 +13,8 @@ def differentiable_backward(
     """Gradients of function(*inputs) for its inputs, with a graph of their own, from those of its first results; None
     for inputs that need none. `torch.autograd.grad` passes over a node that says it has no second derivative.
     """
+    if all(grad is None for grad in grads):
+        return (None,) * len(inputs)
     with torch.enable_grad():
         views = [x.view_as(x) if x.requires_grad else x for x in inputs]  # whose gradients end here
         results = function(*views)

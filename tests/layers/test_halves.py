@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sola_vision import ops
-from sola_vision.layers import LinearLayer, halves
+from sola_vision.layers import LinearLayer, halves, linear
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 SIZES = [(2, 5, 3, 8), (1, 1, 1, 1), (3, 4, 7, 33), (0, 4, 7, 8), (2, 0, 7, 8)]
@@ -77,6 +77,69 @@ def test_node_is_the_modules(device, size, half, wanted):
         assert got.shape == want.shape
         if got.numel():
             assert (got - want).abs().max() <= (1e-9 if device == "cpu" else 1e-4) * (1 + want.abs().max())
+
+
+@pytest.mark.skipif(ops.missing_kernel("cpu") is not None, reason="a node calls kernels")
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_layer_of_nodes_is_the_layer(monkeypatch, drop_path):
+    """The layer gives its nodes what belongs to them, in training and in inference; as on a GPU, where it has them."""
+    made = layer(16)
+    made.drop_path.drop_prob = drop_path
+    x = torch.randn(3, 4, 5, 16, dtype=torch.float64)
+
+    def trained():
+        torch.manual_seed(1)  # the same images are dropped
+        made.train()
+        results = made(x)
+        sum(result.square().sum() for result in results).backward()
+        gradients = {name: parameter.grad for name, parameter in made.named_parameters()}
+        made.zero_grad()
+        return results, gradients
+
+    def inferred():
+        with torch.no_grad():
+            return made.eval()(x)
+
+    expected, right, values = *trained(), inferred()
+    called = []
+    for name in ("spatial_mix", "channel_mix"):
+        node = getattr(linear, name)
+        call = lambda *args, name=name, node=node, **options: called.append(name) or node(*args, **options)  # noqa: E731
+        monkeypatch.setattr(linear, name, call)
+    monkeypatch.setattr(linear, "in_one_node", lambda *_: True)
+    results, gradients = trained()
+    torch.testing.assert_close(results, expected)
+    torch.testing.assert_close(gradients, right)
+    torch.testing.assert_close(inferred(), values)
+    assert called == 2 * ["spatial_mix", "channel_mix"]
+
+
+def test_results_may_be_changed_in_place():
+    """Not where the backward needs them: who changes the read-out is told."""
+    made, x = layer(8), torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    for half in calls(made).values():
+        half[1](x)[0].mul_(2).sum().backward()
+    mixed, read = calls(made)["spatial"][1](x)
+    read.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        mixed.sum().backward()
+
+
+def test_a_graph_that_wants_nothing_of_a_node_goes_on():
+    made, x = layer(8), torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *given):
+            return given[0].sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, None
+
+    total = Nothing.apply(*calls(made)["spatial"][1](x)) + x.square().sum()
+    (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+    torch.testing.assert_close(gradient, 2 * x)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

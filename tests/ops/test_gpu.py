@@ -85,6 +85,7 @@ def check(inputs, out, grads):
         ((1, 33, 1), False),
         ((1, 49, 96), False),
         ((2, 17, 33), True),
+        ((18, 2, 3), False),
         ((1, 197, 33), True),
         pytest.param((1, 197, 96), False, marks=pytest.mark.slow),
         pytest.param((2, 300, 33), False, marks=pytest.mark.slow),

@@ -67,6 +67,22 @@ def chunk_sums(
         )  # fmt: skip
 
 
+@triton.jit
+def _behind(E, a, b, n, a1, b1, fade, factor, BY_B: tl.constexpr):
+    """The state behind a sum (n, a1, b1), from the one before it; the state's pair is float64."""
+    faded = tl.maximum(E + fade, scans.EMPTY)
+    top = tl.maximum(faded, n)
+    old = scans.power(faded - top).to(tl.float64) * factor
+    new = scans.power(n - top).to(tl.float64)
+    a = a * old + a1.to(tl.float64) * new
+    b = b * old + b1.to(tl.float64) * new
+    if BY_B:
+        size = b
+    else:
+        size = tl.maximum(tl.abs(a), tl.abs(b))
+    return scans.normal(top, a, b, size)
+
+
 @triton.jit(do_not_specialize=["batch", "count", "group_length", "groups", "steps", "num_tokens"])
 def scan_states(
     decay, sums, carry, out, batch, count, group_length, groups, steps, num_tokens,
@@ -122,17 +138,7 @@ def scan_states(
             before_n = before_n + (E,)
             before_a = before_a + (a.to(tl.float32),)
             before_b = before_b + (b.to(tl.float32),)
-            faded = tl.maximum(E + fade, scans.EMPTY)
-            top = tl.maximum(faded, ns[j])
-            old = scans.power(faded - top).to(tl.float64) * factor
-            new = scans.power(ns[j] - top).to(tl.float64)
-            next_a = a * old + a1s[j].to(tl.float64) * new
-            next_b = b * old + b1s[j].to(tl.float64) * new
-            if BY_B:
-                size = next_b
-            else:
-                size = tl.maximum(tl.abs(next_a), tl.abs(next_b))
-            top, next_a, next_b = scans.normal(top, next_a, next_b, size)
+            top, next_a, next_b = _behind(E, a, b, ns[j], a1s[j], b1s[j], fade, factor, BY_B)
             # behind the group's last sum nothing may fade
             more = i + j < length
             E = tl.where(more, top, E)

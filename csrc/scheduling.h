@@ -34,6 +34,15 @@ class Workspace {
   Workspace(const Workspace&) = delete;
 };
 
+// Phases with a part for each chunk, every second one, go through their chunks from alternate ends: what one has read last
+// is still in the cache when the next one begins. Not so where that would be little of all `chunks` of `count` registers:
+// upwards the processor asks for memory ahead.
+template <class Op>
+bool downwards(int phase, int64_t chunks, int64_t count) {
+  constexpr int64_t bytes = Op::length * W * sizeof(typename Op::Element) * Op::arrays;
+  return phase % 4 == 2 && chunks * count * bytes <= 16 << 20;
+}
+
 template <class Op>
 void chunk_phase(const Problem& p, const typename Op::Register& r, int phase, int64_t c) {
   if (!r.fast) return;
@@ -59,12 +68,12 @@ __attribute__((always_inline)) inline void fetch(const Problem& p, int64_t image
 // One chunk of some registers side by side, and the next one on its way.
 template <class Op>
 void chunk_of_registers(const Problem& p, const typename Op::Register* registers, int64_t count, int phase, int64_t c,
-                        bool streamed) {
+                        int64_t next, bool streamed) {
   constexpr int64_t element = sizeof(typename Op::Element), L = Op::length;
   for (int64_t i = 0; i < count; ++i) {
-    if (streamed) {
-      fetch(p, registers[0].image, registers[0].channel, (c + 1) * L + L * i / count, (c + 1) * L + L * (i + 1) / count,
-            element, count * W * element);
+    if (streamed && next >= 0) {
+      fetch(p, registers[0].image, registers[0].channel, next * L + L * i / count, next * L + L * (i + 1) / count, element,
+            count * W * element);
     }
     chunk_phase<Op>(p, registers[i], phase, c);
   }
@@ -87,16 +96,18 @@ void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, boo
         for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
         continue;
       }
-      for (int64_t c = 0; c < chunks; ++c) {
-        chunk_of_registers<Op>(p, space.registers, count, phase, c, streamed);
+      const bool down = downwards<Op>(phase, chunks, count);
+      for (int64_t i = 0; i < chunks; ++i) {
+        const int64_t c = down ? chunks - 1 - i : i;
+        chunk_of_registers<Op>(p, space.registers, count, phase, c, down ? c - 1 : c + 1, streamed);
       }
     }
   }
 }
 
-// Every phase is a parallel region: over segments of an image, whose rows are taken whole, or over registers.
+// Every phase is a parallel region: a thread takes a part of all chunks, whole rows of them, or of the registers.
 template <class Op>
-void by_segment(const Problem& p, int64_t count, int64_t segments, bool streamed, int64_t chunks, ParallelFor loop) {
+void by_part(const Problem& p, int64_t count, bool streamed, int64_t chunks, ParallelFor loop) {
   const Workspace<typename Op::Register> space(count, chunks * Op::slots);
   for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, i);
   const int64_t columns = count / p.batch;
@@ -108,13 +119,12 @@ void by_segment(const Problem& p, int64_t count, int64_t segments, bool streamed
       });
       continue;
     }
-    parallel(loop, p.batch * segments, 1, [&](int64_t begin, int64_t end) {
+    parallel(loop, p.batch * chunks, 4, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush(true);
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t image = k / segments, part = k % segments;
-        for (int64_t c = chunks * part / segments; c < chunks * (part + 1) / segments; ++c) {
-          chunk_of_registers<Op>(p, space.registers + image * columns, columns, phase, c, streamed);
-        }
+      const bool down = downwards<Op>(phase, end - begin, columns);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = down ? begin + end - 1 - i : i, c = k % chunks;
+        chunk_of_registers<Op>(p, space.registers + k / chunks * columns, columns, phase, c, down ? c - 1 : c + 1, streamed);
       }
     });
   }
@@ -128,10 +138,8 @@ void run(const Problem& p, ParallelFor loop) {
   // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
   const int64_t cache = 3 << 19, widest = 8;
   const bool streamed = (columns < widest ? columns : widest) * p.tokens * register_bytes * Op::arrays > cache;
-  const int64_t wanted = (4 * p.threads + p.batch - 1) / p.batch, most = chunks / 4;
-  const int64_t segments = wanted < most ? wanted : most;
   const bool few = count < 2 * p.threads || (streamed && p.batch < p.threads);
-  if (p.threads > 1 && few && segments > 1) return by_segment<Op>(p, count, segments, streamed, chunks, loop);
+  if (p.threads > 1 && few && chunks >= 8) return by_part<Op>(p, count, streamed, chunks, loop);
   parallel(loop, count, 1 + 1024 / p.tokens,
            [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, widest, streamed, chunks); });
 }

@@ -252,6 +252,39 @@ def test_config_of_the_wrong_shape_is_refused():
 
 
 @pytest.mark.parametrize("grad", [True, False])
+def test_a_traced_file_is_the_network(tmp_path, grad):
+    model, image = build(), torch.randn(1, 3, 40, 56)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, torch.randn(2, 3, 64, 64)).save(tmp_path / "traced.pt")
+        found = torch.jit.load(tmp_path / "traced.pt")(image)
+    torch.testing.assert_close(found, model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_network_takes_images_of_other_sizes():
+    model = build(schedule="LS", dims=(32,))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for size in ((64, 64), (96, 64), (97, 131)):  # the second makes sizes symbols
+        image = torch.randn(1, 3, *size)
+        torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_each_image_by_torch_func():
+    model = build()
+    images, parameters = torch.randn(2, 1, 3, 40, 56), dict(model.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image,)).square().mean()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        singly = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        for name, gradient in zip(parameters, singly, strict=True):
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
 def test_a_traced_onnx_file_is_the_network(tmp_path, grad):
     """torch.onnx.export with dynamo=False, with and without gradients: neither what inference writes to bands nor what
     a training step computes again may be lost.

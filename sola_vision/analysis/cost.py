@@ -129,8 +129,11 @@ def count(model: nn.Module, size: tuple[int, int], batch: int = 1, *, name: str 
     weights = frozenset(_storage(t) for t in (*model.parameters(), *model.buffers()))
     flops, peak = FlopCounterMode(display=False), _PeakMemory(weights | {_storage(image)})
     try:
-        with torch.no_grad(), FusedAttention(), flops, peak:
-            model(image)
+        with torch.no_grad(), FusedAttention():
+            with flops:
+                model(image)
+            with peak:  # by itself: the counter's hooks are on all modules, which layers give more memory for
+                model(image)
         saved = _saved_bytes(model, image, weights | {_storage(image)})
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

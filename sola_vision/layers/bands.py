@@ -34,30 +34,30 @@ class Band(NamedTuple):
         return x[self.images, self.rows.start - self.top : self.rows.stop + self.bottom]
 
 
-def in_bands(x: Tensor, *projections: nn.Module) -> bool:
-    """Whether bands serve: compilers want few large steps."""
-    return not torch.compiler.is_compiling() and _values_only(x, *projections)
+def in_bands(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether bands serve what these norms and projections do to x: compilers want few large steps."""
+    return not torch.compiler.is_compiling() and _values_only(x, *modules)
 
 
-def in_tiles(x: Tensor, *projections: nn.Linear) -> bool:
-    """Whether the kernel multiplies x [..., C] by projections, a tile of tokens at a time through all passes."""
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # what is exported is for any processor
-    weights = (projection.weight for projection in projections)
-    return not exporting and _values_only(x, *projections) and multiplied_in_tiles(x, *weights)
+def in_tiles(x: Tensor, *modules: nn.Module) -> bool:
+    """Whether the kernel takes x [..., C] through these norms and projections, a tile of tokens at a time."""
+    weights = (module.weight for module in modules if isinstance(module, nn.Linear))
+    # what is exported is for any processor
+    return not torch.compiler.is_exporting() and _values_only(x, *modules) and multiplied_in_tiles(x, *weights)
 
 
-def _values_only(x: Tensor, *projections: nn.Module) -> bool:
+def _values_only(x: Tensor, *modules: nn.Module) -> bool:
     """Whether nobody looks for more than values on a CPU: gradients need the intermediates, and a pinned path or a
-    changed projection is to be seen in plain.
+    changed module is to be seen in plain. Who traces would lose what is written to a band.
     """
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and pinned() in (None, "native")
-        and not (seen_through(x) or tangents())  # who traces would lose what is written to a band
-        and plain_linear(*projections)
-        and (torch.compiler.is_compiling() or not torch.nn.modules.module._has_any_global_hook())
+        and not (torch.jit.is_tracing() or seen_through(x) or tangents())
+        and not hooked_everywhere()
+        and plain(*modules)
     )
 
 
@@ -72,20 +72,49 @@ def multiplied_in_tiles(x: Tensor, *others: Tensor) -> bool:
     )
 
 
-def plain_linear(*projections: nn.Module) -> bool:
-    """Whether each is its weight and nothing else."""
-    return all(unchanged(projection) and projection.bias is None for projection in projections)
+_PLAIN = (nn.Parameter, Tensor)
 
 
-def unchanged(projection: nn.Module) -> bool:
-    """Whether it is a linear layer that does what its weight and bias say. A low-rank adapter, a quantised module or
-    weight, and one that is hooked or whose forward was replaced does more, and has to be called.
+def plain(*modules: nn.Module) -> bool:
+    """Whether each is its parameters and nothing else: a projection without a bias, a layer norm that has one. A kernel
+    is given these; what does more has to be called.
     """
-    return exactly(projection, nn.Linear) and type(projection.weight) in (nn.Parameter, Tensor)
+    return all(
+        unchanged(module) and (type(module.bias) in _PLAIN if type(module) is nn.LayerNorm else module.bias is None)
+        for module in modules
+    )
+
+
+def unchanged(module: nn.Module) -> bool:
+    """Whether it is a linear layer or a layer norm that does what its parameters say. A low-rank adapter, a quantised
+    module or weight, and one that is hooked or whose forward was replaced does more.
+    """
+    kind = nn.LayerNorm if type(module) is nn.LayerNorm else nn.Linear
+    return _itself(module, kind) and type(module.weight) in _PLAIN
+
+
+def affine(norm: nn.Module) -> bool:
+    """Whether a norm is a layer norm with weight and bias and nothing else, so that these and its eps say it all. What
+    kind of tensors they are is open: exporters have their own.
+    """
+    watched = not torch.is_grad_enabled() and hooked_everywhere()
+    return _itself(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None and not watched
 
 
 def exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class says: no subclass, no wrapper, no hook, no other forward."""
+    """Whether calling a module does what its class says, and nobody watches all calls."""
+    return _itself(module, kind) and not hooked_everywhere()
+
+
+def hooked_everywhere() -> bool:
+    """Whether a global hook wants to see every module. In training it sees norms and projections of linear layers only
+    where they are called anyway: such hooks count (torch's FlopCounterMode), and would change the memory in question.
+    """
+    return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
+
+
+def _itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """No subclass, no wrapper, no hook of its own, no other forward."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 

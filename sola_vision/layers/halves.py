@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from sola_vision import ops
-from sola_vision.layers.bands import plain_linear
+from sola_vision.layers.bands import hooked_everywhere, plain
 from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 
 _op = torch.ops.sola
 
 
-def in_one_node(x: Tensor, *projections: nn.Linear) -> bool:
+def in_one_node(x: Tensor, norm: nn.LayerNorm, *projections: nn.Linear) -> bool:
     """Whether a half of x [B, H, W, C] is a node of its own: compilers, tracers and who pins a path want to see what it
-    does, changed projections have to be called, and float64 has no kernels.
+    does, changed modules have to be called, and float64 has no kernels.
     """
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # first: compilers cannot follow what is below
@@ -34,8 +34,8 @@ def in_one_node(x: Tensor, *projections: nn.Linear) -> bool:
         and ops.missing_kernel("cuda") is None
         and ops.pinned() in (None, "native")
         and not (ops.seen_through(x) or ops.tangents())
-        and plain_linear(*projections)
-        and not torch.nn.modules.module._has_any_global_hook()
+        and plain(norm, *projections)
+        and not hooked_everywhere()
         and (torch.is_autocast_enabled("cuda") or all(projection.weight.dtype == x.dtype for projection in projections))
     )
 

@@ -67,12 +67,12 @@ class LinearMixer(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] before its norm -> the same, and the read-out wkv_t before the gate [B, H, W, C]."""
         projections = (self.receptance, self.key, self.value)
-        if self.token_shift and in_one_node(x, *projections, self.output):
+        if self.token_shift and in_one_node(x, norm, *projections, self.output):
             parts = (self.mix_receptance, self.mix_key, self.mix_value)
             return spatial_mix(x, norm, self.decay, self.bonus, parts, (*projections, self.output))
         if self.token_shift:
             mixes = torch.stack((self.mix_receptance, self.mix_key, self.mix_value))
-            receptance, key, value = shift_linear(x, norm.weight, norm.bias, norm.eps, mixes, projections)
+            receptance, key, value = shift_linear(x, norm, mixes, projections)
         else:
             n = norm(x)
             receptance, key, value = (projection(n) for projection in projections)
@@ -81,12 +81,12 @@ class LinearMixer(nn.Module):
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """x + the first of forward(x, norm), and the read-out."""
-        if not (self.token_shift and in_tiles(x, self.receptance, self.key, self.value, self.output)):
+        if not (self.token_shift and in_tiles(x, norm, self.receptance, self.key, self.value, self.output)):
             mixed, readout = self(x, norm)
             return x + mixed, readout
         # the receptance is not needed before the read-out is there, and is then made where it gates
         mixes = torch.stack((self.mix_key, self.mix_value))
-        readout = self.read(*shift_linear(x, norm.weight, norm.bias, norm.eps, mixes, (self.key, self.value)))
+        readout = self.read(*shift_linear(x, norm, mixes, (self.key, self.value)))
         mix, weights = self.mix_receptance[None], (self.receptance.weight, self.output.weight)
         return torch.ops.sola.spatial_mix(x, norm.weight, norm.bias, norm.eps, mix, *weights, readout), readout
 
@@ -120,7 +120,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """x [B, H, W, C] before its norm -> the same."""
         projections = (self.key, self.receptance, self.value)
-        if self.token_shift and in_one_node(x, *projections):
+        if self.token_shift and in_one_node(x, norm, *projections):
             return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=False)
         return gate(*self.project(x, norm))
 
@@ -131,9 +131,7 @@ class ChannelMix(nn.Module):
         projections = (self.key, self.receptance)
         if self.token_shift:
             mixes = torch.stack((self.mix_key, self.mix_receptance))
-            hidden, receptance = shift_linear(
-                x, norm.weight, norm.bias, norm.eps, mixes, projections, top=top, bottom=bottom
-            )
+            hidden, receptance = shift_linear(x, norm, mixes, projections, top=top, bottom=bottom)
         else:
             n = norm(x[:, top : x.shape[1] - bottom])
             hidden, receptance = (projection(n) for projection in projections)
@@ -142,13 +140,13 @@ class ChannelMix(nn.Module):
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """x + forward(x, norm), in tiles or bands where gradients are not asked for."""
         projections = (self.key, self.receptance, self.value)
-        if self.token_shift and in_one_node(x, *projections):
+        if self.token_shift and in_one_node(x, norm, *projections):
             return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=True)
-        if self.token_shift and in_tiles(x, *projections):
+        if self.token_shift and in_tiles(x, norm, *projections):
             mixes = torch.stack((self.mix_key, self.mix_receptance))
             weights = (projection.weight for projection in projections)
             return torch.ops.sola.channel_mix(x, norm.weight, norm.bias, norm.eps, mixes, *weights)
-        if not in_bands(x, *projections):
+        if not in_bands(x, norm, *projections):
             return gated_sum(x, *self.project(x, norm))
         x = x.contiguous()
         out = torch.empty_like(x)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sola_vision.ops.path import transformed
+
 
 class Stem(nn.Module):
     """Non-overlapping patches: image [B, C_in, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C]."""
@@ -31,10 +33,15 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         # not in the paper: sizes that the patch does not divide are padded with zeros on the right and at the bottom
         height, width = image.shape[-2:]
-        image = nn.functional.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        # channels last in memory, so that the tokens need no copy
-        image = image.contiguous(memory_format=torch.channels_last)
+        image = nn.functional.pad(image, (0, self._missing(width), 0, self._missing(height)))
+        if not transformed(image):  # torch.func has no layouts
+            # channels last in memory, so that the tokens need no copy
+            image = image.contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
+
+    def _missing(self, size: int) -> int:
+        """Pixels to the next multiple of a patch; torch.compile does not follow a remainder of a negative number."""
+        return (size + self.patch_size - 1) // self.patch_size * self.patch_size - size
 
 
 class PositionEmbedding(nn.Module):
@@ -48,14 +55,16 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> x plus its positions."""
-        weight = self.weight.contiguous(memory_format=torch.channels_last)  # as x lies in memory
+        weight: Tensor = self.weight
+        if not transformed(x, weight):
+            weight = weight.contiguous(memory_format=torch.channels_last)  # as x lies in memory
         size = (x.shape[1], x.shape[2])
         # an exported graph takes images of any size, so it always interpolates; on the grid itself that changes nothing
         if torch.compiler.is_exporting() or weight.shape[-2:] != size:
             # in autocast products would be rounded; a trace is for any machine
             plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
             by = _interpolate if plain or torch.compiler.is_exporting() else _interpolate_by_products
-            weight = by(weight.float(), size)
+            weight = by(weight.to(torch.promote_types(weight.dtype, torch.float32)), size)
         return x + weight.to(x.dtype).permute(0, 2, 3, 1)
 
 
@@ -84,7 +93,7 @@ def resize_position(weight: Tensor, grid: Sequence[int]) -> Tensor:
     """A position embedding [1, C, h, w] for another grid (height, width), as the network itself has it, to rounding."""
     if tuple(weight.shape[-2:]) == tuple(grid):
         return weight
-    return _interpolate(weight.float(), grid).to(weight.dtype)
+    return _interpolate(weight.to(torch.promote_types(weight.dtype, torch.float32)), grid).to(weight.dtype)
 
 
 class PatchMerging(nn.Module):

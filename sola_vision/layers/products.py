@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_weight
 
-from sola_vision.layers.bands import unchanged
+from sola_vision.layers.bands import hooked_everywhere, unchanged
 from sola_vision.ops import pinned, seen_through
 
 _FEWEST_VALUES = 1 << 15  # torch itself leaves small convolutions to another library
@@ -33,7 +33,7 @@ def project(x: Tensor, projection: nn.Linear) -> Tensor:
         and unchanged(projection)
         and _convolves(x, projection.weight)
         and x.shape[-1] == projection.in_features
-        and not torch.nn.modules.module._has_any_global_hook()
+        and not hooked_everywhere()
         and pinned() in (None, "native")
         and not seen_through(x)
     )

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sola_vision import ops
-from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles, plain_linear
+from sola_vision.layers.bands import BAND_BYTES, affine, bands, in_bands, in_tiles, multiplied_in_tiles, plain
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype
-from sola_vision.ops.passes import norm_shift_backward
+from sola_vision.ops.passes import interpolated, norm_shift_backward
 
 _LARGEST_SUMS = 1 << 18  # numbers of a weight's gradient that stay in a core's second-level cache while they are summed
 
@@ -39,9 +39,7 @@ class Pass(NamedTuple):
 
 def shift_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
+    norm: nn.LayerNorm,
     mixes: Tensor,
     projections: Sequence[nn.Linear],
     *,
@@ -51,10 +49,14 @@ def shift_linear(
     """Layer norm, token shift and a projection without bias for each of mixes [M, C]: x [B, H, W, C] -> M results
     [B, H - top - bottom, W, D] (see ops.norm_shift).
     """
-    if top == bottom == 0 and in_tiles(x, *projections):
+    if not affine(norm):
+        shifted = interpolated(norm(x), mixes, top, bottom)
+        return tuple(project(part, projection) for part, projection in zip(shifted, projections, strict=True))
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    if top == bottom == 0 and in_tiles(x, norm, *projections):
         weights = [projection.weight for projection in projections]
         return tuple(torch.ops.sola.norm_shift_linear(x, weight, bias, eps, mixes, weights))
-    if top == bottom == 0 and in_bands(x, *projections):
+    if top == bottom == 0 and in_bands(x, norm, *projections):
         return _shift_linear_in_bands(x.contiguous(), weight, bias, eps, mixes, projections)
 
     # only the GPU's kernel writes another dtype than it reads; compilers fuse the conversion
@@ -131,11 +133,11 @@ def _linear(
     parameters: tuple[Tensor, ...],
     projections: Sequence[nn.Linear],
 ) -> tuple[Tensor, ...]:
-    # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned and by
-    # exporters and transforms such as torch.func's
-    pays = not inputs[0].is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    pays = pays and ops.pinned() in (None, "native")
-    if pays and not ops.seen_through(*inputs, *parameters) and plain_linear(*projections):
+    # compilers choose themselves what to compute again, and plain torch is to be seen where a path is pinned, by
+    # tracers and exporters, and by transforms such as torch.func's
+    pays = not inputs[0].is_cuda and torch.is_grad_enabled()
+    pays = pays and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and ops.pinned() in (None, "native")
+    if pays and not ops.seen_through(*inputs, *parameters) and plain(*projections):
         weights = (projection.weight for projection in projections)
         return _Linear.apply(first, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = first.make(*inputs, *parameters)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators refuse, on every path alike: the plain forms would broadcast, the dispatcher run a fake kernel."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +38,23 @@ def check_same_shape(operator: str, **tensors: Tensor) -> None:
         if x.shape != shape:
             shapes = ", ".join(f"{name} {size(x)}" for name, x in tensors.items())
             raise ValueError(f"{operator}: all must have one shape, got {shapes}")
+
+
+def register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
+    """torch.library.register_fake for `sola::name`, and ValueError unless all tensors are on one device. A single one
+    on meta, such as a weight that was never loaded, makes the dispatcher call the fake kernel for all, which would
+    hand out memory that nothing has written.
+    """
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        given = [x for argument in arguments for x in (argument if isinstance(argument, list) else [argument])]
+        devices = dict.fromkeys(str(x.device) for x in given if isinstance(x, Tensor))
+        if len(devices) > 1:
+            raise ValueError(f"sola::{name}: its tensors must be on one device, got {', '.join(devices)}")
+        return fake(*arguments)
+
+    torch.library.register_fake(f"sola::{name}", checked, lib=library)
 
 
 def size(x: Tensor) -> str:

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from sola_vision.ops import passes
+from sola_vision.ops.arguments import register_fake
 
 
 def _norm_shift_linear(
@@ -145,7 +146,7 @@ def register(library: torch.library.Library) -> None:
         name = schema.partition("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sola::{name}", fake, lib=library)
+        register_fake(library, name, fake)
 
     shift = "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, "
     define(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sola_vision.ops.arguments import check_kind, check_same_shape, size
+from sola_vision.ops.arguments import check_kind, check_same_shape, register_fake, size
 from sola_vision.ops.path import pinned, seen_through
 
 
@@ -110,6 +110,15 @@ def quad_shift(x: Tensor) -> Tensor:
     )
 
 
+def interpolated(n: Tensor, mixes: Tensor, top: int, bottom: int) -> Tensor:
+    """mix * n + (1 - mix) * quad_shift(n) for each row of mixes [M, C], in plain torch: n [B, H, W, C] ->
+    [M, B, H - top - bottom, W, C].
+    """
+    shifted, height = quad_shift(n), n.shape[1]
+    n, shifted = n[:, top : height - bottom], shifted[:, top : height - bottom]
+    return torch.lerp(shifted, n, mixes.to(n.dtype)[:, None, None, None])
+
+
 def _plain(*tensors: Tensor) -> bool:
     """Whether plain torch is to be seen: pinned, by transforms that know nothing else, or by a compiler that fuses it
     better than it calls a kernel.
@@ -156,9 +165,7 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 def _norm_shift(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int) -> Tensor:
     # int: where TorchScript traces, sizes are tensors
     n = torch.nn.functional.layer_norm(x, (int(x.shape[-1]),), weight, bias, eps)
-    shifted, height = quad_shift(n), x.shape[1]
-    n, shifted = n[:, top : height - bottom], shifted[:, top : height - bottom]
-    return torch.lerp(shifted, n, mixes.to(n.dtype)[:, None, None, None])
+    return interpolated(n, mixes, top, bottom)
 
 
 def _gate(receptance: Tensor, value: Tensor) -> Tensor:
@@ -280,7 +287,7 @@ def register(library: torch.library.Library) -> None:
         name = schema.partition("(")[0]
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"sola::{name}", fake, lib=library)
+        register_fake(library, name, fake)
         if differentiate is not None:
             torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_tensors, lib=library)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sola_vision.ops import autocast, gpu_passes, linear, passes, portable, softmax
+from sola_vision.ops.arguments import register_fake
 
 library = torch.library.Library("sola", "DEF")
 
@@ -52,8 +53,8 @@ def _define(name: str) -> None:
     library.define(name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, portable.wkv, "CompositeExplicitAutograd")
     library.impl(name + "_backward", portable.wkv_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sola::{name}", _fake_forward, lib=library)
-    torch.library.register_fake(f"sola::{name}_backward", _fake_backward, lib=library)
+    register_fake(library, name, _fake_forward)
+    register_fake(library, f"{name}_backward", _fake_backward)
 
     forward = getattr(torch.ops.sola, name)
     backward = getattr(torch.ops.sola, name + "_backward")

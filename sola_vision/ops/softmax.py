@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from sola_vision.ops import autocast
+from sola_vision.ops.arguments import register_fake
 
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
@@ -98,11 +99,11 @@ def register(library: torch.library.Library) -> None:
     )
     library.impl("attention", _attention_and_sums, "CompositeExplicitAutograd")
     library.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("sola::attention", _fake, lib=library)
-    torch.library.register_fake(
-        "sola::attention_backward",
+    register_fake(library, "attention", _fake)
+    register_fake(
+        library,
+        "attention_backward",
         lambda qkv, head_dim, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
-        lib=library,
     )
     torch.library.register_autograd("sola::attention", _differentiate, setup_context=_save, lib=library)
     autocast.register(library, "attention", torch.ops.sola.attention, (0,))

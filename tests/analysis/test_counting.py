@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts: against hand counts per operator, published numbers, FlopCounterMode, and real tensors."""
 
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -140,6 +143,17 @@ def test_training_memory_is_what_autograd_keeps():
     assert output.shape == (2, 5)
     # attention's kernels keep their own small statistics
     assert cost.saved_bytes == pytest.approx(real, rel=0.01)
+
+
+def test_the_page_of_costs_says_what_the_command_prints():
+    page = (Path(__file__).parents[2] / "docs/cost.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+)x(\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.,]+) \|$", page, re.M)
+    assert len(rows) == 9
+    for name, height, width, *printed in rows:
+        size = int(height), int(width)
+        cost = count(build(name, size), size)
+        memory = (f"{number / 2**20:,.1f}" for number in (cost.peak_bytes, cost.saved_bytes))
+        assert printed == [f"{cost.parameters:,}", f"{cost.gmacs:.3f}", *memory]
 
 
 def test_memory_grows_with_the_batch_and_macs_too():

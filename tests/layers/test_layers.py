@@ -328,13 +328,72 @@ def test_tangents_of_parameters_reach_the_result(name):
         assert forward_ad.unpack_dual(out).tangent.abs().sum() > 0
 
 
-def test_a_global_hook_sees_all_parts():
+class Halved(torch.nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize(
+    "replacement",
+    [Halved(12), torch.nn.RMSNorm(12), torch.nn.Identity(), torch.nn.LayerNorm(12, elementwise_affine=False),
+     torch.nn.LayerNorm(12, bias=False)],
+    ids=lambda norm: type(norm).__name__,
+)  # fmt: skip
+def test_another_norm_is_called(tiles, replacement, shift, grad):
+    torch.manual_seed(0)
+    layer, x = LinearLayer(12, token_shift=shift), torch.randn(2, 9, 7, 12)
+    layer.norm1, layer.norm2, seen = replacement, replacement, []
+    handle = replacement.register_forward_hook(lambda *_: seen.append(1))
+    with torch.set_grad_enabled(grad):
+        hooked, _ = layer(x)
+        handle.remove()
+        found, readout = layer(x)
+    assert len(seen) == 2
+    torch.testing.assert_close(hooked, found)
+
+    n, m, c = replacement(x), layer.mixer, layer.channel_mix
+    r, k, v = token_shift(n, m.mix_receptance, m.mix_key, m.mix_value) if shift else (n, n, n)
+    torch.testing.assert_close(m.read(m.key(k), m.value(v)), readout)
+    y = x + m.output(torch.sigmoid(m.receptance(r)) * readout)
+    n = replacement(y)
+    k, r = token_shift(n, c.mix_key, c.mix_receptance) if shift else (n, n)
+    torch.testing.assert_close(found, y + torch.sigmoid(c.receptance(r)) * c.value(torch.relu(c.key(k)) ** 2))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_on_a_norm_changes_the_result(tiles, grad):
+    layer, x = LinearLayer(12), torch.randn(2, 9, 7, 12)
+    layer.norm1.register_forward_hook(lambda module, inputs, out: out * 0)
+    with torch.set_grad_enabled(grad):
+        _, readout = layer(x)
+    assert readout.abs().max() == 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_global_hook_sees_all_parts(grad):
     layer, x, seen = LinearLayer(12), torch.randn(2, 9, 7, 12), []
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, out: seen.append(type(module)))
-    with torch.no_grad():
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, out: seen.append(module))
+    with torch.set_grad_enabled(grad):
         layer(x)
     hook.remove()
-    assert seen.count(torch.nn.Linear) == 7
+    parts = {layer.mixer, layer.channel_mix, layer.drop_path}
+    assert (
+        set(seen) == set(layer.modules()) if not grad else parts <= set(seen)
+    )  # hooks that count see training's memory
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", [name for name, _ in LinearLayer(12).named_parameters()])
+def test_a_parameter_that_was_never_loaded_is_refused(tiles, name, grad):
+    """The dispatcher takes a tensor on meta for all of them; a made-up result must not come of it."""
+    layer = LinearLayer(12)
+    owner, _, last = name.rpartition(".")
+    module = layer.get_submodule(owner)
+    setattr(module, last, torch.nn.Parameter(getattr(module, last).to("meta")))
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match="device"):
+        layer(torch.randn(2, 9, 7, 12))
 
 
 def test_a_compiled_layer_multiplies_in_tiles_and_an_exported_one_does_not():

@@ -113,7 +113,19 @@ def network_arguments(model: nn.Module) -> dict[str, Any]:
     """What makes this network from the name it has in timm's registry, as far as we or timm noted it."""
     noted = {key: value for key, value in getattr(model, "_model_args", {}).items() if key in STANDARD}
     config = getattr(model, "config", None)
-    return noted | (asdict(config) if isinstance(config, SolaConfig | VrwkvConfig) else {})
+    noted |= asdict(config) if isinstance(config, SolaConfig | VrwkvConfig) else {}
+    pool = _global_pool(model)
+    return noted if pool is None else noted | {"global_pool": pool}
+
+
+def _global_pool(model: nn.Module) -> str | None:
+    """How it pools now, which reset_classifier may have changed: by its head, as timm's heads say it, or by itself."""
+    for owner in (getattr(model, "head", None), model):
+        pool = getattr(owner, "global_pool", None)
+        pool = getattr(pool, "pool_type", pool)
+        if isinstance(pool, str):
+            return pool
+    return None
 
 
 def weights_file(path: str | Path) -> Path:

@@ -57,7 +57,7 @@ def save_pretrained(
 
     classes: a name for each output; without them those that it was loaded with, or numbers.
     image: how pictures are prepared for it; without it as it was loaded, or as timm says of its name.
-    Raises ValueError for what does not fit together, OSError where it cannot be written.
+    Raises ValueError for what does not fit together or was pruned, OSError where it cannot be written.
     """
     folder = Path(folder)
     if folder.suffix == ".safetensors" or folder.is_file():
@@ -65,6 +65,7 @@ def save_pretrained(
     if (folder / "best.safetensors").exists():
         raise ValueError(f"{folder} is the folder of a run, whose best.safetensors goes first: name another folder")
     name, cfg = _identity(model)
+    _check_whole(model)
     arguments = network_arguments(model)
     count: int = getattr(model, "num_classes", 0)
     names = list(classes if classes is not None else cfg.get("label_names") or map(str, range(count)))
@@ -251,6 +252,23 @@ def _identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     if strange:
         raise ValueError(f"{name} was built with {', '.join(strange)}: save it with timm's save_for_hf")
     return name, cfg
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuses a network of ours whose modules are no longer those of its config, by which it would be built again."""
+    if not isinstance(model, SolaVision | VisionRwkv):
+        return
+    kind: Any = type(model)
+    own, built = (
+        {name: tensor.shape for name, tensor in network.state_dict().items() if not name.startswith("head.")}
+        for network in (model, kind(model.config, device="meta"))
+    )
+    differing = sorted(name for name in own.keys() | built.keys() if own.get(name) != built.get(name))
+    if differing:
+        raise ValueError(
+            f"{len(differing)} parameters, {differing[0]} first, are not those that the network's config builds: it was "
+            "pruned or changed; save its weights alone, with safetensors.torch.save_model"
+        )
 
 
 def _image(model: nn.Module, cfg: Mapping[str, Any]) -> ImageConfig:

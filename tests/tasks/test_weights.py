@@ -295,6 +295,31 @@ def test_save_pretrained_refuses_what_it_could_not_bring_back(tmp_path, sola):
         sola_vision.save_pretrained(sola, tmp_path)
 
 
+def test_a_pruned_network_is_not_saved_as_a_whole_one(tmp_path, sola):
+    sola.prune_intermediate_layers([1])
+    with pytest.raises(ValueError, match=r"140 parameters, norm\.bias first, .* pruned or changed"):
+        sola_vision.save_pretrained(sola, tmp_path / "f")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax"])
+def test_the_way_of_pooling_is_saved(tmp_path, model, pool):
+    if pool == "avgmax" and not isinstance(model, sola_vision.SolaVision):
+        pytest.skip("one other way will do")
+    model.reset_classifier(3, pool)
+    stirred(model)
+    sola_vision.save_pretrained(model, tmp_path / "f")
+    assert torch.equal(sola_vision.load(tmp_path / "f")(IMAGE), model(IMAGE))
+    again = timm.create_model(f"local-dir:{tmp_path / 'f'}", pretrained=True).eval()
+    assert torch.equal(again(IMAGE), model(IMAGE))
+
+
+def test_the_way_of_pooling_is_saved_of_a_network_without_a_name(tmp_path):
+    model = stirred(sola_vision.SolaVision(sola_vision.nano(num_classes=3), global_pool="max"))
+    sola_vision.save_pretrained(model, tmp_path / "f")
+    assert torch.equal(sola_vision.load(tmp_path / "f")(IMAGE), model(IMAGE))
+
+
 def test_a_failure_leaves_the_old_folder(tmp_path, sola, monkeypatch):
     sola_vision.save_pretrained(sola, tmp_path / "f", classes=["a", "b", "c"])
     wanted = sola(IMAGE)

@@ -104,7 +104,7 @@ def _paper_bridges(schedule: str) -> str:
 # not in the paper: 0.1 / 0.2 / 0.5; Swin has 0.2 / 0.3 / 0.5 for 28 to 88 M, and tiny is far smaller than Swin-T.
 # fmt: off
 def nano(**changes: Any) -> SolaConfig:
-    """1.5 M parameters; not in the paper: for quick starts, tests and studies on two cores."""
+    """1.65 M parameters without head; not in the paper: for quick starts, tests and studies on two cores."""
     return SolaConfig(schedule=_SOLA,      dims=(48, 64, 96, 128)).with_changes(**changes)
 
 

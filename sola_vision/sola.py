@@ -68,6 +68,15 @@ def fit_position(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return {**stored, "position.weight": resize_position(weight, own.shape[-2:])}
 
 
+def check_getter(arguments: dict[str, Any], why: str) -> None:
+    """Refuses timm's other ways to feature maps, which give none or others."""
+    if arguments.get("feature_cls", "getter") != "getter":
+        raise ValueError(
+            f"feature_cls={arguments['feature_cls']!r}: {why}, so feature maps come from forward_intermediates; "
+            "leave feature_cls out or give 'getter'"
+        )
+
+
 def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
     def build(
         global_pool: str = "avg",
@@ -80,11 +89,7 @@ def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any)
         built = size.with_changes(**one_side(changes))
         return SolaVision(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
-    if kwargs.get("feature_cls", "getter") != "getter":
-        raise ValueError(
-            f"feature_cls={kwargs['feature_cls']!r}: bridges cross the stages, so feature maps come from "
-            "forward_intermediates; leave feature_cls out or give 'getter'"
-        )
+    check_getter(kwargs, "bridges cross the stages")
     stages = len(kwargs.get("dims") or size.dims)
     feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
     return build_model_with_cfg(
@@ -94,7 +99,7 @@ def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any)
 
 @register_model
 def sola_nano(pretrained: bool = False, **kwargs: Any) -> SolaVision:
-    """1.5 M parameters, for quick starts and studies; every field of SolaConfig is an argument."""
+    """1.65 M parameters without head, for quick starts and studies; every field of SolaConfig is an argument."""
     return _create("sola_nano", config.nano(), pretrained, **kwargs)
 
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sola_vision.layers import PositionEmbedding, Stem
 from sola_vision.layers.vision_rwkv import VisionRwkvLayer
-from sola_vision.sola import default_cfg, fit_position, one_side
+from sola_vision.sola import check_getter, default_cfg, fit_position, one_side
 from sola_vision.vrwkv_weights import is_published, renamed
 
 # what looks at sizes is a leaf for torch.fx, as timm's own models have it
@@ -253,6 +253,7 @@ def _create(name: str, size: VrwkvConfig, pretrained: bool, **kwargs: Any) -> Vi
         built = replace(size, **one_side(changes))
         return VisionRwkv(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
+    check_getter(kwargs, "layers hold maps with channels last")
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     return build_model_with_cfg(
         build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs

@@ -210,6 +210,8 @@ def test_timm_refuses_what_it_cannot_do():
         timm.create_model("sola_nano", shedule="LL/LL/LLSLLS/LS")
     with pytest.raises(ValueError, match="forward_intermediates"):
         timm.create_model("sola_nano", features_only=True, feature_cls="list")
+    with pytest.raises(ValueError, match="feature_cls='fx'"):
+        timm.create_model("vrwkv_tiny", features_only=True, feature_cls="fx")
     with pytest.raises(RuntimeError, match="sola_nano"):
         timm.create_model("sola_nano", pretrained=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Exportable(nn.Module):
     """images [B, 3, H, W] in float32 -> a tuple of float32 tensors, named as `names` says.
 
-    fixed_size is (height, width) for a network that takes no other.
+    fixed_size is (height, width) for a network that takes no other; dtype is what it computes in, else its weights'.
     """
 
     def __init__(
@@ -27,14 +27,14 @@ class Exportable(nn.Module):
         names: Sequence[str],
         call: Callable[[Any, Tensor], Sequence[Tensor]],
         fixed_size: tuple[int, int] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.network = network.eval()
         self.names = tuple(names)
         self.fixed_size = fixed_size
         self._call = call
-        self._dtype = dtype
+        self._dtype = dtype or next(network.parameters()).dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.float() for x in self._call(self.network, images.to(self._dtype)))
@@ -67,7 +67,7 @@ class Exportable(nn.Module):
 
 def classifier(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:
     """Logits of a classifier."""
-    return Exportable(model, ["logits"], lambda network, images: [network(images)], fixed_size)
+    return Exportable(copy.deepcopy(model), ["logits"], lambda network, images: [network(images)], fixed_size)
 
 
 def features(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:
@@ -87,12 +87,12 @@ def features(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exp
 
 def segmenter(model: nn.Module) -> Exportable:
     """Logits of every pixel."""
-    return Exportable(model, ["logits"], lambda network, images: [network(images)])
+    return Exportable(copy.deepcopy(model), ["logits"], lambda network, images: [network(images)])
 
 
 def detector_pyramid(backbone: nn.Module) -> Exportable:
     """The part of a detector that is the same for every image: its backbone and feature pyramid."""
-    return Exportable(backbone, [f"p{level}" for level in range(2, 7)], lambda net, images: list(net(images).values()))
+    return Exportable(copy.deepcopy(backbone), [f"p{level}" for level in range(2, 7)], lambda net, images: list(net(images).values()))
 
 
 class _AveragePool(nn.Module):

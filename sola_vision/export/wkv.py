@@ -8,8 +8,8 @@ With lam = e^{-w/N}, e = e^k and x = e v, chunks of 16 tokens and N padded to wh
                       scanned in the same way, twice; what is left is N / 4096 long and scanned by one dense table
 
 That table is smaller than the sequence itself up to 16 million tokens. Exponents are float32, relative to the largest
-key of each image and channel: exact for keys within 60 of it and for w >= -24; what is beyond is flattened to these
-bounds, and no value becomes nan. Sizes are read at run time, so one graph serves all.
+key of each image and channel: exact for keys within 60 of it, for w >= -24 and for a bonus within 60 of zero; what is
+beyond is flattened to these bounds, and no value becomes nan. Sizes are read at run time, so one graph serves all.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 _CHUNK = 16
 _LEVELS = 2  # of chunks of chunks, before the dense table
 _SMALLEST_KEY = -60.0
+_LARGEST_BONUS = 60.0  # either way: of a single token nothing else may be left, and e^89 is no number
 _LARGEST_WEIGHT = 24.0  # three levels of padding may multiply: e^72 is a number in float32
 
 _STEP = np.arange(_CHUNK, dtype=np.float32)
@@ -84,6 +85,7 @@ class _Wkv:
 
         table = self.powers(d, np.concatenate((np.abs(_APART) - 1, _ENDS.T), axis=1))
         diagonal = self.floats(np.eye(_CHUNK, _CHUNK + 2, dtype=bool))
+        bonus = op.Min(op.Max(bonus, self.floats(-_LARGEST_BONUS)), self.floats(_LARGEST_BONUS))
         table = op.Where(diagonal, op.Unsqueeze(op.Exp(bonus), self.ints(1, 2)), table)
         near, right, left = op.Split(op.MatMul(s, table), self.ints(_CHUNK, 1, 1), axis=2, _outputs=3)
         sequence = op.Concat(self.ints(0, -1), chunks, axis=0)

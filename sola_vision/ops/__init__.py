@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sola_vision.ops import cpu, gpu, matrices, portable, reference, register
-from sola_vision.ops.arguments import check_kind, size
+from sola_vision.ops.arguments import check_wkv
 from sola_vision.ops.multihead import attention
 from sola_vision.ops.passes import gate, gated_sum, norm_shift, quad_shift, squared_relu
 from sola_vision.ops.path import Path, exporting_onnx, pinned, seen_through, tangents, transformed, use
@@ -51,7 +51,7 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     The cost is linear in N; a backward that is to be differentiated again takes the portable form.
     Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
     """
-    _check(decay, bonus, key, value)
+    check_wkv("wkv", decay, bonus, key, value)
     if exporting_onnx():
         return matrices.wkv(decay, bonus, key, value)
     if pinned() == "reference":
@@ -85,15 +85,3 @@ def _say_once(device: str) -> None:
     reason = missing_kernel(device) if device != "meta" else None
     if reason is not None:
         warnings.warn(f"sola_vision: {reason}; the portable path computes the same, slower", stacklevel=3)
-
-
-def _check(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> None:
-    check_kind("wkv", decay=decay, bonus=bonus, key=key, value=value)
-    if key.ndim != 3 or key.shape != value.shape:
-        raise ValueError(f"wkv: key {size(key)} and value {size(value)} must have the same shape [B, N, C]")
-    channels = key.shape[2]
-    if decay.ndim != 1 or bonus.ndim != 1 or decay.shape[0] != channels or bonus.shape[0] != channels:
-        raise ValueError(
-            f"wkv: decay {size(decay)} and bonus {size(bonus)} must both be [C] = [{channels}], "
-            f"the channels of key {size(key)}"
-        )

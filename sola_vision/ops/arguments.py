@@ -40,6 +40,19 @@ def check_same_shape(operator: str, **tensors: Tensor) -> None:
             raise ValueError(f"{operator}: all must have one shape, got {shapes}")
 
 
+def check_wkv(operator: str, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> None:
+    """`check_kind`, and ValueError unless decay and bonus are [C], key and value [B, N, C]."""
+    check_kind(operator, decay=decay, bonus=bonus, key=key, value=value)
+    if key.ndim != 3 or key.shape != value.shape:
+        raise ValueError(f"{operator}: key {size(key)} and value {size(value)} must have the same shape [B, N, C]")
+    channels = key.shape[2]
+    if decay.ndim != 1 or bonus.ndim != 1 or decay.shape[0] != channels or bonus.shape[0] != channels:
+        raise ValueError(
+            f"{operator}: decay {size(decay)} and bonus {size(bonus)} must both be [C] = [{channels}], "
+            f"the channels of key {size(key)}"
+        )
+
+
 def register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
     """torch.library.register_fake for `sola::name`, and ValueError unless all tensors are on one device. A single one
     on meta, such as a weight that was never loaded, makes the dispatcher call the fake kernel for all, which would

@@ -6,7 +6,8 @@ these takes torch.export minutes.
 
 Tokens are scanned in chunks of 16, their sums in the same way, and the sums of those by one table of N / 256 squared.
 Exponents are float32, relative to the largest key of each image and channel: exact for keys within 60 of it and for
-w >= -24; what is beyond is flattened to these bounds. The other paths have no bounds, so nothing else takes this one.
+w >= -24, and for a bonus within 60 of zero; what is beyond is flattened to these bounds. The other paths have no
+bounds, so nothing else takes this one.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 _CHUNK = 16
 _LEVELS = 2  # of chunks of chunks, before the table
 _SMALLEST_KEY = -60.0
+_LARGEST_BONUS = 60.0  # either way: of a single token nothing else may be left, and e^89 is no number
 _LARGEST_WEIGHT = 24.0  # of an exponent, where the decay is negative
 
 
@@ -25,7 +27,8 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     s = torch.stack((e * value.float(), e)).permute(3, 0, 1, 2)  # [C, 2, B, N]
     rows = torch.stack((s, s.flip(3)), dim=1).flatten(1, 3)
     left, right = _scan(d, rows, _LEVELS).reshape(-1, 2, *s.shape[1:]).unbind(1)
-    num, den = (left + right.flip(3) + torch.exp(bonus.float())[:, None, None, None] * s).unbind(1)
+    own = torch.exp(bonus.float().clamp(-_LARGEST_BONUS, _LARGEST_BONUS))
+    num, den = (left + right.flip(3) + own[:, None, None, None] * s).unbind(1)
     return (num / den).permute(1, 2, 0).to(value.dtype)
 
 

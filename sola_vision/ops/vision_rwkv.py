@@ -21,15 +21,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from sola_vision.ops.arguments import check_wkv
+
 _CHUNKS = 32
 _EPS = 1e-6
 
 
 def published_wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype. decay and bonus are divided by N inside."""
+    """decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype. decay and bonus are divided by N inside.
+
+    Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
+    """
+    check_wkv("published_wkv", decay, bonus, key, value)
     if torch.compiler.is_exporting():
         raise ValueError("Vision-RWKV's published operator is not exported: build the network with eq9=True")
     batch, num_tokens, channels = key.shape
+    if num_tokens == 0:
+        return torch.zeros_like(value)
     length = -(-num_tokens // _CHUNKS)
     chunks = -(-num_tokens // length)
     d, u = decay.double() / num_tokens, bonus.double() / num_tokens

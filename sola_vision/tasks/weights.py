@@ -266,8 +266,8 @@ def _check_whole(model: nn.Module) -> None:
     differing = sorted(name for name in own.keys() | built.keys() if own.get(name) != built.get(name))
     if differing:
         raise ValueError(
-            f"{len(differing)} parameters, {differing[0]} first, are not those that the network's config builds: it was "
-            "pruned or changed; save its weights alone, with safetensors.torch.save_model"
+            f"{len(differing)} parameters, {differing[0]} first, are not those that the network's config builds: it "
+            "was pruned or changed; save its weights alone, with safetensors.torch.save_model"
         )
 
 

@@ -210,6 +210,14 @@ def test_missing_extra_is_named(small, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_exported_stays_as_it_is():
+    model = build(schedule="L", dims=(8,), bridges="").train().bfloat16()
+    (logits,) = exports.classifier(model)(torch.randn(1, 3, 32, 32))
+    assert logits.dtype == torch.float32
+    assert model.training
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
 def test_average_pool_is_torchs():
     pool = nn.AdaptiveAvgPool2d((3, 6))
     own = exports.networks._AveragePool(pool.output_size)

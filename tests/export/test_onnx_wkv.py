@@ -90,6 +90,14 @@ def test_extreme_decay_is_finite(session):
         assert np.isfinite(run(session, inputs)).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("bonus", [-120.0, 89.0, 1000.0])
+def test_extreme_bonus_is_the_definition(session, bonus, tokens):
+    decay, _, key, value = draw(1, tokens, 6, keys=1.0)
+    inputs = decay, torch.full((6,), bonus), key, value
+    np.testing.assert_allclose(run(session, inputs), definition(inputs), atol=1e-5)
+
+
 def test_half_precision_computes_in_float32():
     session = build(6, "FLOAT16")
     inputs = tuple(x.half().float() for x in draw(2, 700, 6, 0.0, 60.0))

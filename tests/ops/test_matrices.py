@@ -45,6 +45,15 @@ def test_beyond_the_bounds_values_are_finite_means():
     assert y.abs().max() <= value.abs().max() * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("bonus", [-120.0, 89.0, 1000.0])
+def test_an_extreme_bonus_is_the_definition(bonus, tokens):
+    decay, _, key, value = drawn(tokens, 5)
+    inputs = decay, torch.full((5,), bonus), key, value
+    truth = reference.wkv(*(x.double() for x in inputs))
+    torch.testing.assert_close(matrices.wkv(*inputs), truth.float(), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_result_has_the_dtype_of_the_values(dtype):
     decay, bonus, key, value = drawn(20, 3)

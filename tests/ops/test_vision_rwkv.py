@@ -23,6 +23,17 @@ def test_published_wkv_is_the_kernels_formula(tokens):
     assert (ours - kernel(decay, bonus, key, value)).abs().max() < 1e-12
 
 
+def test_what_does_not_fit_together_is_refused():
+    decay, bonus, key, value = inputs(5)
+    with pytest.raises(ValueError, match=r"published_wkv: decay \[1\] and bonus \[8\] must both be \[C\] = \[8\]"):
+        published_wkv(decay[:1], bonus, key, value)
+    with pytest.raises(ValueError, match="same shape"):
+        published_wkv(decay, bonus, key, value[:, :4])
+    with pytest.raises(TypeError, match="int64"):
+        published_wkv(decay, bonus, key.long(), value)
+    assert published_wkv(decay, bonus, key[:, :0], value[:, :0]).shape == (2, 0, 8)
+
+
 @pytest.mark.parametrize("decay", [(-30.0, -10.0), (10.0, 30.0), (50.0, 100.0)])
 def test_published_wkv_holds_where_the_formula_is_no_mean_any_more(decay):
     decay, bonus, key, value = inputs(196, decay)

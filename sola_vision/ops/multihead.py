@@ -18,6 +18,8 @@ def attention(qkv: Tensor, head_dim: int) -> Tensor:
     """Multi-head softmax attention of every token to all (eq. 1), at a cost that is quadratic in their number.
 
     qkv [B, N, 3C], in a token queries, then keys, then values, each C / head_dim heads -> [B, N, C].
+    Second derivatives are there in half precision and float32 on a CPU with the kernel; elsewhere torch's own have none
+    but within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
     Raises ValueError for shapes and TypeError for dtypes that do not fit.
     """
     if type(qkv) is not Tensor:  # what torch.fx or torch.export trace with

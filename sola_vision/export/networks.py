@@ -92,7 +92,9 @@ def segmenter(model: nn.Module) -> Exportable:
 
 def detector_pyramid(backbone: nn.Module) -> Exportable:
     """The part of a detector that is the same for every image: its backbone and feature pyramid."""
-    return Exportable(copy.deepcopy(backbone), [f"p{level}" for level in range(2, 7)], lambda net, images: list(net(images).values()))
+    return Exportable(
+        copy.deepcopy(backbone), [f"p{level}" for level in range(2, 7)], lambda net, images: list(net(images).values())
+    )
 
 
 class _AveragePool(nn.Module):

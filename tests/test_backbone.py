@@ -255,7 +255,7 @@ def test_config_of_the_wrong_shape_is_refused():
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_traced_file_is_the_network(tmp_path, grad):
-    model, image = build(), torch.randn(1, 3, 40, 56)
+    model, image = build(), torch.randn(1, 3, 42, 57)
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(model, torch.randn(2, 3, 64, 64)).save(tmp_path / "traced.pt")

@@ -33,7 +33,10 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         # not in the paper: sizes that the patch does not divide are padded with zeros on the right and at the bottom
         height, width = image.shape[-2:]
-        image = nn.functional.pad(image, (0, self._missing(width), 0, self._missing(height)))
+        right, bottom = self._missing(width), self._missing(height)
+        # padding by nothing is a copy; tracers and compilers, whose sizes may be symbols, have it always
+        if torch.compiler.is_compiling() or type(width) is not int or right or bottom:
+            image = nn.functional.pad(image, (0, right, 0, bottom))
         if not transformed(image):  # torch.func has no layouts
             # channels last in memory, so that the tokens need no copy
             image = image.contiguous(memory_format=torch.channels_last)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from sola_vision.engine.checkpoint import STATE
 from sola_vision.recipes import RECIPES, AnyRecipe, get_recipe
 
 _OPTIONS = ("recipe", "data", "init", "out", "resume", "json")
@@ -31,6 +32,11 @@ class Run:
     out: Path
     resume: bool
     json: bool
+
+    @property
+    def start(self) -> str | None:
+        """The checkpoint that the weights start from; a run that ended before it had saved anything starts again."""
+        return None if self.resume and (self.out / STATE).exists() else self.configuration.init
 
     @property
     def text(self) -> str:

@@ -31,7 +31,7 @@ def prepare(asked: Run, world: World) -> Job:
         says=f"{recipe.model.name} on {len(train_set)} images of {len(classes)} classes from {asked.data}, "
         f"{len(val_set)} held out",
         shown=("top1", "top5", "loss"),
-        report=initialise(model, recipe.init, classes) if recipe.init and not asked.resume else None,
+        report=initialise(model, asked.start, classes) if asked.start else None,
     )
 
 

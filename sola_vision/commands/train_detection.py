@@ -31,7 +31,6 @@ def prepare(asked: Run, world: World) -> Job:
     task = Detection(val_set, detector.max_detections, masks=masks)
     torch.manual_seed(recipe.train.seed)  # of the initial weights
     model = build_detector(recipe.model, detector, image, len(classes))
-    fresh = recipe.init and not asked.resume
     # what concerns the start is over once there is a checkpoint
     stored = {**asdict(detector), "frozen_stages": 0, "checkpointing": False, "drop_bridges": False}
     return Job(
@@ -48,6 +47,6 @@ def prepare(asked: Run, world: World) -> Job:
         f"{len(classes)} classes{'' if masks else ' (boxes only)'} from {asked.data}, {len(val_set)} held out, "
         f"maxDets {detector.max_detections}",
         shown=("box_ap", "box_ap50", "mask_ap", "mask_ap50"),
-        report=start_detector(model, str(recipe.init), classes, detector.drop_bridges) if fresh else None,
+        report=start_detector(model, asked.start, classes, detector.drop_bridges) if asked.start else None,
         collate=collate_lists,
     )

@@ -31,7 +31,6 @@ def prepare(asked: Run, world: World) -> Job:
     model = build_segmenter(recipe.model, head, len(classes), image.crop)
     task = Segmentation(len(classes), head.auxiliary_weight, Inference(slide=image.slide, stride=image.stride))
     task.check_batch(micro_batch_size(recipe.train, world))
-    fresh = recipe.init and not asked.resume
     return Job(
         task=task,
         model=model,
@@ -45,6 +44,6 @@ def prepare(asked: Run, world: World) -> Job:
         says=f"{recipe.model.name} with UPerNet on {len(train_set)} images of {len(classes)} classes from {asked.data} "
         f"({train_set.rule}), {len(val_set)} held out",
         shown=("miou", "mean_accuracy", "pixel_accuracy"),
-        report=start_segmenter(model, str(recipe.init), classes, head.drop_bridges) if fresh else None,
+        report=start_segmenter(model, asked.start, classes, head.drop_bridges) if asked.start else None,
         eval_collate=listed,
     )

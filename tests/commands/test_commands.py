@@ -154,6 +154,16 @@ def test_killed_run_ends_with_the_same_bits(sola, tmp_path, data):
     assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_from_init_again(sola, tmp_path, data, trained):
+    words = [*TINY, "--data", data, "--init", trained]
+    assert sola(*words, "--out", "whole").code == 0
+    ended = python(Path(__file__).with_name("killed.py"), 3, *words, "--out", "killed")
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert sola("train", "--resume", "--out", "killed").code == 0
+    assert _best(tmp_path / "killed") == _best(tmp_path / "whole")
+    assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_two_killed_processes_end_with_the_same_bits(tmp_path, data):
     words = [*TINY, "--data", data, *LONGER, "--train.batch_size", 12]

@@ -163,10 +163,15 @@ def load_progress(folder: Path, total: int | None = None) -> Progress | None:
 
 
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """The opposite of save_state; on an error the modules may be half loaded, so the run has to end."""
+    """The opposite of save_state; on an error the modules may be half loaded, so the run has to end.
+
+    Of the parameter groups it takes what the optimiser counts there; their settings stay those of `optimizer`.
+    """
     path = folder / STATE
     with _open(path) as file:
-        header = json.loads(file.metadata()["optimizer"])
+        if "optimizer" not in (metadata := file.metadata() or {}):
+            raise ValueError(f"{path} holds no optimiser's state: it is damaged, so start again in another folder")
+        header = json.loads(metadata["optimizer"])
         saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
     with torch.no_grad():
         for prefix, module in modules.items():
@@ -199,10 +204,11 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(header["groups"]) != len(current["param_groups"]):
         raise ValueError(
-            f"{path} has {len(header['groups'])} parameter groups: resume with the run's own configuration"
+            f"{path} has {len(header['groups'])} parameter groups instead of {len(current['param_groups'])}: "
+            "resume with the weight_decay and layer_decay that the run began with"
         )
     for group, values in zip(current["param_groups"], header["groups"], strict=True):
-        group.update(values)
+        group.update({key: value for key, value in values.items() if key not in group})
     current["state"] = {index: state[parameter] for index, parameter in enumerate(order) if parameter in state}
     optimizer.load_state_dict(current)
 

@@ -113,6 +113,7 @@ class _Run:
     model: nn.Module
     trained: nn.Module  # the model, or DDP around it
     ema: optim.Ema | None
+    modules: dict[str, nn.Module]  # whose weights are saved
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     batches: Generator[Any, None, None]
@@ -137,10 +138,6 @@ class _Run:
     @property
     def best_model(self) -> nn.Module:
         return self.model if self.ema is None else self.ema.module
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model} | ({} if self.ema is None else {"ema": self.ema.module})
 
 
 def _prepare(
@@ -179,6 +176,13 @@ def _prepare(
 
     saved = on_main(lambda: checkpoint.load_progress(folder, total)) if resume else None
     progress = saved or Progress(config=asdict(config))
+    modules = {"model": model} | ({} if average is None else {"ema": average})
+    if saved is not None:
+        _check_optimizer(folder, saved.config.get("optimizer"), config.optimizer)
+        checkpoint.load_state(folder, modules, optimizer)
+        if saved.scaler:  # none without fp16
+            scaler.load_state_dict(saved.scaler)
+    # only now: it cuts off what the state does not know of
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
     known = {name: {int(index): text for index, text in some.items()} for name, some in progress.skipped.items()}
     skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
@@ -203,6 +207,7 @@ def _prepare(
         model=model,
         trained=trained,
         ema=None if average is None else optim.Ema(average, config.ema),
+        modules=modules,
         optimizer=optimizer,
         scaler=scaler,
         batches=loading.training_batches(train_set, config, world, progress.step, total, skipped, collate),
@@ -213,14 +218,21 @@ def _prepare(
         reports=Reports(world.device),
     )
     if saved is not None:
-        checkpoint.load_state(folder, run.modules, optimizer)
-        scaler.load_state_dict(progress.scaler)
         run.saved_step = progress.step
         _compare_configs(run)
         log.say(f"resuming {folder} at step {progress.step} of {total}")
     elif resume:
         log.say(f"{folder} has no checkpoint yet: starting from the beginning")
     return run
+
+
+def _check_optimizer(folder: Path, before: str | None, now: str) -> None:
+    """One optimiser's state means nothing to another."""
+    if before not in (None, now):
+        raise ValueError(
+            f"optimizer={now!r} cannot go on from the state of {before!r} in {folder}: resume with {before!r}, "
+            "or start a new run from its weights"
+        )
 
 
 def _compare_configs(run: _Run) -> None:

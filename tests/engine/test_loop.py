@@ -211,10 +211,44 @@ def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):
     assert metrics(folder) == metrics(whole_run)
 
 
-def test_resuming_another_model_is_refused(whole_run, tmp_path):
-    train(tmp_path, epochs=2)
+def test_resuming_another_model_or_optimizer_is_refused(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("{}\n")  # what a refused run must not cut off
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="is of another model"):
-        train(tmp_path, model=Net(width=16), epochs=2, resume=True)
+        train(folder, model=Net(width=16), resume=True)
+    with pytest.raises(ValueError, match=r"optimizer='sgd' cannot go on from the state of 'adamw' .*resume with"):
+        train(folder, optimizer="sgd", resume=True)
+    with pytest.raises(ValueError, match=r"2 parameter groups instead of 1: .*weight_decay"):
+        train(folder, weight_decay=0, resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_state_without_an_optimizer_is_refused(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    state = folder / "last/state.safetensors"
+    module.save_file(load_file(state), state, {"progress": read_metadata(state)["progress"]})
+    with pytest.raises(ValueError, match=r"state\.safetensors holds no optimiser's state"):
+        train(folder, resume=True)
+
+
+def test_a_resumed_run_decays_as_it_is_asked_to(whole_run, tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Classify(term=15))
+    train(tmp_path, weight_decay=20.0, resume=True)
+    assert "weight_decay=20.0 (was 0.05)" in capfd.readouterr().err
+    norms = [
+        load_file(folder / "last/state.safetensors")["model/head.weight"].norm() for folder in (whole_run, tmp_path)
+    ]
+    assert norms[1] < 0.5 * norms[0]
+
+
+@pytest.mark.parametrize(("before", "now"), [("none", "fp16"), ("fp16", "none")])
+def test_a_run_goes_on_with_another_precision(tmp_path, before, now):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Classify(term=15), amp=before)
+    assert train(tmp_path, amp=now, resume=True)["steps"] == 15
 
 
 def test_accumulation_equals_one_big_batch(tmp_path):

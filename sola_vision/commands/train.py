@@ -32,7 +32,7 @@ def _run(asked: Run, world: World) -> None:
     if asked.resume:
         _check_classes(asked.out / "best.safetensors", json.loads(job.metadata["classes"]))
     count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
-    make_optimizer(job.model, settings)
+    make_optimizer(job.model.to(world.device), settings)  # some only run on a GPU
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
 

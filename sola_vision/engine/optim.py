@@ -22,13 +22,31 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         raise ValueError(
             f"layer_decay={config.layer_decay} needs a model with group_matcher(), which {type(model).__name__} lacks"
         )
-    return create_optimizer_v2(
-        model,
-        opt=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-    )
+    try:
+        _try(config.optimizer, next(model.parameters()).device)
+        return create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+        )
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"optimizer={config.optimizer!r} cannot train here ({reason}); adamw, sgd and lamb can"
+        ) from None
+
+
+def _try(name: str, device: torch.device) -> None:
+    """One step on a toy: some optimisers want more than gradients, or keep what a checkpoint cannot hold."""
+    toy = nn.Parameter(torch.ones(2, 2, device=device))
+    toy.grad = torch.ones_like(toy)
+    optimizer = create_optimizer_v2([toy], opt=name, lr=1e-3)
+    optimizer.step()
+    for key, value in optimizer.state[toy].items():
+        if not isinstance(value, Tensor | bool | int | float | None):
+            raise TypeError(f"a checkpoint cannot hold the {type(value).__name__} {key} that it keeps")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

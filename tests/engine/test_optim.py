@@ -113,6 +113,21 @@ def test_make_optimizer_refuses_unknown_names_and_layer_decay_without_layers():
         make_optimizer(nn.Linear(2, 2), config(layer_decay=0.5))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [("kron", "cannot hold the list Q"), ("adahessian", "does not require grad"), ("fusedadam", "APEX|CUDA")],
+)
+def test_make_optimizer_refuses_what_cannot_train_or_be_saved(optimizer, reason, monkeypatch):
+    if optimizer == "kron":
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of its helpers, in seconds
+    elif optimizer == "fusedadam" and torch.cuda.is_available():
+        pytest.skip("may be there")
+    with pytest.raises(ValueError, match=reason) as info:
+        make_optimizer(Layered(), config(optimizer=optimizer))
+    assert str(info.value).startswith(f"optimizer='{optimizer}' cannot train here")
+    assert "\n" not in str(info.value)
+
+
 def test_ema_follows_weights_and_statistics_with_its_decay():
     model = nn.BatchNorm1d(3)
     ema = Ema(nn.BatchNorm1d(3), decay=0.75)

@@ -13,6 +13,7 @@ import torch
 from sola_vision.commands.dispatch import Job, task_module
 from sola_vision.commands.options import Run, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
+from sola_vision.engine.checkpoint import BEST, load_progress
 from sola_vision.engine.loading import count_epoch_steps
 from sola_vision.engine.optim import count_steps, make_optimizer
 from sola_vision.tasks.pictures import draw_learning_curve
@@ -30,7 +31,7 @@ def _run(asked: Run, world: World) -> None:
     check_folder(asked.out, asked.resume)
     job: Job = task_module("train", asked.configuration.task).prepare(asked, world)
     if asked.resume:
-        _check_classes(asked.out / "best.safetensors", json.loads(job.metadata["classes"]))
+        _check_classes(asked.out, json.loads(job.metadata["classes"]))
     count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
     make_optimizer(job.model.to(world.device), settings)  # some only run on a GPU
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
@@ -68,15 +69,17 @@ def _cpu_has_bfloat16() -> bool:
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _check_classes(best: Path, classes: list[str]) -> None:
+def _check_classes(folder: Path, classes: list[str]) -> None:
     """A run that goes on with other classes in as many outputs would not be noticed anywhere else."""
-    if not best.exists():
-        return
-    before = json.loads(read_metadata(best).get("classes", "null"))
+    progress = load_progress(folder)
+    said = {} if progress is None else progress.metadata
+    if not said and (folder / BEST).exists():  # the states of older versions do not name classes
+        said = read_metadata(folder / BEST)
+    before = json.loads(said.get("classes", "null"))
     if before is not None and before != classes:
         differing = [name for name in [*before, *classes] if (name in before) != (name in classes)] or classes
         raise ValueError(
-            f"{best.parent} was trained on other classes ({differing[0]!r} is not in both): resume with the same data"
+            f"{folder} was trained on other classes ({differing[0]!r} is not in both): resume with the same data"
         )
 
 

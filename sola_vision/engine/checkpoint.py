@@ -82,6 +82,8 @@ class Progress:
     skipped: dict[str, dict[str, str]] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)  # in each set; older states do not say, nor the metadata
+    metadata: dict[str, str] = field(default_factory=dict)  # of the weights
 
 
 def load_weights(model: nn.Module, path: str | Path, *, partial: bool = False) -> LoadReport:

@@ -175,7 +175,7 @@ def _prepare(
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
 
     saved = on_main(lambda: checkpoint.load_progress(folder, total)) if resume else None
-    progress = saved or Progress(config=asdict(config))
+    progress = saved or Progress()
     modules = {"model": model} | ({} if average is None else {"ema": average})
     if saved is not None:
         _check_optimizer(folder, saved.config.get("optimizer"), config.optimizer)
@@ -184,7 +184,12 @@ def _prepare(
             scaler.load_state_dict(saved.scaler)
     # only now: it cuts off what the state does not know of
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
-    known = {name: {int(index): text for index, text in some.items()} for name, some in progress.skipped.items()}
+    images = {"training": size, "evaluation": len(val_set)}  # type: ignore[arg-type]
+    known = {
+        name: {int(index): text for index, text in some.items()}
+        for name, some in progress.skipped.items()
+        if images[name] == progress.images.get(name, images[name])  # in another set they are other images
+    }
     skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
     held_out = EvaluationBatches(
         val_set,
@@ -219,10 +224,11 @@ def _prepare(
     )
     if saved is not None:
         run.saved_step = progress.step
-        _compare_configs(run)
+        _say_changes(run, images)
         log.say(f"resuming {folder} at step {progress.step} of {total}")
     elif resume:
         log.say(f"{folder} has no checkpoint yet: starting from the beginning")
+    progress.config, progress.images, progress.metadata = asdict(config), images, dict(run.metadata)
     return run
 
 
@@ -235,11 +241,12 @@ def _check_optimizer(folder: Path, before: str | None, now: str) -> None:
         )
 
 
-def _compare_configs(run: _Run) -> None:
-    before, now = run.progress.config, json.loads(json.dumps(asdict(run.config)))
-    if changed := list_changes(before, now):
+def _say_changes(run: _Run, images: Mapping[str, int]) -> None:
+    before = run.progress
+    changed = list_changes(before.config, json.loads(json.dumps(asdict(run.config))))
+    changed += [f"{n} {name} images (was {m})" for name, n in images.items() if (m := before.images.get(name, n)) != n]
+    if changed:
         run.log.say(f"the run goes on with another configuration: {', '.join(changed)}")
-    run.progress.config = now
 
 
 def _train(run: _Run, interrupts: Interrupts) -> None:

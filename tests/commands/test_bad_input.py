@@ -206,7 +206,17 @@ def test_checkpoint_of_other_classes(refused, sola, tmp_path, data, trained):
     for split in ("train", "val"):
         (tmp_path / "renamed" / split / "gnu").rename(tmp_path / "renamed" / split / "hen")
     shutil.copytree(trained, "run")
+    (tmp_path / "run" / "best.safetensors").unlink()  # as before the first evaluation
     refused(*TINY, "--data", "renamed", "--out", "run", "--resume", names=["run", "'gnu'"])
+    # a state of an older version does not name the classes, best.safetensors does
+    shutil.copytree(trained, "older")
+    state = tmp_path / "older" / "last" / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        said = file.metadata()
+    progress = json.loads(said["progress"])
+    del progress["metadata"], progress["images"]
+    save_file(load_file(state), state, said | {"progress": json.dumps(progress)})
+    refused(*TINY, "--data", "renamed", "--out", "older", "--resume", names=["older", "'gnu'"])
 
 
 def test_checkpoint_of_another_network(refused, data, trained):

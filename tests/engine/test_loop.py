@@ -211,6 +211,30 @@ def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):
     assert metrics(folder) == metrics(whole_run)
 
 
+def test_other_numbers_of_images_are_said_and_forget_which_were_skipped(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Classify(term=15), bad=(3,))
+    few = Images(48)
+    summary = fit(Classify(), Net(), few, Images(31, train=False), settings(), tmp_path, resume=True)
+    assert "goes on with another configuration: 48 training images (was 60)\n" in capfd.readouterr().err
+    assert summary["images_skipped"]["training"] == 0
+    assert module.load_progress(tmp_path).images == {"training": 48, "evaluation": 31}
+
+
+def test_a_state_of_the_version_before_resumes(whole_run, tmp_path, capfd):
+    """It says neither how many images there were nor what the weights are of."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Classify(term=15))
+    path = tmp_path / "last/state.safetensors"
+    said = read_metadata(path)
+    progress = json.loads(said["progress"])
+    del progress["images"], progress["metadata"]
+    module.save_file(load_file(path), path, said | {"progress": json.dumps(progress)})
+    train(tmp_path, resume=True)
+    assert "goes on with another" not in capfd.readouterr().err
+    assert_same_run(whole_run, tmp_path)
+
+
 def test_resuming_another_model_or_optimizer_is_refused(whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:

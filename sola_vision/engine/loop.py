@@ -259,10 +259,11 @@ def _train(run: _Run, interrupts: Interrupts) -> None:
             text = f"stopped at step {progress.step} of {run.total}; resume {run.folder} to go on"
             run.log.say(text)
             raise KeyboardInterrupt(text)
-        if _evaluation_due(run):
+        due = _evaluation_due(run)
+        if (due and progress.step != run.saved_step) or _save_due(run):
+            _save(run)  # first, because an evaluation may fail
+        if due:
             _evaluate(run)
-            _save(run)
-        elif _save_due(run):
             _save(run)
         if progress.step == run.total:
             return

@@ -179,6 +179,48 @@ def test_a_stop_before_a_due_evaluation_evaluates_after_resuming(whole_run, tmp_
     assert_same_run(whole_run, tmp_path)
 
 
+class FailsAt(Classify):
+    """Breaks off in its nth evaluation."""
+
+    def __init__(self, evaluation):
+        super().__init__()
+        self.left = evaluation
+
+    def evaluate(self, model, batches):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("out of memory")
+        return super().evaluate(model, batches)
+
+
+def test_a_failing_evaluation_costs_no_training(whole_run, tmp_path):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tmp_path, FailsAt(2), save_steps=None)
+    assert module.load_progress(tmp_path).step == 10
+    task = Classify()
+    train(tmp_path, task, resume=True)
+    assert task.calls == 10
+    assert_same_run(whole_run, tmp_path)
+
+
+def test_a_run_that_ends_after_its_evaluation_evaluates_again(whole_run, tmp_path, monkeypatch):
+    for name in ("save_weights", "save_state"):  # before best.safetensors and after it
+        folder, write = tmp_path / name, getattr(module, name)
+
+        def until_evaluated(*args, folder=folder, write=write):
+            if any(line["kind"] == "eval" for line in metrics(folder)):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(*args)
+
+        monkeypatch.setattr(module, name, until_evaluated)
+        with pytest.raises(OSError, match="No space left"):
+            train(folder)
+        monkeypatch.undo()
+        assert module.load_progress(folder).evaluated == 0
+        train(folder, resume=True)
+        assert_same_run(whole_run, folder)
+
+
 def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):
     before = train(tmp_path)
     task = Classify()
@@ -361,7 +403,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole_run, tmp_path, monkeypatch
 
     def fill_up(tensors, path, metadata):
         calls.append(path)
-        if len(calls) > 3:  # step 4, best and last of step 5, then step 8
+        if len(calls) > 4:  # step 4, step 5 before its evaluation, its best and after it, then step 8
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, metadata)

@@ -63,7 +63,9 @@ class Skipped:
         self.size = size
         self.max_corrupt = max_corrupt
         # one bad file must not stop a set of fifty images, unless no bad file is wanted at all
-        self.limit = max(int(max_corrupt * size), 1 if max_corrupt > 0 else 0)
+        limit = max(int(max_corrupt * size), 1 if max_corrupt > 0 else 0)
+        # but nothing is learnt or measured without a single good one
+        self.limit = max(min(limit, size - 1), 0)
         self.known = dict(known or {})  # the same on every process
         self.fresh: dict[int, str] = {}  # seen by this process and not yet shared
 
@@ -82,9 +84,12 @@ class Skipped:
     def check(self) -> None:
         bad = self.known | self.fresh
         if len(bad) > self.limit:
+            first = f"repair or remove them; the first: {next(iter(bad.values()))}"
+            if len(bad) == self.size:
+                raise ValueError(f"none of the {self.size} {self.what} images can be read: {first}")
             raise ValueError(
                 f"{len(bad)} of the {self.size} {self.what} images cannot be read, more than the {self.limit} that "
-                f"max_corrupt={self.max_corrupt} allows: repair or remove them; the first: {next(iter(bad.values()))}"
+                f"max_corrupt={self.max_corrupt} allows: {first}"
             )
 
 

@@ -106,9 +106,7 @@ def test_evaluation_sees_every_readable_image_once(world):
     assert sorted(seen) == [index for index in range(31) if index != 5]
 
 
-@pytest.mark.parametrize(
-    ("size", "share", "limit"), [(1000, 0.01, 10), (50, 0.01, 1), (50, 0.0, 0), (1000, 0.0, 0), (10, 1.0, 10)]
-)
+@pytest.mark.parametrize(("size", "share", "limit"), [(1000, 0.01, 10), (50, 0.01, 1), (50, 0.0, 0), (1000, 0.0, 0)])
 def test_how_many_may_be_unreadable(size, share, limit):
     skipped, said = Skipped("training", size, share), []
     for index in range(limit):
@@ -118,6 +116,17 @@ def test_how_many_may_be_unreadable(size, share, limit):
     skipped.note([(limit, "one more")])
     with pytest.raises(ValueError, match=f"{limit + 1} of the {size} training images cannot be read"):
         skipped.share(said.append)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_without_a_readable_image_is_refused(workers):
+    config, skipped = settings(workers=workers), Skipped("training", 60, 1.0)
+    with pytest.raises(ValueError, match=r"none of the 60 training images can be read: .* image_\d+\.png is broken"):
+        list(training_batches(Images(bad=range(60)), config, ONE, 0, 6, skipped, None))
+    for size in (1, 31):
+        images = Images(size, bad=range(size), train=False)
+        with pytest.raises(ValueError, match=f"none of the {size} evaluation images can be read"):
+            list(EvaluationBatches(images, ONE, batch_size=4, workers=workers, max_corrupt=1.0))
 
 
 def test_to_device_walks_through_containers():

@@ -69,11 +69,16 @@ def _member(info: tarfile.TarInfo) -> Member:
 
 
 def _check_end(archive: Archive, offset: int) -> None:
-    """tarfile takes a damaged header for the end of the archive; the real end is a block of zeros."""
+    """tarfile takes a damaged header or the end of the file for the archive's end, which is zeros and nothing else."""
     with open(archive.path, "rb") as stream:
         stream.seek(offset)
-        if any(stream.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"damaged at byte {offset}")
+        if len(block := stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"cut off at byte {offset + len(block)}")
+        # writers fill up the last record, usually of 10 kB but as long as they like
+        while block:
+            if block.count(0) < len(block):
+                raise tarfile.ReadError(f"damaged at byte {offset}, or there is another archive behind it")
+            block = stream.read(1 << 20)
 
 
 class _Handle:

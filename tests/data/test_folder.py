@@ -5,6 +5,8 @@ import io
 import logging
 import os
 import pickle
+import shutil
+import subprocess
 import tarfile
 import time
 import unicodedata
@@ -262,7 +264,13 @@ def test_image_folder_refuses_other_files(tmp_path):
         ImageFolder(tmp_path / "a.zip", "train")
 
 
-@pytest.mark.parametrize("damage", ["compressed", "text", "cut in a member", "cut in a header", "damaged header"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("compressed", "text", "cut in a member", "cut in a header", "cut between members", "cut at the end"),
+        *("damaged header", "header of zeros", "two in one"),
+    ],
+)
 def test_image_folder_refuses_a_broken_tar(tmp_path, damage):
     path = write_tar(tmp_path / "a.tar", {f"train/a/{i}.png": png(i) for i in range(5)})
     whole = path.read_bytes()
@@ -273,12 +281,25 @@ def test_image_folder_refuses_a_broken_tar(tmp_path, damage):
         "text": b"no tar at all\n" * 100,
         "cut in a member": whole[: last.offset_data + 10],
         "cut in a header": whole[: last.offset + 100],
+        "cut between members": whole[: last.offset],
+        "cut at the end": whole[: last.offset_data + 512 * -(-last.size // 512)],
+        "header of zeros": whole[: last.offset] + bytes(512) + whole[last.offset + 512 :],
+        "two in one": whole + whole,
         "damaged header": whole[: last.offset] + b"X" * 512 + whole[last.offset + 512 :],
     }
     path.write_bytes(broken[damage])
     with pytest.raises(ValueError, match=r"a\.tar: not a whole, uncompressed tar archive \(.*copy") as caught:
         ImageFolder(path, "train")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs tar")
+@pytest.mark.parametrize("options", [[], ["-b", "1"], ["-b", "2000"], ["--format=ustar"], ["--format=pax"]])
+def test_image_folder_takes_what_tar_writes(tmp_path, options):
+    files = {f"train/{name}/{i}.png": png(i) for i in range(3) for name in "ab"}
+    write_tree(tmp_path / "tree", files)
+    subprocess.run(["tar", *options, "-cf", tmp_path / "a.tar", "-C", tmp_path / "tree", "train"], check=True)
+    assert len(ImageFolder(tmp_path / "a.tar", "train")) == len(files)
 
 
 def test_image_folder_indexes_a_large_tar_quickly(tmp_path):

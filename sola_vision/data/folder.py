@@ -85,7 +85,7 @@ class _Listing:
         self.where = where  # for people: a folder, or ARCHIVE.tar:FOLDER (of several shards the first)
         self.archives = archives
         self.inside = ""  # path of the split in its archives, with a slash behind it
-        self.found_classes: set[str] = set()
+        self.found_classes: dict[str, str] = {}  # as people read them, as they are written
         self._files: dict[tuple[int, str], tuple[str, int, int]] = {}
         self.hidden = 0
         self.foreign: list[str] = []
@@ -99,7 +99,14 @@ class _Listing:
 
     def add_folder(self, parts: Sequence[str]) -> None:
         if parts and not parts[0].startswith("."):
-            self.found_classes.add(_printable(parts[0]))
+            name = _printable(parts[0])
+            other = self.found_classes.setdefault(name, parts[0])
+            if other != parts[0] and unicodedata.normalize("NFC", other) != unicodedata.normalize("NFC", parts[0]):
+                one, two = (os.fsencode(written) for written in sorted((other, parts[0])))
+                raise ValueError(
+                    f"{_printable(self.where)}: the class folders {one!r} and {two!r} cannot be told apart "
+                    f"(both read {name}): rename them in UTF-8, without control characters"
+                )
 
     def add_file(self, parts: Sequence[str], shard: int = 0, offset: int = 0, size: int = 0) -> None:
         if any(part.startswith(".") for part in parts):
@@ -131,7 +138,7 @@ class _Listing:
             raise ValueError(f"{where}: no class folders; put the images of each class into {where}{slash}CLASS/")
         full = {class_name for class_name, *_ in self.files}
         # against a given list a class may be missing, so its folder may as well be empty
-        empty = sorted(self.found_classes - full) if expected is None or not full else []
+        empty = sorted(self.found_classes.keys() - full) if expected is None or not full else []
         if empty:
             more = f" (and {len(empty) - 1} other classes)" if len(empty) > 1 else ""
             raise ValueError(

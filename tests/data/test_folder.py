@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 import unicodedata
@@ -201,6 +202,24 @@ def test_image_folder_knows_a_class_in_either_unicode_form(tmp_path):
     val = ImageFolder(tmp_path, "val", classes=train.classes)
     assert val.targets == train.targets == [0]
     assert train[0][0].size == (6, 4)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are always Unicode there")
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
+def test_image_folder_refuses_classes_that_would_read_the_same(tmp_path, packed):
+    names = [os.fsdecode(b"caf\xe8"), os.fsdecode(b"caf\xe9")]  # Latin 1
+    files = {f"train/{name}/1.png": png(1) for name in names}
+    root = tmp_path / "a.tar" if packed else tmp_path
+    if packed:
+        write_tar(root, files)
+    else:
+        write_tree(root, files)
+    with pytest.raises(
+        ValueError, match=r"train: .* b'caf\\xe8' and b'caf\\xe9' cannot be told apart .*rename"
+    ) as caught:
+        ImageFolder(root, "train")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_image_folder_names_a_corrupt_member(tmp_path):

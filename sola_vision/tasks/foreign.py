@@ -5,6 +5,8 @@ Two kinds: a folder of timm's with a config.json (`save_for_hf`, the Hugging Fac
 """
 
 import json
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from timm.data import ImageNetInfo
 
 from sola_vision.engine import read_weights
 from sola_vision.vrwkv_weights import from_published, is_published
+
+_log = logging.getLogger("sola_vision")
 
 _TIMM = ("model.safetensors", "pytorch_model.bin")
 _IMAGE = ("mean", "std", "interpolation", "crop_pct")
@@ -49,11 +53,20 @@ def _timm(file: Path) -> dict[str, Any]:
         if len(names) != count:
             raise ValueError(f"{len(names)} label_names for {count} classes")
         classes = [names[str(index)] for index in range(count)] if isinstance(names, dict) else names
+        if cfg.get("crop_mode") not in (None, "center"):
+            _say_crop(file, cfg["crop_mode"])
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(
             f"{file} is not a config.json of timm's ({error!r}): write it with timm's save_for_hf"
         ) from None
     return {"task": "classification", "model": model, "image": image, "classes": classes}
+
+
+@cache  # a file is described more than once
+def _say_crop(file: Path, mode: str) -> None:
+    _log.warning(
+        "%s: crop_mode %s is not followed: the centre of images is cut out, so accuracy may differ", file, mode
+    )
 
 
 def _imagenet(count: int) -> list[str]:

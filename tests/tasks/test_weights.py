@@ -270,6 +270,16 @@ def test_a_foreign_config_is_checked(tmp_path, sola, case):
     assert "\n" not in str(info.value)
 
 
+def test_a_crop_of_timm_that_is_not_followed_is_said_once(tmp_path, caplog):
+    network = timm.create_model("resnet18", num_classes=3, pretrained_cfg_overlay={"crop_mode": "squash"})
+    save_for_hf(network, tmp_path / "f", safe_serialization=True)
+    load_checkpoint(tmp_path / "f")
+    load_checkpoint(tmp_path / "f")
+    said = [record.getMessage() for record in caplog.records if "crop_mode" in record.getMessage()]
+    assert len(said) == 1
+    assert "config.json: crop_mode squash is not followed" in said[0]
+
+
 def test_bare_weights_name_the_way(tmp_path, sola):
     torch.save(sola.state_dict(), tmp_path / "bare.pth")
     with pytest.raises(ValueError, match="checkpoint_path="):

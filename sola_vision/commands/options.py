@@ -158,7 +158,9 @@ def _parser(name: str, recipe: AnyRecipe) -> ArgumentParser:
     parser.add_argument("--data", type=str, default="digits" if name == "digits" else None, help=recipe.data)
     parser.add_argument("--out", type=str, help="the run's folder (default: runs/RECIPE)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in that folder, as its config.yaml says"
+        "--resume",
+        action="store_true",
+        help="go on with the run in that folder, as its config.yaml says; what else is given is kept there",
     )
     parser.add_argument(
         "--init", type=str, default=recipe.init, help="checkpoint whose weights the network starts from"

@@ -15,6 +15,7 @@ from sola_vision.commands.options import Run, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
 from sola_vision.engine.checkpoint import BEST, load_progress
 from sola_vision.engine.loading import count_epoch_steps
+from sola_vision.engine.log import write_text
 from sola_vision.engine.optim import count_steps, make_optimizer
 from sola_vision.tasks.pictures import draw_learning_curve
 
@@ -38,9 +39,6 @@ def _run(asked: Run, world: World) -> None:
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
 
     if world.is_main:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        if not asked.resume:
-            (asked.out / "config.yaml").write_text(asked.text)
         if job.report:
             print(job.report, file=sys.stderr)
         print(f"{job.says}; the run's folder is {asked.out}", file=sys.stderr)
@@ -58,10 +56,17 @@ def _run(asked: Run, world: World) -> None:
         kept=job.kept,
         collate=job.collate,
         eval_collate=job.eval_collate,
+        begin=lambda: _keep(asked),
     )
     if world.is_main:
         draw_learning_curve(asked.out / "metrics.jsonl", asked.out / "curve.png", job.task.metric)
         _report(summary, job.shown, asked)
+
+
+def _keep(asked: Run) -> None:
+    """What the run was asked for, which the next --resume goes by."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    write_text(asked.out / "config.yaml", asked.text)
 
 
 def _cpu_has_bfloat16() -> bool:

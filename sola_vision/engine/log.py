@@ -103,9 +103,13 @@ def _duration(seconds: float) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Written beside the old file, then renamed over it."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(document, indent=2) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
 
 

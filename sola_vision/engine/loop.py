@@ -11,7 +11,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,19 @@ def fit(
     kept: str = "",
     collate: Collate | None = None,
     eval_collate: Collate | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place and return the summary that is also in the folder.
 
     `metadata` goes into best.safetensors, beside the weights of the submodule `kept` ("": of the whole model). With
-    `resume` the run in `folder` goes on where its last checkpoint is. Under torchrun every process calls this alike.
+    `resume` the run in `folder` goes on where its last checkpoint is. The first process calls `begin` as soon as
+    nothing can be refused any more and nothing is written yet. Under torchrun every process calls this alike.
     """
     folder = Path(folder)
     with distributed(config.device) as world, Interrupts() as interrupts:
         on_main(lambda: check_folder(folder, resume))
-        run = _prepare(task, model, train_set, val_set, config, folder, world, resume, metadata, collate, eval_collate)
+        sets = (train_set, val_set, collate, eval_collate)
+        run = _prepare(task, model, *sets, config, folder, world, resume, metadata, begin)
         run.kept = kept
         try:
             _train(run, interrupts)
@@ -145,13 +148,14 @@ def _prepare(
     model: nn.Module,
     train_set: Dataset[Any],
     val_set: Dataset[Any],
+    collate: Collate | None,
+    eval_collate: Collate | None,
     config: TrainConfig,
     folder: Path,
     world: World,
     resume: bool,
     metadata: dict[str, str] | None,
-    collate: Collate | None,
-    eval_collate: Collate | None,
+    begin: Callable[[], None] | None,
 ) -> _Run:
     size = len(train_set)  # type: ignore[arg-type]  # torch does not promise a length
     epoch_steps = loading.count_epoch_steps(size, config)
@@ -182,6 +186,8 @@ def _prepare(
         checkpoint.load_state(folder, modules, optimizer)
         if saved.scaler:  # none without fp16
             scaler.load_state_dict(saved.scaler)
+    if begin is not None:
+        on_main(begin)
     # only now: it cuts off what the state does not know of
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
     images = {"training": size, "evaluation": len(val_set)}  # type: ignore[arg-type]

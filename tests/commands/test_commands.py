@@ -188,6 +188,22 @@ def test_resume_of_a_finished_run_changes_nothing(sola, tmp_path, trained):
     assert _records(tmp_path / "run") == _records(trained)
 
 
+def test_what_a_resumed_run_was_asked_for_is_kept(sola, tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    kept = tmp_path / "run" / "config.yaml"
+    begun = kept.read_text()
+    # a run that is refused leaves it
+    assert sola("train", "--resume", "--out", "run", "--train.lr", 0.5, "--train.optimizer", "sgd").code == 2
+    assert kept.read_text() == begun
+    for words in (["--train.epochs", 2, "--train.lr", 0.5], ["--train.epochs", 3]):
+        assert sola("train", "--resume", "--out", "run", *words).code == 0
+    train = yaml.safe_load(kept.read_text())["train"]
+    assert train == yaml.safe_load(begun)["train"] | {"epochs": 3, "lr": 0.5}
+    said = sola("train", "--resume", "--out", "run")
+    assert said.code == 0
+    assert "another configuration" not in said.err
+
+
 # eval ----------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def by_hand(data, trained):

@@ -22,6 +22,11 @@ def prepare(asked: Run, world: World) -> Job:
     train_set, classes = open_segmentation(
         asked.data, "train", image.ignore, image.num_classes, SegmentationTrainTransform(image)
     )
+    if len(classes) < 2:
+        raise ValueError(
+            f"{asked.data}: {classes[0]!r} is the only class of its labels, and there is nothing to tell it from: "
+            f"label more, or choose another --image.ignore than {image.ignore}"
+        )
     val_set, _ = open_segmentation(
         asked.data, "val", image.ignore, image.num_classes, SegmentationEvalTransform(image), classes
     )

@@ -16,7 +16,16 @@ def open_classification(
     transform: Callable[[Image.Image], Any] | None = None,
     classes: Sequence[str] | None = None,
 ) -> Digits | ImageFolder:
-    """The "train" or "val" split of `data`; a folder that is really called digits is written ./digits."""
+    """The "train" or "val" split of `data`; a folder that is really called digits is written ./digits.
+
+    Without `classes` there must be two at least, because of one alone every network is right.
+    """
     if data == "digits":
         return Digits(split, transform, classes)
-    return ImageFolder(data, split, transform, classes)
+    images = ImageFolder(data, split, transform, classes)
+    if classes is None and len(images.classes) < 2:
+        raise ValueError(
+            f"{data}: {images.classes[0]!r} is its only class, and there is nothing to tell it from: "
+            f"put images of another into a folder beside {split}/{images.classes[0]}/"
+        )
+    return images

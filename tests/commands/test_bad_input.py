@@ -146,6 +146,13 @@ def test_train_refuses_folder(refused, tmp_path, data):
     refused(*TINY, "--data", "more", "--out", "run", names=["more/val/auk", "'auk'"])
 
 
+def test_one_class_is_no_training_set_but_can_be_evaluated(refused, sola, tmp_path, trained):
+    write_images(tmp_path / "single", ["bee"])
+    refused(*TINY, "--data", "single", "--out", "run", names=["single", "'bee' is its only class", "beside train/bee/"])
+    said = sola("eval", "--checkpoint", trained, "--data", "single", "--out", "out", "--workers", 0, "--json")
+    assert json.loads(said.out)["images"] == 1
+
+
 def test_train_names_counts_and_skips_one_corrupt_image(sola, tmp_path, data):
     shutil.copytree(data, "images")
     (tmp_path / "images" / "train" / "bee" / "3.png").write_text("no image")

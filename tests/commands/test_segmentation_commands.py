@@ -251,6 +251,13 @@ def test_predict_a_single_image_among_broken_ones(sola, tmp_path, scenes, segmen
 
 
 # bad input -----------------------------------------------------------------------------------------------------------
+def test_one_class_is_no_training_set(refused, tmp_path, scenes):
+    shutil.copytree(scenes, tmp_path / "single")
+    (tmp_path / "single" / "classes.txt").write_text("ground\n")
+    words = [*TINY, "--data", "single", "--out", "run"]
+    refused(*words, names=["single", "'ground' is the only class", "--image.ignore"])
+
+
 def test_bad_input_of_eval_and_predict(refused, tmp_path, scenes, segmenter):
     truth = scenes / "annotations" / "val"
     shutil.copytree(truth, tmp_path / "nameless")

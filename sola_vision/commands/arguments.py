@@ -39,13 +39,13 @@ def plain(name: str) -> Text:
 
 
 def image_files(source: Path) -> list[Path]:
-    """The image, or all images of the folder and of the folders in it, by name."""
+    """The image, or all images of the folder and of the folders in it, by name; hidden ones are nobody's photos."""
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such image or folder")
     if source.is_file():
         return [source]
-    found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    files = sorted(p for p in found if p.is_file())
+    found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts))
     if not files:
         raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
     return files

@@ -2,11 +2,13 @@
 """`sola predict IMAGE-OR-FOLDER --checkpoint FILE` of a classifier: the most likely classes of each image."""
 
 import json
+import math
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,10 +22,10 @@ from sola_vision.tasks import Checkpoint, load_checkpoint
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's most likely classes, best first: {"class": name, "probability": p} each."""
+    """An image's most likely classes, best first: {"class": name, "probability": p} each; p is None for nan."""
 
     image: str
-    classes: list[dict[str, str | float]]
+    classes: list[dict[str, Any]]
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -76,7 +78,11 @@ def _predict(
             continue
         probabilities, classes = checkpoint.model(torch.stack(tensors).to(device)).float().softmax(1).topk(top)
         for name, ps, cs in zip(names, probabilities.tolist(), classes.tolist(), strict=True):
-            guesses = [{"class": checkpoint.classes[c], "probability": p} for p, c in zip(ps, cs, strict=True)]
+            # JSON has no nan, which a network that diverged says
+            guesses = [
+                {"class": checkpoint.classes[c], "probability": p if math.isfinite(p) else None}
+                for p, c in zip(ps, cs, strict=True)
+            ]
             yield Prediction(name, guesses)
 
 
@@ -87,8 +93,12 @@ def _print(rows: list[Prediction], source: Path) -> None:
     for rank in range(most):
         table.add_column("class" if rank == 0 else f"{rank + 1}.")
     for row in rows:
-        guesses = [plain(f"{g['class']} {100 * float(g['probability']):.1f} %") for g in row.classes]
+        guesses = [plain(f"{g['class']} {_percent(g['probability'])}") for g in row.classes]
         # below the folder that was asked about, or long names would be broken over several lines
         name = os.path.relpath(row.image, source if source.is_dir() else source.parent)
         table.add_row(plain(name), *guesses)
     Console().print(table)
+
+
+def _percent(probability: float | None) -> str:
+    return "not a number" if probability is None else f"{100 * probability:.1f} %"

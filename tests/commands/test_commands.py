@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import CLASSES, TINY, python, write_images
 
 from sola_vision.tasks import load_checkpoint
@@ -292,6 +292,27 @@ def test_predict_leaves_out_a_broken_image_and_names_it(sola, tmp_path, data, tr
     else:
         assert "gnu/0.png" in said.out
         assert "broken.jpg" not in said.out
+
+
+def test_predict_of_a_network_that_diverged_is_json_and_says_so(sola, tmp_path, data, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    best = tmp_path / "run" / "best.safetensors"
+    with safe_open(best, "pt") as file:
+        said = file.metadata()
+    save_file({name: tensor * float("nan") for name, tensor in load_file(best).items()}, best, said)
+    words = ["predict", data / "val" / "cat" / "0.png", "--checkpoint", "run"]
+    result = json.loads(sola(*words, "--json").out, parse_constant=pytest.fail)
+    assert [guess["probability"] for guess in result["images"][0]["classes"]] == [None] * 3
+    assert "not a number" in sola(*words).out
+
+
+def test_predict_leaves_hidden_folders_alone(sola, tmp_path, data, trained):
+    shutil.copytree(data / "val" / "cat", tmp_path / "photos" / "shown")
+    shutil.copytree(data / "val" / "cat", tmp_path / "photos" / ".thumbnails")
+    result = json.loads(sola("predict", "photos", "--checkpoint", trained, "--json").out)
+    assert len(result["images"]) == VAL["cat"]
+    result = json.loads(sola("predict", tmp_path / "photos" / ".thumbnails", "--checkpoint", trained, "--json").out)
+    assert len(result["images"]) == VAL["cat"]  # where it is asked for
 
 
 # the program ---------------------------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def decode(images: ImageFolder | Digits, size: int, indices: Sequence[int]) -> T
 
 
 def balanced_subset(targets: Sequence[int], limit: int | None) -> list[int]:
-    """Indices of at most `limit` samples, each class with as many as it has of an equal share; all without a limit."""
+    """Indices of at most `limit` samples, or of one a class where these are more; each class has as many as it has of
+    an equal share. Without a limit all.
+    """
     if limit is None or limit >= len(targets):
         return list(range(len(targets)))
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()

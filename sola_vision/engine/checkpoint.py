@@ -144,10 +144,10 @@ def save_state(
     on_main(lambda: write_atomically(folder / STATE, tensors, header))
 
 
-def load_progress(folder: Path, total: int | None = None) -> Progress | None:
+def load_progress(folder: Path, total: int | None = None, optimizer: str | None = None) -> Progress | None:
     """The `progress` of the folder's resumable state, None if there is no such state yet.
 
-    A state behind the `total` steps of the run that wants to go on is a ValueError.
+    A state behind the `total` steps of the run that wants to go on, or of another `optimizer`, is a ValueError.
     """
     path = folder / STATE
     if not path.exists():
@@ -160,6 +160,12 @@ def load_progress(folder: Path, total: int | None = None) -> Progress | None:
         raise ValueError(
             f"{folder} is at step {progress.step}, behind the {total} steps that this run has: it was begun with more "
             "images or epochs; resume it with these, or choose another folder"
+        )
+    before = progress.config.get("optimizer")
+    if optimizer is not None and before not in (None, optimizer):
+        raise ValueError(
+            f"optimizer={optimizer!r} cannot go on from the state of {before!r} in {folder}: resume with {before!r}, "
+            "or start a new run from its weights"
         )
     return progress
 

@@ -178,11 +178,10 @@ def _prepare(
     optimizer = optim.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
 
-    saved = on_main(lambda: checkpoint.load_progress(folder, total)) if resume else None
+    saved = on_main(lambda: checkpoint.load_progress(folder, total, config.optimizer)) if resume else None
     progress = saved or Progress()
     modules = {"model": model} | ({} if average is None else {"ema": average})
     if saved is not None:
-        _check_optimizer(folder, saved.config.get("optimizer"), config.optimizer)
         checkpoint.load_state(folder, modules, optimizer)
         if saved.scaler:  # none without fp16
             scaler.load_state_dict(saved.scaler)
@@ -236,15 +235,6 @@ def _prepare(
         log.say(f"{folder} has no checkpoint yet: starting from the beginning")
     progress.config, progress.images, progress.metadata = asdict(config), images, dict(run.metadata)
     return run
-
-
-def _check_optimizer(folder: Path, before: str | None, now: str) -> None:
-    """One optimiser's state means nothing to another."""
-    if before not in (None, now):
-        raise ValueError(
-            f"optimizer={now!r} cannot go on from the state of {before!r} in {folder}: resume with {before!r}, "
-            "or start a new run from its weights"
-        )
 
 
 def _say_changes(run: _Run, images: Mapping[str, int]) -> None:

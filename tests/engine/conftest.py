@@ -17,3 +17,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="package")
+def whole_run(tmp_path_factory):
+    """The run that nothing interrupted."""
+    from tiny import train  # only now can it be found
+
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder

@@ -4,7 +4,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,27 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import Classify, Images, Net, settings
+from tiny import Classify, Images, Net, assert_same_run, metrics, settings, train
 from torch import nn
 
 from sola_vision.engine import TrainingStopped, fit, load_weights, read_metadata
 from sola_vision.engine import checkpoint as module
 
 TINY = Path(__file__).parent / "tiny.py"
-TIMES = ("images_per_second", "seconds")
-
-
-def train(folder, task=None, model=None, bad=(), bad_val=(), resume=False, **changes):
-    return fit(
-        task or Classify(),
-        model or Net(),
-        Images(bad=bad),
-        Images(31, bad=bad_val, train=False),
-        settings(**changes),
-        folder,
-        resume=resume,
-        metadata={"classes": "abc"},
-    )
 
 
 def start(*arguments, torchrun=False):
@@ -54,30 +39,6 @@ def start(*arguments, torchrun=False):
         text=True,
         timeout=120,
     )
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def assert_same_run(one, other):
-    """Weights, moving average, optimiser, best weights and metrics, bit by bit."""
-    for file in ("last/state.safetensors", "best.safetensors"):
-        mine, theirs = load_file(one / file), load_file(other / file)
-        assert mine.keys() == theirs.keys()
-        assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
-    assert metrics(one) == metrics(other)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    assert summaries[0]["best"] == summaries[1]["best"]
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """The run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    train(folder)
-    return folder
 
 
 def test_fit_fills_the_folder(whole_run):
@@ -243,78 +204,6 @@ def test_resuming_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
-
-
-def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):
-    """As with fewer images than it was begun with."""
-    folder = shutil.copytree(whole_run, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"is at step \d+, behind the \d+ steps .* more images or epochs"):
-        train(folder, resume=True, epochs=2)
-    assert metrics(folder) == metrics(whole_run)
-
-
-def test_other_numbers_of_images_are_said_and_forget_which_were_skipped(tmp_path, capfd):
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Classify(term=15), bad=(3,))
-    few = Images(48)
-    summary = fit(Classify(), Net(), few, Images(31, train=False), settings(), tmp_path, resume=True)
-    assert "goes on with another configuration: 48 training images (was 60)\n" in capfd.readouterr().err
-    assert summary["images_skipped"]["training"] == 0
-    assert module.load_progress(tmp_path).images == {"training": 48, "evaluation": 31}
-
-
-def test_a_state_of_the_version_before_resumes(whole_run, tmp_path, capfd):
-    """It says neither how many images there were nor what the weights are of."""
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Classify(term=15))
-    path = tmp_path / "last/state.safetensors"
-    said = read_metadata(path)
-    progress = json.loads(said["progress"])
-    del progress["images"], progress["metadata"]
-    module.save_file(load_file(path), path, said | {"progress": json.dumps(progress)})
-    train(tmp_path, resume=True)
-    assert "goes on with another" not in capfd.readouterr().err
-    assert_same_run(whole_run, tmp_path)
-
-
-def test_resuming_another_model_or_optimizer_is_refused(whole_run, tmp_path):
-    folder = shutil.copytree(whole_run, tmp_path / "run")
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write("{}\n")  # what a refused run must not cut off
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="is of another model"):
-        train(folder, model=Net(width=16), resume=True)
-    with pytest.raises(ValueError, match=r"optimizer='sgd' cannot go on from the state of 'adamw' .*resume with"):
-        train(folder, optimizer="sgd", resume=True)
-    with pytest.raises(ValueError, match=r"2 parameter groups instead of 1: .*weight_decay"):
-        train(folder, weight_decay=0, resume=True)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-
-
-def test_a_state_without_an_optimizer_is_refused(whole_run, tmp_path):
-    folder = shutil.copytree(whole_run, tmp_path / "run")
-    state = folder / "last/state.safetensors"
-    module.save_file(load_file(state), state, {"progress": read_metadata(state)["progress"]})
-    with pytest.raises(ValueError, match=r"state\.safetensors holds no optimiser's state"):
-        train(folder, resume=True)
-
-
-def test_a_resumed_run_decays_as_it_is_asked_to(whole_run, tmp_path, capfd):
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Classify(term=15))
-    train(tmp_path, weight_decay=20.0, resume=True)
-    assert "weight_decay=20.0 (was 0.05)" in capfd.readouterr().err
-    norms = [
-        load_file(folder / "last/state.safetensors")["model/head.weight"].norm() for folder in (whole_run, tmp_path)
-    ]
-    assert norms[1] < 0.5 * norms[0]
-
-
-@pytest.mark.parametrize(("before", "now"), [("none", "fp16"), ("fp16", "none")])
-def test_a_run_goes_on_with_another_precision(tmp_path, before, now):
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, Classify(term=15), amp=before)
-    assert train(tmp_path, amp=now, resume=True)["steps"] == 15
 
 
 def test_accumulation_equals_one_big_batch(tmp_path):

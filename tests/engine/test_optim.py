@@ -113,6 +113,7 @@ def test_make_optimizer_refuses_unknown_names_and_layer_decay_without_layers():
         make_optimizer(nn.Linear(2, 2), config(layer_decay=0.5))
 
 
+@pytest.mark.filterwarnings("ignore:.*opt_einsum")
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [("kron", "cannot hold the list Q"), ("adahessian", "does not require grad"), ("fusedadam", "APEX|CUDA")],

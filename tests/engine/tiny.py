@@ -17,9 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from sola_vision.engine import TrainConfig, all_reduce_sum, distributed, fit
+
+TIMES = ("images_per_second", "seconds")
 
 
 class Images(torch.utils.data.Dataset):
@@ -108,6 +111,35 @@ def settings(**changes):
         "device": "cpu",
     }
     return TrainConfig(**(small | changes))
+
+
+def train(folder, task=None, model=None, bad=(), bad_val=(), resume=False, **changes):
+    return fit(
+        task or Classify(),
+        model or Net(),
+        Images(bad=bad),
+        Images(31, bad=bad_val, train=False),
+        settings(**changes),
+        folder,
+        resume=resume,
+        metadata={"classes": "abc"},
+    )
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def assert_same_run(one, other):
+    """Weights, moving average, optimiser, best weights and metrics, bit by bit."""
+    for file in ("last/state.safetensors", "best.safetensors"):
+        mine, theirs = load_file(one / file), load_file(other / file)
+        assert mine.keys() == theirs.keys()
+        assert [key for key in mine if not torch.equal(mine[key], theirs[key])] == []
+    assert metrics(one) == metrics(other)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
+    assert summaries[0]["best"] == summaries[1]["best"]
 
 
 def main(folder, *arguments):

@@ -13,7 +13,7 @@ import torch
 from sola_vision.commands.dispatch import Job, task_module
 from sola_vision.commands.options import Run, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
-from sola_vision.engine.checkpoint import BEST, load_progress
+from sola_vision.engine.checkpoint import BEST, Progress, load_progress
 from sola_vision.engine.loading import count_epoch_steps
 from sola_vision.engine.log import write_text
 from sola_vision.engine.optim import count_steps, make_optimizer
@@ -31,9 +31,9 @@ def _run(asked: Run, world: World) -> None:
     # everything that can be wrong is looked at before anything is written
     check_folder(asked.out, asked.resume)
     job: Job = task_module("train", asked.configuration.task).prepare(asked, world)
+    total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
     if asked.resume:
-        _check_classes(asked.out, json.loads(job.metadata["classes"]))
-    count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
+        _check_classes(asked.out, load_progress(asked.out, total, settings.optimizer), job.metadata["classes"])
     make_optimizer(job.model.to(world.device), settings)  # some only run on a GPU
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
@@ -74,13 +74,12 @@ def _cpu_has_bfloat16() -> bool:
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _check_classes(folder: Path, classes: list[str]) -> None:
+def _check_classes(folder: Path, progress: Progress | None, told: str) -> None:
     """A run that goes on with other classes in as many outputs would not be noticed anywhere else."""
-    progress = load_progress(folder)
     said = {} if progress is None else progress.metadata
     if not said and (folder / BEST).exists():  # the states of older versions do not name classes
         said = read_metadata(folder / BEST)
-    before = json.loads(said.get("classes", "null"))
+    before, classes = json.loads(said.get("classes", "null")), json.loads(told)
     if before is not None and before != classes:
         differing = [name for name in [*before, *classes] if (name in before) != (name in classes)] or classes
         raise ValueError(

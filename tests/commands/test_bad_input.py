@@ -286,6 +286,13 @@ def test_existing_run_is_refused_and_kept(refused, data, trained):
     refused(*_train(data), names=["run", "already holds a run"])
 
 
+def test_a_run_that_cannot_go_on_is_refused_and_kept(refused, trained):
+    shutil.copytree(trained, "run")
+    words = ["train", "--resume", "--out", "run"]
+    refused(*words, "--train.optimizer", "sgd", names=["'sgd'", "'adamw'", "run"])
+    refused(*words, "--train.steps", 3, names=["run", "step 6", "3 steps"])
+
+
 # while it runs -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("target", ["best.safetensors", "state.safetensors"])
 def test_full_disk_keeps_the_old_checkpoint(sola, tmp_path, data, monkeypatch, target):

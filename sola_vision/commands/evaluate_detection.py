@@ -84,7 +84,9 @@ def _score_file(options: Namespace) -> None:
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"--results {path} is not JSON: {error}") from None
     kinds = [options.type] if options.type else _kinds_of(results)
-    if "segm" in kinds and (bare := [a for a in truth["annotations"] if not a.get("segmentation")]):
+    if "segm" in kinds and (
+        bare := [a for a in truth["annotations"] if not (a.get("segmentation") or "unmasked" in a)]
+    ):
         if options.type:
             raise ValueError(f"{options.annotations}: {len(bare)} annotations have no mask: use --type bbox")
         kinds.remove("segm")

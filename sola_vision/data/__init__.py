@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
 
-from .coco import CocoFolder, Objects, read_truth
+from .coco import CocoFolder, Objects, is_finite, read_truth
 from .detection_presets import (
     DetectionConfig,
     DetectionEvalTransform,
@@ -48,6 +48,7 @@ __all__ = [
     "decode",
     "encode_mask",
     "fingerprint",
+    "is_finite",
     "mask_library",
     "open_classification",
     "open_segmentation",

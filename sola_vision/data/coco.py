@@ -193,11 +193,11 @@ class _Dropped:
     def add(self, reason: str, annotation: Any) -> None:
         self.reasons.setdefault(reason, []).append(annotation.get("id") if isinstance(annotation, dict) else None)
 
-    def log(self, file: Path, total: int) -> None:
+    def log(self, file: Path, total: int, what: str = "left out") -> None:
         if self.reasons:
             count = sum(map(len, self.reasons.values()))
             why = "; ".join(f"{len(ids)} {why} (annotation {ids[0]})" for why, ids in self.reasons.items())
-            logger.warning("%s: left out %d of %d annotations: %s", file, count, total, why)
+            logger.warning("%s: %s %d of %d annotations: %s", file, what, count, total, why)
 
 
 def read_document(file: Path) -> dict[str, Any]:
@@ -215,14 +215,20 @@ def read_document(file: Path) -> dict[str, Any]:
 
 
 def read_truth(file: Path) -> dict[str, Any]:
-    """A COCO JSON file to score results against: boxes, areas and crowds as written, without what nothing can match."""
+    """A COCO JSON file to score results against: boxes, areas and crowds as written, without what nothing can match.
+
+    An object whose mask is unusable keeps its box and has no mask but "unmasked": it counts for boxes alone.
+    """
     document = read_document(file)
     images = _images(document, file)
     labels = dict.fromkeys((number for number, _ in _categories(document, file)), 0)
-    by_image, _ = _sort(document["annotations"], images, labels, file, scoring=True)
+    by_image, dropped = _sort(document["annotations"], images, labels, file, scoring=True)
+    dropped.log(file, len(document["annotations"]), "scoring leaves out")
     annotations = [annotation for some in by_image.values() for annotation in some]
     # what was matched is marked by its id, so that none may be missing, twice there or 0
-    complete = [_complete(annotation, images) | {"id": number} for number, annotation in enumerate(annotations, 1)]
+    complete = [
+        _complete(annotation, images, file) | {"id": number} for number, annotation in enumerate(annotations, 1)
+    ]
     return {"images": list(images.values()), "annotations": complete, "categories": document["categories"]}
 
 
@@ -286,34 +292,44 @@ def _sort(
     """The usable annotations of every image; "object" says that one is no crowd.
 
     In `scoring` a box without area or outside the image counts, as an object that nobody finds: COCO's API has it so.
+    An unusable mask takes nothing from the scores of boxes.
     """
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     dropped = _Dropped()
     for annotation in annotations:
-        image = images.get(annotation.get("image_id", -1)) if isinstance(annotation, dict) else None
+        number: Any = annotation.get("image_id") if isinstance(annotation, dict) else None
+        image = None if isinstance(number, list | dict) else images.get(number)
         if image is None:
             dropped.add("of no image in the list", annotation)
             continue
-        if annotation.get("category_id") not in labels:
+        category = annotation.get("category_id")
+        if not isinstance(category, int | float) or category not in labels:
             raise ValueError(
-                f"{file}: annotation {annotation.get('id')} has category_id {annotation.get('category_id')!r}, which "
+                f"{file}: annotation {annotation.get('id')} has category_id {category!r:.80}, which "
                 f"is not among the {len(labels)} categories: add the category, or remove the annotation"
             )
-        size = (image["height"], image["width"])
-        reason = _unusable_box(annotation.get("bbox"), image, scoring) or unusable_mask(
-            annotation.get("segmentation"), size
-        )
-        if reason:
+        crowd = annotation.get("iscrowd") or 0
+        if crowd not in (0, 1):
+            raise ValueError(
+                f"{file}: annotation {annotation.get('id')} has iscrowd {crowd!r:.80}: write the number 0 or 1"
+            )
+        usable = {"id": None, **annotation, "iscrowd": int(crowd), "object": not crowd}
+        bad_box = _unusable_box(annotation.get("bbox"), image, scoring)
+        bad_mask = unusable_mask(annotation.get("segmentation"), (image["height"], image["width"]))
+        if bad_mask and scoring and not bad_box:
+            dropped.add(f"{bad_mask}, from masks alone", annotation)
+            by_image[image["id"]].append({**usable, "segmentation": None, "unmasked": True})
+        elif reason := bad_box or bad_mask:
             dropped.add(reason, annotation)
         else:
-            by_image[image["id"]].append({"id": None, **annotation, "object": not annotation.get("iscrowd", 0)})
+            by_image[image["id"]].append(usable)
     return by_image, dropped
 
 
 def _unusable_box(box: Any, image: dict[str, Any], scoring: bool) -> str | None:
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
         return "without a box of four numbers"
-    if not all(map(math.isfinite, box)):
+    if not all(map(is_finite, box)):
         return "with a box that is not finite"
     x, y, width, height = box
     if scoring:
@@ -325,13 +341,25 @@ def _unusable_box(box: Any, image: dict[str, Any], scoring: bool) -> str | None:
     return None
 
 
-def _complete(annotation: dict[str, Any], images: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _complete(annotation: dict[str, Any], images: dict[int, dict[str, Any]], file: Path) -> dict[str, Any]:
     """What the evaluator takes for granted, where a program left it out."""
-    full = {"iscrowd": 0, **{name: value for name, value in annotation.items() if name != "object"}}
-    if "area" not in full:
+    full = {name: value for name, value in annotation.items() if name != "object"}
+    if full.get("area") is None:
         image = images[full["image_id"]]
         size = (image["height"], image["width"])
         box_area = full["bbox"][2] * full["bbox"][3]
         segmentation = full.get("segmentation")
         full["area"] = float(mask_library().area(run_lengths(segmentation, size))) if segmentation else box_area
+    if not is_finite(full["area"]):
+        raise ValueError(
+            f"{file}: annotation {full['id']} has the area {full['area']!r:.80}: write a finite number, or leave it out"
+        )
     return full
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a finite number; JSON's integers may be too large for a float."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

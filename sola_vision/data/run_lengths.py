@@ -48,7 +48,7 @@ def unusable_mask(segmentation: Any, size: tuple[int, int]) -> str | None:
         counts = segmentation.get("counts")
         if not isinstance(counts, str | list):
             return "with run lengths that are none"
-        if list(segmentation.get("size") or []) != list(size):
+        if segmentation.get("size") not in (list(size), size):
             return "with a mask of another size than the image"
         return None if _add_up(counts, size[0] * size[1]) else "with run lengths that do not add up to the image"
     for polygon in segmentation if isinstance(segmentation, list) else [None]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sola_vision.data import mask_library, unusable_mask
+from sola_vision.data import is_finite, mask_library, unusable_mask
 
 Kind = Literal["bbox", "segm"]
 KINDS: tuple[Kind, ...] = ("bbox", "segm")
@@ -89,8 +89,14 @@ def score(
         for result in results
         if result["image_id"] in wanted
     ]
-    # the library writes into what it is given
-    reference = COCO({name: [dict(item) for item in truth[name]] for name in ("images", "annotations", "categories")})
+    # the library writes into what it is given, and cannot score masks that are not there
+    reference = COCO(
+        {
+            "images": [dict(image) for image in truth["images"]],
+            "annotations": [dict(a) for a in truth["annotations"] if kind == "bbox" or a.get("segmentation")],
+            "categories": [dict(category) for category in truth["categories"]],
+        }
+    )
     evaluation = COCOeval_faster(reference, reference.loadRes(own), kind, print_function=_silent)
     limits = (min(1, max_dets), min(10, max_dets), max_dets)
     evaluation.params.maxDets = list(limits)
@@ -118,17 +124,17 @@ def check_results(results: Any, truth: dict[str, Any], kind: Kind, name: str) ->
         where = f"{name}: result {index}"
         if not isinstance(result, dict) or any(key not in result for key in ("image_id", "category_id", "score")):
             raise ValueError(f"{where} needs image_id, category_id and score, found {result!r:.80}")
-        if result["image_id"] not in sizes:
-            raise ValueError(f"{where} is of image {result['image_id']!r}, which the annotations do not have")
-        if result["category_id"] not in categories:
-            raise ValueError(f"{where} is of category {result['category_id']!r}, which the annotations do not have")
+        for key, known in (("image", sizes), ("category", categories)):
+            number = result[f"{key}_id"]
+            if not isinstance(number, int | float) or number not in known:
+                raise ValueError(f"{where} is of {key} {number!r:.80}, which the annotations do not have")
         if field not in result:
             raise ValueError(f"{where} has no {field}: choose another --type, or give results of that type")
-        if not _is_number(result["score"]):
-            raise ValueError(f"{where} has the score {result['score']!r}, which is no finite number")
+        if not is_finite(result["score"]):
+            raise ValueError(f"{where} has the score {result['score']!r:.80}, which is no finite number")
         if kind == "bbox":
             box = result["bbox"]
-            if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
                 raise ValueError(f"{where} has the bbox {box!r:.80}; it takes four finite numbers x, y, width, height")
         else:
             _check_mask(result["segmentation"], sizes[result["image_id"]], where)
@@ -140,10 +146,6 @@ def _check_mask(mask: Any, size: tuple[int, int], where: str) -> None:
         raise ValueError(f"{where} needs a mask as compressed run lengths, found {mask!r:.80}")
     if reason := unusable_mask(mask, size):
         raise ValueError(f"{where} is {reason}, which is {size[0]}x{size[1]}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _silent(*_: object) -> None:

@@ -147,6 +147,23 @@ def test_eval_has_the_numbers_of_the_run_and_its_results_score_the_same(sola, tm
         assert json.loads(again.out)[kind] == result[kind]
 
 
+def test_masks_that_are_unusable_are_said_and_cost_boxes_nothing(sola, caplog, tmp_path, scenes, detector):
+    assert sola("eval", "--checkpoint", detector, "--data", scenes, "--out", "eval").code == 0
+    document = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    document["annotations"][2]["segmentation"] = [[1, 1, 9, 9]]
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    (tmp_path / "both.json").write_text((tmp_path / "eval" / "results.segm.json").read_text())
+    boxes = json.loads((tmp_path / "eval" / "results.bbox.json").read_text())
+    results = json.loads((tmp_path / "both.json").read_text())
+    (tmp_path / "both.json").write_text(json.dumps([a | b for a, b in zip(boxes, results, strict=True)]))
+    said = sola("eval", "--results", "both.json", "--annotations", "truth.json", "--out", "again", "--json")
+    assert said.code == 0, said.err
+    assert "scoring leaves out 1 of" in caplog.text
+    result = json.loads(said.out)
+    assert result["bbox"] == json.loads((tmp_path / "eval" / "eval.json").read_text())["bbox"]
+    assert "segm" in result
+
+
 def test_max_dets_limits_what_is_reported_and_is_said(sola, tmp_path, scenes, detector):
     said = sola("eval", "--checkpoint", detector, "--data", scenes, "--max-dets", 2, "--out", "few")
     assert "maxDets 2" in said.out

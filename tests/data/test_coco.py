@@ -127,7 +127,10 @@ UNUSABLE = {
     "outside the image": {"box": (31, 2, 4, 4)},
     "four numbers": {"box": (1, 2, 3)},
     "no image in the list": {"image": 8},
+    "is not finite": {"box": (1, 1, 10**400, 4)},
+    "of no image": {"image": [7]},
     "another size": {"segmentation": {"size": [30, 20], "counts": [600]}},
+    "size than the image": {"segmentation": {"size": 20, "counts": [600]}},
     "do not add up": {"segmentation": {"size": [20, 30], "counts": [5, 5000]}},
     "add up to the image": {"segmentation": {"size": [20, 30], "counts": "zzzzzzzz"}},
     "run lengths that are none": {"segmentation": {"size": [20, 30], "counts": 5}},
@@ -156,6 +159,30 @@ def test_boxes_are_clipped_for_training_and_kept_as_written_for_scoring(tmp_path
     assert [a["bbox"] for a in truth] == [[-4, 15, 10, 10], [1, 1, 0, 3]]
     assert [a["area"] for a in truth] == [100, 0]
     assert [a["id"] for a in truth] == [1, 2]
+
+
+@pytest.mark.parametrize("segmentation", [[[1, 1, 4, 4]], {"size": [30, 20], "counts": [600]}])
+def test_an_object_with_an_unusable_mask_keeps_its_box_for_scoring(tmp_path, caplog, segmentation):
+    write(tmp_path, [annotation(3, segmentation=SQUARE), annotation(4, segmentation=segmentation)])
+    with caplog.at_level(logging.WARNING):
+        truth = read_truth(tmp_path / "annotations" / "instances_val.json")["annotations"]
+    assert [(a["bbox"], bool(a["segmentation"])) for a in truth] == [([2, 3, 6, 6], True), ([2, 3, 6, 6], False)]
+    (record,) = caplog.records
+    for part in ("scoring leaves out 1 of 2 annotations", "from masks alone (annotation 4)"):
+        assert part in record.getMessage()
+
+
+def test_iscrowd_and_area_may_be_null_but_are_no_text(tmp_path):
+    write(tmp_path, [annotation(iscrowd=None, area=None)])
+    file = tmp_path / "annotations" / "instances_val.json"
+    assert len(CocoFolder(tmp_path, "val").objects(0).boxes) == 1
+    assert [(a["iscrowd"], a["area"]) for a in read_truth(file)["annotations"]] == [(0, 36)]
+    for name, value in (("iscrowd", "0"), ("area", "36"), ("area", 10**400)):
+        write(tmp_path, [annotation(3, **{name: value})])
+        with pytest.raises(
+            ValueError, match=rf"instances_val\.json: annotation 3 has (the )?{name} '?{str(value)[:9]}"
+        ):
+            read_truth(file)
 
 
 def test_missing_area_is_that_of_the_mask(tmp_path):
@@ -206,6 +233,7 @@ REFUSED = {
     "must lie below": change(images=[{**IMAGE, "file_name": "../../secret.png"}]),
     "is there twice": change(categories=[{"id": 5, "name": "cat"}, {"id": 6, "name": "cat"}]),
     "category_id 5": change(categories=[{"id": 6, "name": "dog"}]),
+    r"category_id \[5\]": change(annotations=[annotation(category=[5])]),
     "none of the 1 images": change(images=[{**IMAGE, "file_name": "elsewhere.png"}]),
 }
 

@@ -163,6 +163,14 @@ def test_a_crowd_is_neither_missed_nor_a_mistake():
     assert score(truth, results, "bbox").average(label=0) == 1
 
 
+def test_an_object_without_a_mask_counts_for_boxes_alone():
+    truth = copy.deepcopy(TRUTH)
+    truth["annotations"][1] |= {"segmentation": None, "unmasked": True}
+    results = [found(1, 3, 10, 10, 20, 0.9)]
+    assert score(truth, results, "bbox").average(label=0) == pytest.approx(51 / 101)
+    assert score(truth, results, "segm").average(label=0) == 1
+
+
 def test_only_the_images_that_were_seen_count():
     results = [found(1, 3, 10, 10, 20, 0.9), found(1, 3, 100, 100, 50, 0.9)]
     assert score(TRUTH, results, "bbox", image_ids=[1]).numbers["AP"] == 1
@@ -181,6 +189,9 @@ WRONG = {
     "needs image_id": [{"score": 1}],
     "image 77": [{**GOOD, "image_id": 77}],
     "category 4": [{**GOOD, "category_id": 4}],
+    r"image \[1\]": [{**GOOD, "image_id": [1]}],
+    r"category \[3\]": [{**GOOD, "category_id": [3]}],
+    "the score 1000": [{**GOOD, "score": 10**400}],
     "no finite number": [{**GOOD, "score": math.nan}],
     "the score 'high'": [{**GOOD, "score": "high"}],
     "has no": [{"image_id": 1, "category_id": 3, "score": 1}],

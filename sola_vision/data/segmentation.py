@@ -95,10 +95,10 @@ class SegmentationFolder(Dataset[Any]):
             with suppress(CorruptImage):
                 self._check_size(index, self.image(index), classes)
             seen.update(np.unique(classes).tolist())
-        if self.rule.num_classes > 1 and len(seen - {IGNORED}) < 2:
-            there = sorted(label + self.rule.first for label in seen - {IGNORED})
+        # a class may be rare, or a set hold background alone: only 0 beside an ignored 255 looks like a mask
+        if self.rule.num_classes > 1 and self.rule.ignore == 255 and seen == {IGNORED, 0}:
             raise ValueError(
-                f"{self.labels_folder}: the {len(chosen)} labels looked at hold no class but {there or 'none'} "
+                f"{self.labels_folder}: the {len(chosen)} labels looked at hold no class but 0, beside the ignored 255 "
                 f"({self.rule}); masks of 0 and 255 have to be written as labels 0 and 1"
             )
 

@@ -190,6 +190,15 @@ def test_a_wrong_rule_is_refused_before_a_run(root):
         open_segmentation(root, "train", 255, None)[0].check_labels()
 
 
+@pytest.mark.parametrize(("only", "ignore"), [(0, 255), (2, 255), (1, 0)])
+def test_one_class_alone_is_no_wrong_rule(root, only, ignore):
+    for index in range(3):  # a set of background, or of one common class: others may be rare
+        labels = np.full((40, 56), only, np.uint8)
+        labels[0] = only if ignore else 0
+        save(labels, label_file(root, index))
+    open_segmentation(root, "train", ignore, None)[0].check_labels()
+
+
 def test_a_broken_image_is_left_for_the_loop_to_count(root):
     (root / "images" / "train" / "00000.png").write_bytes(b"no image")
     data, _ = open_segmentation(root, "train", 255, None)

@@ -31,7 +31,7 @@ from sola_vision.analysis.sheet import draw_sheet
 from sola_vision.backbone import SolaVision
 from sola_vision.commands.cost import parse_size
 from sola_vision.data import SUFFIXES, ImageConfig, read_image
-from sola_vision.tasks import load_checkpoint
+from sola_vision.tasks import load_checkpoint, takes_one_size
 
 _SEED = 0  # of networks that nobody has trained
 _FIELD_IMAGES = 8  # that a receptive field is averaged over
@@ -44,12 +44,14 @@ class Network:
     label: str
     model: nn.Module
     image: ImageConfig
+    only: int | None = None  # pixels a side, of a network that takes one size
 
 
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     networks = _networks(options)
     picture, scene = _picture(options)
+    _check_sizes(options, networks, picture)
     point = _point(options.point, picture)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,8 @@ def _checkpoint(path: str) -> Network:
     checkpoint = load_checkpoint(path)
     folder = Path(path)
     name = folder.name if folder.is_dir() else folder.parent.name or folder.stem
-    return Network(f"{checkpoint.name} ({name})", checkpoint.model, checkpoint.image)
+    only = checkpoint.image.size if takes_one_size(checkpoint.name) else None
+    return Network(f"{checkpoint.name} ({name})", checkpoint.model, checkpoint.image, only)
 
 
 def _fresh(options: Namespace) -> Network:
@@ -155,7 +158,21 @@ def _fresh(options: Namespace) -> Network:
         raise ValueError(f"{name} has no {' and no '.join(changes)}: these belong to the sola_* networks")
     torch.manual_seed(_SEED)
     model = timm.create_model(name, num_classes=0, **changes).eval()
-    return Network(f"{name} {options.schedule or ''} (random weights)".replace("  ", " "), model, ImageConfig())
+    only = timm.get_pretrained_cfg(name).input_size[-1] if takes_one_size(name) else None
+    return Network(f"{name} {options.schedule or ''} (random weights)".replace("  ", " "), model, ImageConfig(), only)
+
+
+def _check_sizes(options: Namespace, networks: list[Network], picture: NDArray[np.uint8]) -> None:
+    """Refuses, before any work, an image that a network is not built for."""
+    for network in networks:
+        side, (height, width) = network.only, picture.shape[:2]
+        if side and (height, width) != (side, side):
+            raise ValueError(
+                f"{options.image} has {height}x{width} pixels (HxW), but {network.label} takes only {side}x{side}: "
+                f"give --size {side}x{side}"
+            )
+        if side and options.field and options.field_size != side:
+            raise ValueError(f"--field-size {options.field_size}: {network.label} takes only {side}; give {side}")
 
 
 def _picture(options: Namespace) -> tuple[NDArray[np.uint8], MultiScale | None]:

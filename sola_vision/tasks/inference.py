@@ -5,6 +5,7 @@ With one look the logits decide; several looks (mirrored, scaled) are averaged a
 does. Overlapping windows are averaged as logits, each pixel over the windows that it lies in.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,8 @@ class Inference:
                 raise ValueError(f"{name} {value}: pixels, at least 1")
         if self.stride is not None and (self.slide is None or self.stride > self.slide):
             raise ValueError(f"stride {self.stride}: at most the windows' side, slide {self.slide}, or pixels are lost")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales {self.scales}: factors above 0 on the size of the image")
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales {self.scales}: finite factors above 0 on the size of the image")
 
     def __call__(self, model: nn.Module, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """image [3, H, W] as the network sees it -> classes [h, w] at `size` (that of the image if None)."""

@@ -109,6 +109,11 @@ def test_peers_are_explained_by_their_maps(photograph, tmp_path):
         (["PHOTO", "--checkpoint", "nowhere"], "nowhere"),
         (["PHOTO", "--checkpoint", "x", "--schedule", "L"], "leave out --model"),
         (["multiscale", "--size", "32x64"], "square"),
+        (["PHOTO", "--model", "vit_tiny_patch16_224"], "takes only 224x224: give --size 224x224"),
+        (
+            ["PHOTO", "--model", "vit_tiny_patch16_224", "--size", "224x224", "--field", "PHOTO", "--field-size", "64"],
+            "--field-size 64",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, photograph, tmp_path, capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of inference: windows cover everything, looks that cannot differ do not, memory-saving changes no result."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -90,6 +91,7 @@ def test_best_classes_are_those_of_the_interpolated_scores(size):
 
 
 def test_bad_settings_are_refused():
-    for wrong in ({"slide": 0}, {"stride": 4}, {"slide": 8, "stride": 9}, {"scales": ()}, {"scales": (1.0, 0.0)}):
+    scales = ((), (1.0, 0.0), (math.inf,), (1.0, math.nan))
+    for wrong in ({"slide": 0}, {"stride": 4}, {"slide": 8, "stride": 9}, *({"scales": some} for some in scales)):
         with pytest.raises(ValueError, match=r"slide|stride|scales"):
             Inference(**wrong)

@@ -21,7 +21,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from sola_vision.commands.arguments import Arguments, plain
-from sola_vision.data import CocoFolder, DetectionEvalTransform, collate_lists, mask_library, read_truth
+from sola_vision.data import (
+    CocoFolder,
+    DetectionConfig,
+    DetectionEvalTransform,
+    collate_lists,
+    mask_library,
+    read_truth,
+)
 from sola_vision.engine import EvaluationBatches, World, distributed
 from sola_vision.tasks.box_pictures import Shape, draw_curves, draw_worst, matches
 from sola_vision.tasks.coco_eval import KINDS, MAX_DETS, Kind, Score, check_results, score
@@ -112,11 +119,19 @@ def _kinds_of(results: Any) -> list[Kind]:
     return [kind for kind in KINDS if entries and all(fields[kind] in entry for entry in entries)] or ["bbox"]
 
 
+def image_at(image: DetectionConfig, size: int | None) -> DetectionConfig:
+    """The settings of a checkpoint for images whose shorter side has `size` pixels; None: as in training."""
+    if size is None:
+        return image
+    # a limit that stayed would undo the size without a word
+    longest = max(size, image.longest if image.size is None else round(image.longest * size / image.size))
+    return replace(image, size=size, longest=longest, zoom=1.0)
+
+
 def _score_checkpoint(options: Namespace) -> None:
     checkpoint = load_detector(options.checkpoint)
     model = checkpoint.model
-    if options.size:
-        model.transform.config = replace(checkpoint.image, size=options.size, zoom=1.0)
+    model.transform.config = image = image_at(checkpoint.image, options.size)
     if options.max_dets:
         model.roi_heads.detections_per_img = options.max_dets
     max_dets = int(model.roi_heads.detections_per_img)
@@ -146,6 +161,8 @@ def _score_checkpoint(options: Namespace) -> None:
         "data": options.data,
         "split": options.split,
         "model": checkpoint.name,
+        "size": image.size,
+        "longest": image.longest,
         "images": len(findings.image_ids),
         "images_skipped": len(batches.skipped.known),
         "seconds": round(seconds, 2),

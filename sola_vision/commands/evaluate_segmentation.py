@@ -56,7 +56,7 @@ def inference_of(image: SegmentationConfig, options: Namespace) -> tuple[Segment
     if options.size is not None:
         image = replace(image, size=options.size)
     if options.slide is None:
-        slide, stride = image.slide, options.stride or image.stride
+        slide, stride = image.slide, image.stride if options.stride is None else options.stride
     else:
         slide, stride = options.slide or None, options.stride
     return image, Inference(slide=slide, stride=stride, flip=options.flip, scales=tuple(options.scales))

@@ -9,7 +9,7 @@ import json
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from sola_vision.commands.arguments import Arguments, image_files, left_out, plain
+from sola_vision.commands.evaluate_detection import image_at
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
 from sola_vision.tasks.box_pictures import Shape, draw_shapes
@@ -46,8 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     files = image_files(source)
     mask_library()
     checkpoint = load_detector(options.checkpoint)
-    if options.size:
-        checkpoint.model.transform.config = replace(checkpoint.image, size=options.size, zoom=1.0)
+    checkpoint.model.transform.config = image_at(checkpoint.image, options.size)
     checkpoint.model.roi_heads.score_thresh = options.threshold
     if options.max_dets:
         checkpoint.model.roi_heads.detections_per_img = options.max_dets

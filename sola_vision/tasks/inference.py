@@ -29,7 +29,9 @@ class Inference:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: pixels, at least 1")
-        if self.stride is not None and (self.slide is None or self.stride > self.slide):
+        if self.stride is not None and self.slide is None:
+            raise ValueError(f"stride {self.stride} is of windows: give their side as slide, or leave stride out")
+        if self.stride is not None and self.slide is not None and self.stride > self.slide:
             raise ValueError(f"stride {self.stride}: at most the windows' side, slide {self.slide}, or pixels are lost")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales {self.scales}: finite factors above 0 on the size of the image")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from small import python
 
 from sola_vision.cli import main
+from sola_vision.commands.evaluate_detection import image_at
+from sola_vision.data import DetectionConfig
 from sola_vision.data.scenes import write_coco
 
 pytest.importorskip("faster_coco_eval", reason="needs the extra [det]")
@@ -164,6 +166,17 @@ def test_masks_that_are_unusable_are_said_and_cost_boxes_nothing(sola, caplog, t
     assert "segm" in result
 
 
+def test_another_size_is_not_undone_by_the_limit_of_the_longer_side(sola, tmp_path, scenes, detector):
+    # 48x64 images, trained with at most 64 pixels; the size asked for is that of the network's input
+    for words, size in (([], (48, 64)), (["--size", 96], (96, 128))):
+        said = sola("eval", "--checkpoint", detector, "--data", scenes, *words, "--out", "eval", "--json")
+        assert said.code == 0, said.err
+        assert (json.loads(said.out)["size"], json.loads(said.out)["longest"]) == size
+    image = DetectionConfig(size=48, longest=64)
+    assert image_at(image, 96).resized(48, 64) == (96, 128)
+    assert image_at(DetectionConfig(size=None, longest=64, zoom=1.5), 96).resized(48, 48) == (96, 96)
+
+
 def test_max_dets_limits_what_is_reported_and_is_said(sola, tmp_path, scenes, detector):
     said = sola("eval", "--checkpoint", detector, "--data", scenes, "--max-dets", 2, "--out", "few")
     assert "maxDets 2" in said.out
@@ -222,6 +235,8 @@ def test_wrong_options_are_one_line(refused, scenes, detector):
     refused("eval", "--checkpoint", detector, names=["--data", "detector"])
     refused("eval", "--checkpoint", detector, "--data", scenes, "--split", "dev", names=["split dev"])
     refused("eval", "--checkpoint", detector, "--data", scenes, "--max-dets", 0, names=["--max-dets 0"])
+    refused("eval", "--checkpoint", detector, "--data", scenes, "--size", 0, names=["size 0", "at least 32"])
+    refused("predict", scenes / "val", "--checkpoint", detector, "--size", 0, names=["size 0", "at least 32"])
     refused("eval", "--checkpoint", detector, "--data", scenes, "--type", "segm", names=["--type", "--results"])
     refused("eval", "--results", "nowhere.json", names=["--annotations"])
     refused("eval", "--results", "nowhere.json", "--annotations", truth, names=["nowhere.json"])

@@ -271,6 +271,10 @@ def test_bad_input_of_eval_and_predict(refused, tmp_path, scenes, segmenter):
     refused(*folders, "--classes", 5, "--ignore", 2, names=["ignore 2"])
     refused("eval", "--checkpoint", segmenter, names=["--data"])
     refused("eval", "--checkpoint", segmenter, "--data", scenes, "--stride", 9, names=["stride 9"])
+    for words in (["--stride", 0], ["--slide", 32, "--stride", 0]):
+        refused("eval", "--checkpoint", segmenter, "--data", scenes, *words, names=["stride 0"])
+    refused("eval", "--checkpoint", segmenter, "--data", scenes, "--slide", 0, "--stride", 9,
+            names=["stride 9", "leave stride out"])  # fmt: skip
     refused("predict", tmp_path / "none", "--checkpoint", segmenter, names=["none"])
     refused("predict", scenes, "--checkpoint", segmenter, "--opacity", 2, names=["--opacity 2"])
     (tmp_path / "few").mkdir()

@@ -349,6 +349,7 @@ def custom(schedules: Sequence[str]) -> Study:
         network="hierarchical" if len(depths[0]) > 1 else "isotropic",
         arms=tuple(arms),
         claims=tuple(_claim(f"{name} > {names[0]}", name, names[0]) for name in names[1:]),
+        data="",
     )
 
 

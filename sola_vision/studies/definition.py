@@ -49,7 +49,8 @@ class Study:
     """One table or figure.
 
     network: "hierarchical" (four stages, as SoLA) or "isotropic" (one stage, as the six-layer study).
-    epochs, data: the paper's; cost_size: pixels a side at which it counts MACs.
+    epochs, data: the paper's, data "" for a study that it does not have.
+    cost_size: pixels a side at which it counts MACs.
     metric: a name in the results, in per cent.
     claims: what its text and numbers say.
     notes: what a reader has to know about it.

@@ -84,7 +84,7 @@ def _blocks(outcome: Outcome) -> list[Block]:
             [
                 f"Varies: {study.varies}.",
                 f"Fixed: {study.fixed}.",
-                f"The paper's: {study.data}, {_epochs(study.epochs, study.task)}.",
+                *([f"The paper's: {study.data}, {_epochs(study.epochs, study.task)}."] if study.data else []),
                 f"Here, scale `{plan['scale']}`: {plan['what']}.",
                 f"Images: {data['name']}, {data['train']:,} for training and {data['val']:,} held out, "
                 f"{data['classes']} classes, {_pixels(plan)} (fingerprint {data['fingerprint']}).",

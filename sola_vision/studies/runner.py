@@ -10,8 +10,10 @@ KEY follows from everything that determines a run, so that studies share runs (F
 
 import json
 import os
+import shlex
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -95,14 +97,22 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
         "steps": summary["steps"],
         **{name: summary.get(name) for name in kept},
     }
-    # results are published, and where folders lie on somebody's machine is nobody's business
-    words = str(summary.get("command", "")).split(" ")
-    result["command"] = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    result["command"] = _published(str(summary.get("command", "")), sys.argv[1:])
     path = folder / "results" / f"{run.key}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     # nobody will resume a finished run; its weights stay
     shutil.rmtree(out / "last", ignore_errors=True)
+
+
+def _published(command: str, given: Sequence[str]) -> str:
+    """The command as a shell takes it, with this process's words `given` in quotes where they need them.
+
+    Results are published, and where folders lie on somebody's machine is nobody's business.
+    """
+    joined = " ".join(given)
+    words = [*command.removesuffix(joined).split(), *given] if command.endswith(joined) else command.split()
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -93,6 +93,7 @@ def test_the_page_has_all_that_a_reader_needs_to_run_it_again(finished):
     page = (finished / "custom" / "report.md").read_text()
     for text in ("Hardware: ", "Commit of this project: ", "torch 2", "2 seeds an arm", "fingerprint", "sign-flip"):
         assert text in page
+    assert "The paper's" not in page  # it has no study of these schedules
     html = (finished / "custom" / "report.html").read_text()
     assert "data:image/png;base64," in html
     assert html.count("<table>") == 3

@@ -2,6 +2,7 @@
 """Runs are done once, shared between studies and processes, and end the same however often they are killed."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from little import LITTLE, planned, run
 from sola_vision.studies import STUDIES, custom, plan
 from sola_vision.studies.claims import claimed
 from sola_vision.studies.outcome import gather
+from sola_vision.studies.runner import _published
 from sola_vision.studies.scales import SCALES
 
 SAME = ("key", "seed", "top1", "top5", "loss", "network", "train", "data", "steps")
@@ -48,6 +50,14 @@ def test_results_tell_no_folders_of_the_machine(finished, data):
         assert str(finished) not in json.dumps(result)
         assert data not in json.dumps(result)
         assert not any(word.startswith("/") for word in result["command"].split())
+
+
+def test_the_command_can_be_typed_again():
+    given = ["study", "custom", "--data", "/somewhere/images", "--schedules", "LL/LL/LLLSSS/LS 1.2>3.4", "L/L/L/S"]
+    command = _published(" ".join(["python -m sola_vision", *given]), given)
+    assert shlex.split(command)[3:] == [word.replace("/somewhere/", "") for word in given]
+    assert "'LL/LL/LLLSSS/LS 1.2>3.4'" in command
+    assert _published("sola study table2", ["something", "else"]) == "sola study table2"
 
 
 def test_killed_studies_go_on_and_end_with_the_same_results(finished, data, tmp_path):

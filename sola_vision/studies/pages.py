@@ -174,6 +174,8 @@ def _verdict(judged: Judged) -> str:
         return "not yet run"
     if ours.low is None or ours.high is None:
         return f"not decided: one seed, {ours.mean:+.2f}"
+    if ours.equal:
+        return f"not decided: {ours.mean:+.2f} in each of {ours.n} seeds, which says nothing about chance"
     if ours.verdict == "undecided":
         reach = (ours.high - ours.low) / 2
         return f"not decided by {ours.n} seeds: {ours.mean:+.2f} ± {reach:.2f}"

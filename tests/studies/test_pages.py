@@ -66,6 +66,12 @@ def test_the_reverse_is_called_so(data, tmp_path):
     assert "SoLA > Alternating: **does not hold here, the reverse does" in page
 
 
+def test_equal_differences_decide_nothing_and_the_page_says_why(data, tmp_path):
+    invent(tmp_path, "table6", data, {**TABLE_6, "SoLA": [value + 3 for value in TABLE_6["Alternating"]]})
+    page = write_report(tmp_path, "table6") and (tmp_path / "table6" / "report.md").read_text()
+    assert "SoLA > Alternating: **not decided: +3.00 in each of 3 seeds" in page
+
+
 def test_one_seed_decides_nothing_and_an_unfinished_study_says_so(data, tmp_path):
     invent(tmp_path, "table6", data, {**{name: values[:1] for name, values in TABLE_6.items()}, "Alternating": [9, 9]})
     page = write_report(tmp_path, "table6") and (tmp_path / "table6" / "report.md").read_text()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The statistics against their definitions, and against SciPy where it is installed."""
 
+import itertools
 import random
 
 import pytest
@@ -36,6 +37,19 @@ def test_three_seeds_of_one_sign_have_the_smallest_p_there_is():
     assert sign_flip_p([0.0, 0.0]) == 1
 
 
+@pytest.mark.parametrize("seeds", [1, 2, 5, 8])
+def test_the_sign_flip_test_counts_every_way(seeds):
+    draw = random.Random(seeds)
+    differences = [draw.choice((-1.0, 0.5, 2.0, 2.0)) for _ in range(seeds)]
+    ways = itertools.product((-1, 1), repeat=seeds)
+    sums = [sum(sign * abs(d) for sign, d in zip(signs, differences, strict=True)) for signs in ways]
+    assert sign_flip_p(differences) == sum(value >= sum(differences) for value in sums) / len(sums)
+
+
+def test_many_seeds_take_no_time():
+    assert sign_flip_p([1.0] * 30) == 2.0**-30  # a thousand million ways
+
+
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
@@ -43,6 +57,9 @@ def test_three_seeds_of_one_sign_have_the_smallest_p_there_is():
         ([-1.0, -1.1, -0.9], "reversed"),
         ([1.0, -1.1, 0.9], "undecided"),
         ([9.0], "undecided"),
+        ([0.28, 0.28], "undecided"),
+        ([50.28 - 50, 51.28 - 51, 52.28 - 52], "undecided"),
+        ([0.0, 0.0, 0.0], "undecided"),
     ],
 )
 def test_verdicts(differences, verdict):

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from sola_vision.analysis.cost import Cost
-from sola_vision.analysis.receptive import field_statistics
+from sola_vision.analysis.receptive import FieldMap, field_statistics
 from sola_vision.analysis.scaling import Point
 
 # Okabe and Ito's colours, and a mark each: told apart by colour-blind readers and in print
@@ -81,7 +79,7 @@ def style(number: int) -> dict[str, str]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
 
 
-def draw_fields(networks: Sequence[tuple[str, dict[str, NDArray[np.float64]]]], out: Path) -> None:
+def draw_fields(networks: Sequence[tuple[str, dict[str, FieldMap]]], out: Path) -> None:
     """Receptive fields: a row a network, a column a layer, and below how the area that holds 90 % grows with depth."""
     layers = list(networks[0][1])
     # every layer would be too small to see in deep networks
@@ -94,7 +92,7 @@ def draw_fields(networks: Sequence[tuple[str, dict[str, NDArray[np.float64]]]], 
         names = list(fields)
         for name, axes in zip(shown, row, strict=True):
             name = name if name in fields else names[min(layers.index(name), len(names) - 1)]
-            field = fields[name] / fields[name].max()
+            field = fields[name].map / fields[name].map.max()
             axes.imshow(field.clip(1e-4), norm=LogNorm(1e-4, 1), cmap="cividis")
             axes.set_xticks([])
             axes.set_yticks([])

@@ -26,11 +26,19 @@ _SHARES = (0.2, 0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True)
+class FieldMap:
+    """The receptive field of one token: a map [H, W] that sums to 1. centre: (y, x) of that token in pixels."""
+
+    map: Array
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Field:
     """Numbers of one receptive field. areas: for each share, the smallest part of the image that holds that share."""
 
     areas: dict[float, float]
-    rows: float  # root mean square distance from the point, in pixels
+    rows: float  # root mean square distance from the token's centre, in pixels
     columns: float
 
 
@@ -40,8 +48,8 @@ def effective_receptive_field(
     point: tuple[float, float] | None = None,
     *,
     without_softmax: bool = False,
-) -> dict[str, Array]:
-    """Maps [H, W] by layer, each summing to 1, averaged over `images` [3, H, W] of one size.
+) -> dict[str, FieldMap]:
+    """Fields by layer, averaged over `images` [3, H, W] of one size: of the token whose patch the point lies in.
 
     point: (y, x) in pixels, the centre by default. without_softmax: leave the attention of softmax layers out.
     A SoLA network gives every layer; any other, its maps by timm's contract.
@@ -49,26 +57,32 @@ def effective_receptive_field(
     was_training = model.training
     model.eval()
     total: dict[str, Array] = {}
+    centres: dict[str, tuple[float, float]] = {}
     number = 0
-    for image in images:
-        height, width = image.shape[-2:]
-        at = point or (height / 2, width / 2)
-        if not (0 <= at[0] < height and 0 <= at[1] < width):
-            raise ValueError(f"point {at} (y, x) lies outside the {height}x{width} image")
-        number += 1
-        for name, gradient in _gradients(model, image[None], at, without_softmax):
-            if name in total and total[name].shape != gradient.shape:
-                raise ValueError(f"images of {total[name].shape} and {gradient.shape} pixels: give them one size")
-            total[name] = total.get(name, 0) + gradient
-    model.train(was_training)
+    try:
+        for image in images:
+            height, width = image.shape[-2:]
+            at = point or (height / 2, width / 2)
+            if not (0 <= at[0] < height and 0 <= at[1] < width):
+                raise ValueError(f"point {at} (y, x) lies outside the {height}x{width} image")
+            number += 1
+            for name, gradient, centres[name] in _gradients(model, image[None], at, without_softmax):
+                if name in total and total[name].shape != gradient.shape:
+                    raise ValueError(f"images of {total[name].shape} and {gradient.shape} pixels: give them one size")
+                total[name] = total.get(name, 0) + gradient
+    finally:
+        model.train(was_training)
     if not number:
         raise ValueError("no images: a receptive field is averaged over at least one")
-    return {name: field / max(field.sum(), np.finfo(float).tiny) for name, field in total.items()}
+    return {
+        name: FieldMap(field / max(field.sum(), np.finfo(float).tiny), centres[name]) for name, field in total.items()
+    }
 
 
 def _gradients(
     model: nn.Module, image: Tensor, at: tuple[float, float], without_softmax: bool
-) -> Iterable[tuple[str, Array]]:
+) -> Iterable[tuple[str, Array, tuple[float, float]]]:
+    """Name, field and centre of the token that is read, of every layer."""
     image = image.clone().requires_grad_()
     size = (image.shape[-2], image.shape[-1])
     with torch.enable_grad():
@@ -83,11 +97,13 @@ def _gradients(
             maps = cast("Any", model).forward_intermediates(image, intermediates_only=True)
             outputs = [(f"map {i}", f.permute(0, 2, 3, 1)) for i, f in enumerate(maps, start=1)]
         for name, output in outputs:
-            row, column = nearest_token(at, size, (output.shape[1], output.shape[2]))
+            grid = output.shape[1], output.shape[2]
+            row, column = nearest_token(at, size, grid)
+            centre = (row + 0.5) * size[0] / grid[0], (column + 0.5) * size[1] / grid[1]
             read = (output[0, row, column] * _signs(output.shape[-1], output.device)).sum()
             (gradient,) = torch.autograd.grad(read, image, retain_graph=True)
             field = gradient[0].abs().sum(0).double()
-            yield name, (field / field.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu().numpy()
+            yield name, (field / field.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu().numpy(), centre
 
 
 def _signs(channels: int, device: torch.device) -> Tensor:
@@ -96,13 +112,12 @@ def _signs(channels: int, device: torch.device) -> Tensor:
     return (torch.randint(0, 2, (channels,), generator=generator) * 2.0 - 1).to(device)
 
 
-def field_statistics(field: Array, point: tuple[float, float] | None = None) -> Field:
-    """Areas and distances of one map that sums to 1."""
-    height, width = field.shape
-    row, column = point or (height / 2, width / 2)
-    ordered = np.sort(field, axis=None)[::-1].cumsum()
-    areas = {share: float((np.searchsorted(ordered, share * ordered[-1]) + 1) / field.size) for share in _SHARES}
-    rows, columns = spread(field, row - 0.5, column - 0.5)
+def field_statistics(field: FieldMap) -> Field:
+    """Its areas, and how far it reaches from its token's centre."""
+    ordered = np.sort(field.map, axis=None)[::-1].cumsum()
+    areas = {share: float((np.searchsorted(ordered, share * ordered[-1]) + 1) / field.map.size) for share in _SHARES}
+    row, column = field.centre
+    rows, columns = spread(field.map, row - 0.5, column - 0.5)
     return Field(areas, rows, columns)
 
 

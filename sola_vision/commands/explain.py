@@ -261,7 +261,7 @@ def _receptive_fields(options: Namespace, networks: list[Network], out: Path, re
         for suffix, without in ways:
             fields = effective_receptive_field(network.model, images, without_softmax=without)
             drawn.append((network.label + suffix, fields))
-            saved |= {f"{network.label}{suffix}/{name}": field for name, field in fields.items()}
+            saved |= {f"{network.label}{suffix}/{name}": field.map for name, field in fields.items()}
             rows = [
                 {"layer": name, "rows": s.rows, "columns": s.columns}
                 | {f"area_{share:g}": 100 * area for share, area in s.areas.items()}

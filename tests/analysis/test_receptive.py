@@ -28,10 +28,10 @@ def test_the_field_of_box_filters_is_their_kernel():
     fields = effective_receptive_field(Boxes(), [torch.randn(3, 11, 11)], (5, 5))
     expected = np.zeros((11, 11))
     expected[4:7, 4:7] = 1 / 9
-    np.testing.assert_allclose(fields["map 1"], expected, atol=1e-7)
+    np.testing.assert_allclose(fields["map 1"].map, expected, atol=1e-7)
     triangle = np.convolve(np.ones(3), np.ones(3)) / 9
-    np.testing.assert_allclose(fields["map 2"][3:8, 3:8], np.outer(triangle, triangle), atol=1e-7)
-    statistics = field_statistics(fields["map 1"], (5.5, 5.5))
+    np.testing.assert_allclose(fields["map 2"].map[3:8, 3:8], np.outer(triangle, triangle), atol=1e-7)
+    statistics = field_statistics(fields["map 1"])
     assert statistics.areas[0.99] == pytest.approx(9 / 121)
     assert statistics.rows == pytest.approx(np.sqrt(2 / 3), rel=1e-5)
     assert statistics.columns == pytest.approx(np.sqrt(2 / 3), rel=1e-5)
@@ -49,8 +49,8 @@ def test_fields_of_all_layers_sum_to_one_and_leave_the_model_as_it_was(model):
     assert list(fields)[:2] == ["1.1 L", "1.2 L"]
     assert len(fields) == 12
     for field in fields.values():
-        assert field.shape == (64, 96)
-        assert field.sum() == pytest.approx(1)
+        assert field.map.shape == (64, 96)
+        assert field.map.sum() == pytest.approx(1)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -66,13 +66,34 @@ def test_softmax_layers_widen_the_field(model):
                     layer.mixer.qkv.weight.normal_(std=0.3)
     whole = effective_receptive_field(model, images)
     without = effective_receptive_field(model, images, without_softmax=True)
-    np.testing.assert_allclose(whole["3.2 L"], without["3.2 L"])
+    np.testing.assert_allclose(whole["3.2 L"].map, without["3.2 L"].map)
     assert field_statistics(whole["3.6 S"]).rows > 1.1 * field_statistics(without["3.6 S"]).rows
+
+
+class Patches(nn.Module):
+    """Patches of 32 x 32 pixels that see nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 1, 32, 32, bias=False)
+        nn.init.ones_(self.patch.weight)
+
+    def forward_intermediates(self, x, intermediates_only=True):
+        return [self.patch(x)]
+
+
+@pytest.mark.parametrize("point", [None, (64.0, 64.0), (70.0, 90.0)])
+def test_distances_are_from_the_centre_of_the_token(point):
+    field = effective_receptive_field(Patches(), [torch.randn(3, 128, 128)], point)["map 1"]
+    assert field.centre == (80, 80)
+    # 32 pixels of equal weight
+    assert field_statistics(field).rows == pytest.approx(np.sqrt((32**2 - 1) / 12), rel=1e-5)
+    assert field_statistics(field).columns == pytest.approx(field_statistics(field).rows)
 
 
 def test_a_point_moves_the_field(model):
     image = torch.randn(3, 128, 128)
-    top, bottom = (effective_receptive_field(model, [image], (y, 64.0))["1.1 L"] for y in (20.0, 100.0))
+    top, bottom = (effective_receptive_field(model, [image], (y, 64.0))["1.1 L"].map for y in (20.0, 100.0))
     assert top[:64].sum() > 0.6 > 0.4 > bottom[:64].sum()
 
 
@@ -116,4 +137,5 @@ def test_channels_that_grow_with_distance_have_no_range():
 )
 def test_impossible_fields_are_refused(model, images, point, says):
     with pytest.raises(ValueError, match=says):
-        effective_receptive_field(model, images, point)
+        effective_receptive_field(model.train(), images, point)
+    assert model.training

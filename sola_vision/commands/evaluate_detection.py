@@ -30,7 +30,7 @@ from sola_vision.data import (
     read_truth,
 )
 from sola_vision.engine import EvaluationBatches, World, distributed
-from sola_vision.tasks.box_pictures import Shape, draw_curves, draw_worst, matches
+from sola_vision.tasks.box_pictures import Shape, counted, draw_curves, draw_worst
 from sola_vision.tasks.coco_eval import KINDS, MAX_DETS, Kind, Score, check_results, score
 from sola_vision.tasks.detection import NAMES, Detection, Findings
 from sola_vision.tasks.detector import DetectorCheckpoint, load_detector
@@ -168,7 +168,7 @@ def _score_checkpoint(options: Namespace) -> None:
         "seconds": round(seconds, 2),
         **_numbers(scores, task.truth),
     }
-    _draw_worst(checkpoint, dataset, findings, out / "worst.png")
+    _draw_worst(checkpoint, dataset, findings, _crowds(task.truth, dataset), out / "worst.png")
     _leave(result, scores, out, options.json, "results.*.json, worst.png, ")
 
 
@@ -202,7 +202,25 @@ def _percent(value: float) -> float | None:
     return 100 * value if math.isfinite(value) else None  # JSON has no nan
 
 
-def _draw_worst(checkpoint: DetectorCheckpoint, dataset: CocoFolder, findings: Findings, out: Path) -> None:
+def _crowds(truth: dict[str, Any], dataset: CocoFolder) -> dict[int, list[Shape]]:
+    """Regions of an image where nothing that is found is wrong."""
+    crowds: dict[int, list[Shape]] = {}
+    labels = {number: label for label, number in enumerate(dataset.category_ids)}
+    for annotation in truth["annotations"]:
+        if annotation["iscrowd"]:
+            x, y, width, height = annotation["bbox"]
+            shape = Shape((x, y, x + width, y + height), labels[annotation["category_id"]])
+            crowds.setdefault(int(annotation["image_id"]), []).append(shape)
+    return crowds
+
+
+def _draw_worst(
+    checkpoint: DetectorCheckpoint,
+    dataset: CocoFolder,
+    findings: Findings,
+    crowds: dict[int, list[Shape]],
+    out: Path,
+) -> None:
     """The images with the smallest share of right boxes among true objects and sure detections, at IoU 0.5."""
     by_image: dict[int, list[Shape]] = {number: [] for number in findings.image_ids}
     labels = {number: label for label, number in enumerate(dataset.category_ids)}
@@ -215,8 +233,9 @@ def _draw_worst(checkpoint: DetectorCheckpoint, dataset: CocoFolder, findings: F
     judged = []
     for index, number in enumerate(dataset.image_ids):
         if number in by_image:
-            truth, found = _true_shapes(dataset, index), by_image[number]
-            right = matches(truth, found)
+            truth = _true_shapes(dataset, index)
+            found, right = counted(truth, by_image[number], crowds.get(number, []))
+            by_image[number] = found
             if truth or found:
                 judged.append((2 * right / (len(truth) + len(found)), index, right))
     examples = []

@@ -141,25 +141,45 @@ def draw_worst(
     figure.savefig(out, dpi=100)
 
 
-def matches(truth: Sequence[Shape], found: Sequence[Shape], overlap: float = 0.5) -> int:
-    """How many true objects are found: same class, boxes that overlap by `overlap`, the surest detection first."""
+def matches(truth: Sequence[Shape], found: Sequence[Shape], overlap: float = 0.5) -> list[Shape]:
+    """The detections that find a true object: same class, boxes that overlap by `overlap`, the surest first."""
     free = list(range(len(truth)))
-    hits = 0
+    hits = []
     for shape in sorted(found, key=lambda shape: -(shape.score or 0)):
         candidates = [(box_overlap(shape.box, truth[i].box), i) for i in free if truth[i].label == shape.label]
         if candidates and max(candidates)[0] >= overlap:
             free.remove(max(candidates)[1])
-            hits += 1
+            hits.append(shape)
     return hits
+
+
+def counted(
+    truth: Sequence[Shape], found: Sequence[Shape], crowds: Sequence[Shape], overlap: float = 0.5
+) -> tuple[list[Shape], int]:
+    """The detections that count, and how many are right: what finds no object but lies on a crowd of its class is out.
+
+    As COCO has it, `overlap` with a crowd is a share of the detection's own box.
+    """
+    right = matches(truth, found, overlap)
+
+    def on_crowd(shape: Shape) -> bool:
+        own = (shape.box[2] - shape.box[0]) * (shape.box[3] - shape.box[1])
+        return any(c.label == shape.label and _shared(shape.box, c.box) >= overlap * own for c in crowds)
+
+    return [s for s in found if any(s is hit for hit in right) or not on_crowd(s)], len(right)
 
 
 def box_overlap(a: Box, b: Box) -> float:
     """Intersection over union."""
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    shared = width * height
+    shared = _shared(a, b)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
     return shared / union if union > 0 else 0.0
+
+
+def _shared(a: Box, b: Box) -> float:
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return width * height
 
 
 def _number(value: float) -> float:

@@ -24,6 +24,7 @@ from sola_vision.data import (
 from sola_vision.data.scenes import write_coco
 from sola_vision.engine import EvaluationBatches, distributed
 from sola_vision.tasks import ModelConfig
+from sola_vision.tasks.box_pictures import Shape, counted
 from sola_vision.tasks.detection import Detection, Findings, metrics, paste_mask, to_results
 from sola_vision.tasks.detector import DetectorConfig, build_detector
 
@@ -73,6 +74,15 @@ def test_results_are_those_of_cocos_format():
     findings = Findings([result], [42])
     assert set(findings.of("bbox")[0]) == {"image_id", "category_id", "score", "bbox"}
     assert set(findings.of("segm")[0]) == {"image_id", "category_id", "score", "segmentation"}
+
+
+def test_what_lies_on_a_crowd_is_not_wrong_among_the_worst_images():
+    truth, crowd = [Shape((0, 0, 10, 10), 1)], Shape((0, 0, 100, 50), 1)
+    hit, on, beside = (Shape(box, 1, 0.9) for box in ((0, 0, 10, 10), (50, 10, 60, 60), (90, 10, 130, 60)))
+    other = Shape((50, 10, 60, 20), 0, 0.9)
+    kept, right = counted(truth, [on, hit, beside, other], [crowd])
+    assert (kept, right) == ([hit, beside, other], 1)
+    assert counted(truth, [on, hit], []) == ([on, hit], 1)
 
 
 def test_the_truth_as_results_has_a_hundred_percent(scenes):

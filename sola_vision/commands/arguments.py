@@ -2,7 +2,7 @@
 """What `sola eval` and `sola predict` share: their parser, the images they are about, names to print."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,13 @@ class Arguments(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `{self.prog} --help` lists what there is")
+
+
+def refuse_unused(options: Namespace, file: str, names: Sequence[str]) -> None:
+    """Refuses what would have no effect beside --results or --predictions, which need no network."""
+    for name in names:
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"--{name} {value} has no use beside --{file}, which is scored as it is: leave one out")
 
 
 def image_settings(checkpoint: Checkpoint, size: int | None) -> ImageConfig:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, plain
+from sola_vision.commands.arguments import Arguments, plain, refuse_unused
 from sola_vision.data import (
     CocoFolder,
     DetectionConfig,
@@ -71,6 +71,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
         given = "--results RESULTS.json" if options.results else "a detector"
         raise ValueError(f"{' and '.join(missing)} missing: sola eval of {given} needs --{' and --'.join(needed)}")
+    if options.results:
+        refuse_unused(options, "results", ("checkpoint", "data", "size"))
     if options.type and not options.results:
         raise ValueError("--type chooses what to score of --results; a checkpoint is scored by all it finds")
     for name, least in (("max_dets", 1), ("workers", 0)):

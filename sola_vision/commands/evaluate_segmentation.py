@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, plain
+from sola_vision.commands.arguments import Arguments, plain, refuse_unused
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
 from sola_vision.data.labels import read_class_names
 from sola_vision.data.segmentation import SegmentationFolder
@@ -88,6 +88,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     if missing:
         given = "--predictions" if options.predictions else "segmentation"
         raise ValueError(f"{' and '.join(missing)} missing: sola eval for {given} needs --{', --'.join(needed)}")
+    if options.predictions:
+        refuse_unused(options, "predictions", ("checkpoint", "data", "size", "slide", "stride"))
     if options.workers < 0:
         raise ValueError(f"--workers {options.workers} is too small")
     return options

@@ -241,6 +241,10 @@ def test_wrong_options_are_one_line(refused, scenes, detector):
     refused("eval", "--results", "nowhere.json", names=["--annotations"])
     refused("eval", "--results", "nowhere.json", "--annotations", truth, names=["nowhere.json"])
     refused("eval", "--results", truth, "--annotations", truth, names=["list of results"])
+    for words in (["--checkpoint", detector], ["--data", scenes], ["--size", 96]):
+        refused(
+            "eval", "--results", truth, "--annotations", truth, *words, names=[*words, "--results", "leave one out"]
+        )
     refused("eval", "--results", truth, "--annotations", truth, "--type", "keypoints", names=["keypoints"])
     refused("predict", scenes / "val", "--checkpoint", detector, "--threshold", 2, names=["--threshold 2"])
     refused("explain", scenes / "val" / "000001.png", "--checkpoint", detector, names=["detection", "classifier"])

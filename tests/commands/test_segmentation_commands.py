@@ -267,6 +267,8 @@ def test_bad_input_of_eval_and_predict(refused, tmp_path, scenes, segmenter):
     )
     folders = ["eval", "--predictions", truth, "--annotations", truth]
     refused(*folders, names=["--classes", "--ignore"])
+    for words in (["--checkpoint", segmenter], ["--data", scenes], ["--slide", 32]):
+        refused(*folders, "--classes", 5, "--ignore", 255, *words, names=[*words, "--predictions", "leave one out"])
     refused(*folders, "--classes", 3, "--ignore", 255, names=["classes.txt names 5 classes", "3"])
     refused(*folders, "--classes", 5, "--ignore", 2, names=["ignore 2"])
     refused("eval", "--checkpoint", segmenter, names=["--data"])

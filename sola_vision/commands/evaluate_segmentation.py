@@ -246,7 +246,7 @@ def _leave(
     shares = counts.confusion[:, :-1].double()
     shares = (100 * shares / counts.confusion.sum(1, keepdim=True).clamp(min=1)).round()
     draw_confusion(shares, names, out / "confusion.png")
-    draw_worst(worst, len(names), out / "worst.png")
+    draw_worst(worst, names, out / "worst.png")
     if as_json:
         print(json.dumps(result, indent=2))
         return

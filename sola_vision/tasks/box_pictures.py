@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from sola_vision.tasks.coco_eval import RECALLS, THRESHOLDS, Score
-from sola_vision.tasks.label_pictures import class_colours
+from sola_vision.tasks.label_pictures import class_colours, enlargement
 from sola_vision.tasks.pictures import BLUE, GREEN, ORANGE, VERMILION
 
-_SHORTEST = 480  # pixels that a drawn image has at least, or labels could not be read
 _LABELLED = 40  # with more objects than this only the colours name the classes
 _CURVES = 12  # classes with a curve and a name of their own
 _WEAK = 0.5
@@ -34,7 +33,7 @@ class Shape:
 
 def draw_shapes(image: Image.Image, shapes: Sequence[Shape], classes: Sequence[str]) -> Image.Image:
     """The image, enlarged where it is small, with its objects in the colours of their classes; the surest on top."""
-    factor = max(1, math.ceil(_SHORTEST / min(image.size)))
+    factor = enlargement(image)
     colours = class_colours(len(classes))
     shapes = sorted(shapes, key=lambda shape: shape.score or 0)
     pixels = np.asarray(image.convert("RGB"), np.float32).copy()

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from sola_vision.data import IGNORED, LabelRule
+from sola_vision.tasks.pictures import shortened
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _NONE = (0, 0, 0)  # pixels without a class
 _WRONG = (213, 94, 0)  # Okabe and Ito's vermilion
+_SHORTEST = 480  # pixels that a drawn image has at least, or labels could not be read
+_LONGEST = 4096  # that enlarging gives, of a strip
+_NAMED = 24  # classes in the legend of the worst images
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ def class_colours(num_classes: int) -> NDArray[np.uint8]:
     return (np.array(colours) * 255).round().astype(np.uint8)
 
 
+def enlargement(image: Image.Image) -> int:
+    """The whole factor by which a small image is drawn larger."""
+    return max(1, min(math.ceil(_SHORTEST / min(image.size)), _LONGEST // max(image.size)))
+
+
 def paint(classes: NDArray[np.integer], num_classes: int) -> NDArray[np.uint8]:
     """Classes [H, W] as colours [H, W, 3]; what is ignored is black."""
     return np.vstack([class_colours(num_classes), [_NONE]]).astype(np.uint8)[classes]  # IGNORED is -1: the last row
@@ -60,8 +70,11 @@ def write_labels(path: Path, classes: NDArray[np.integer], rule: LabelRule) -> N
 def draw_overlay(
     image: Image.Image, classes: NDArray[np.integer], names: Sequence[str], opacity: float = 0.55
 ) -> Image.Image:
-    """The image under its classes' colours, with a legend of those that occur, largest first."""
-    photograph = np.asarray(image.convert("RGB"), dtype=np.float32)
+    """The image, enlarged if small, under its classes' colours; a legend of those that occur, largest first."""
+    factor = enlargement(image)
+    image = image.convert("RGB").resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
+    classes = classes.repeat(factor, 0).repeat(factor, 1)
+    photograph = np.asarray(image, dtype=np.float32)
     colours = paint(classes, len(names))
     mixed = np.where((classes == IGNORED)[..., None], photograph, photograph * (1 - opacity) + colours * opacity)
     picture = Image.fromarray(mixed.round().astype(np.uint8))
@@ -92,15 +105,30 @@ def _legend(rows: Sequence[tuple[str, float, NDArray[np.uint8]]], height: int) -
     return sheet
 
 
-def draw_worst(examples: Sequence[Example], num_classes: int, out: Path) -> None:
-    """A sheet with a row an image: the image, its truth, what was predicted, and where that was wrong."""
-    figure = Figure(figsize=(13, 2.7 * max(1, len(examples))), layout="constrained")
+def draw_worst(examples: Sequence[Example], names: Sequence[str], out: Path) -> None:
+    """A sheet with a row an image: the image, its truth, what was predicted, and where that was wrong.
+
+    Below it the names of the classes that occur, largest first.
+    """
+    counts = np.zeros(len(names), int)
+    for classes in (part for example in examples for part in (example.truth, example.predicted)):
+        counts += np.bincount(classes[classes != IGNORED].ravel(), minlength=len(names))
+    present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    colours = class_colours(len(names)) / 255
+    patches = [Patch(color=tuple(colours[index]), label=shortened(names[index], 22)) for index in present[:_NAMED]]
+    if len(present) > _NAMED:
+        patches.append(Patch(color="none", label=f"and {len(present) - _NAMED} more"))
+    columns = 5
+    lines = 0.25 * math.ceil(len(patches) / columns)
+    figure = Figure(figsize=(13, 2.7 * max(1, len(examples)) + lines), layout="constrained")
+    if patches:
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(columns, len(patches)), fontsize=9)
     grid = figure.subplots(max(1, len(examples)), 4, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for row, example in zip(grid, examples, strict=False):
         wrong = (example.truth != IGNORED) & (example.truth != example.predicted)
-        paints = paint(example.truth, num_classes), paint(example.predicted, num_classes)
+        paints = paint(example.truth, len(names)), paint(example.predicted, len(names))
         photograph = Image.fromarray(paints[0]) if example.image is None else example.image
         shown = np.asarray(photograph.convert("L").convert("RGB"), dtype=np.uint8).copy()
         shown[wrong] = _WRONG

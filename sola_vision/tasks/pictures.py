@@ -15,6 +15,8 @@ from torch import Tensor
 # Okabe and Ito's colours: told apart by colour-blind readers and in print
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
+_NAMES = 40  # along a side of a confusion matrix
+
 
 def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
     """Training loss and the metric of the held-out set over epochs, from a run's metrics.jsonl."""
@@ -37,7 +39,10 @@ def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None:
-    """Rows are true classes, columns predicted ones, each row a share of 1; names and counts while they can be read."""
+    """Rows are true classes, columns predicted ones, each row a share of 1; counts while they can be read.
+
+    Of very many classes every second, third ... has its name beside it.
+    """
     counts = confusion.double().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     number = len(classes)
@@ -47,15 +52,22 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    if number <= 40:
-        axes.set_xticks(range(number), classes, rotation=90)
-        axes.set_yticks(range(number), classes)
+    step = math.ceil(number / _NAMES)
+    names = [shortened(name) for name in classes[::step]]
+    axes.set_xticks(range(0, number, step), names, rotation=90)
+    axes.set_yticks(range(0, number, step), names)
     if number <= 20:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     figure.savefig(out, dpi=120)
+
+
+def shortened(name: str, letters: int = 28) -> str:
+    """A name as matplotlib draws it, which leaves room for others beside it."""
+    name = name if len(name) <= letters else f"{name[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return name.replace("$", r"\$")  # dollars would enclose a formula
 
 
 def draw_predictions(examples: Sequence[tuple[Image.Image, str, str, float]], out: Path, title: str) -> None:

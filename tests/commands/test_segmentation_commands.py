@@ -221,7 +221,9 @@ def test_predict_leaves_labels_pictures_and_a_page(sola, tmp_path, scenes, segme
         counts = np.bincount(np.asarray(labels).ravel(), minlength=5)
         assert row["shares"] == {CLASSES[k]: pytest.approx(counts[k] / labels.size[0] / labels.size[1])
                                  for k in np.argsort(-counts, kind="stable") if counts[k]}  # fmt: skip
-        assert Image.open(tmp_path / "p" / row["picture"]).size[0] > 64  # with a legend beside it
+        drawn = Image.open(tmp_path / "p" / row["picture"])
+        assert drawn.size[0] > 640  # with a legend beside it
+        assert drawn.size[1] == 480  # small images are enlarged
     page = (tmp_path / "p" / "index.html").read_text()
     assert all(row["picture"] in page for row in document["images"])
     # what predict writes is what eval scores

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The confusion matrix against ADE20K's official script, its treatment of absent classes, and the loss."""
+"""The confusion matrix against ADE20K's official script, its treatment of absent classes, the loss, and pictures."""
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from sola_vision.data import IGNORED
+from sola_vision.tasks.label_pictures import Example, draw_worst
+from sola_vision.tasks.pictures import draw_confusion
 from sola_vision.tasks.segmentation import PixelCounts, Segmentation, share_right
 
 
@@ -141,3 +144,30 @@ def test_evaluation_takes_images_of_any_size():
         logits = nn.functional.interpolate(model(image[None]), size=truth.shape, mode="bilinear", align_corners=False)
         counts.add(logits[0].argmax(0), truth)
     assert metrics == counts.metrics
+
+
+# pictures -------------------------------------------------------------------------------------------------------------
+def test_the_worst_images_name_the_classes_that_occur(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    truth = np.array([[0, 0, 0, IGNORED]])
+    names = ["ground", "absent", "_$x_$", *(f"class {index}" for index in range(60))]
+    draw_worst([Example("a", None, truth, np.array([[0, 0, 2, 2]]), 50.0)], names, tmp_path / "worst.png")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["ground", r"_\$x_\$"]
+    many = np.arange(60)[None] + 3
+    draw_worst([Example("a", None, many, many, 100.0)], names, tmp_path / "worst.png")
+    assert figures[1].legends[0].get_texts()[-1].get_text() == "and 36 more"
+
+
+@pytest.mark.parametrize("number", [2, 40, 41, 150])
+def test_a_confusion_matrix_of_any_size_has_names(tmp_path, monkeypatch, number):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    names = [f"name {index} " + 40 * "x" for index in range(number)]
+    draw_confusion(torch.eye(number), names, tmp_path / "confusion.png")
+    axes = figures[0].axes[0]
+    shown = [text.get_text() for text in axes.get_yticklabels()]
+    assert 2 <= len(shown) <= 40
+    for place, text in zip(axes.get_yticks(), shown, strict=True):
+        assert text.startswith(f"name {place:.0f} ")
+        assert len(text) == 28

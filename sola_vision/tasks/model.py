@@ -91,7 +91,8 @@ def create_network(name: str, num_classes: int | None, image_size: int, changes:
         return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes}), **changes)
     # timm's networks refuse with a TypeError what they have no argument for, and sizes with an assertion
     except (TypeError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{name} cannot be built with {changes}: {error}") from None
+        hint = "; --model.drop_path_rate null leaves it out" if "'drop_path_rate'" in str(error) else ""
+        raise ValueError(f"{name} cannot be built with {changes}: {error}{hint}") from None
 
 
 def takes_one_size(name: str) -> bool:

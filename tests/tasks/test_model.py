@@ -90,3 +90,8 @@ def test_options_of_sola_do_not_reach_other_networks():
         build_model(ModelConfig(name="vgg11", drop_path_rate=0.1), 2, 32)
     with pytest.raises(ValueError, match="'sola_giant'"):
         ModelConfig(name="sola_giant")
+
+
+def test_a_network_without_stochastic_depth_names_the_way():
+    with pytest.raises(ValueError, match=r"--model\.drop_path_rate null leaves it out"):
+        build_model(ModelConfig(name="densenet121", drop_path_rate=0.05), num_classes=3, image_size=32)

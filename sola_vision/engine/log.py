@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def surroundings(device: torch.device, processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "timm")},
         "commit": _commit(),
-        "command": " ".join([_program(), *sys.argv[1:]]),
+        "command": f"{_program()} {shlex.join(sys.argv[1:])}",
     }
 
 

@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -97,7 +96,7 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
         "steps": summary["steps"],
         **{name: summary.get(name) for name in kept},
     }
-    result["command"] = _published(str(summary.get("command", "")), sys.argv[1:])
+    result["command"] = _published(str(summary.get("command", "")))
     path = folder / "results" / f"{run.key}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
@@ -105,13 +104,9 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
     shutil.rmtree(out / "last", ignore_errors=True)
 
 
-def _published(command: str, given: Sequence[str]) -> str:
-    """The command as a shell takes it, with this process's words `given` in quotes where they need them.
-
-    Results are published, and where folders lie on somebody's machine is nobody's business.
-    """
-    joined = " ".join(given)
-    words = [*command.removesuffix(joined).split(), *given] if command.endswith(joined) else command.split()
+def _published(command: str) -> str:
+    """Results are published, and where folders lie on somebody's machine is nobody's business."""
+    words = shlex.split(command)
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 

@@ -9,9 +9,10 @@ from .config import Task, TrainConfig
 from .distributed import World, all_reduce_sum, distributed, gather_objects, on_main
 from .loading import EvaluationBatches, to_device
 from .log import write_json
-from .loop import TrainingStopped, check_folder, evaluate, fit
+from .loop import TrainingStopped, evaluate, fit
 from .memory import keep_heap
 from .optim import lr_at
+from .resuming import check_folder
 
 __all__ = [
     "EvaluationBatches",

@@ -8,7 +8,6 @@ reads one step late in order not to wait; before anything is evaluated or saved 
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from . import checkpoint, loading, optim
+from . import checkpoint, loading, optim, resuming
 from .checkpoint import Progress
-from .config import Task, TrainConfig, list_changes
+from .config import Task, TrainConfig
 from .distributed import (
     Interrupts,
     World,
@@ -37,7 +36,7 @@ from .distributed import (
     whole,
 )
 from .loading import Collate, EvaluationBatches
-from .log import METRICS, SUMMARY, Log, surroundings, write_json
+from .log import SUMMARY, Log, surroundings, write_json
 from .reports import Report, Reports
 
 
@@ -68,7 +67,7 @@ def fit(
     """
     folder = Path(folder)
     with distributed(config.device) as world, Interrupts() as interrupts:
-        on_main(lambda: check_folder(folder, resume))
+        on_main(lambda: resuming.check_folder(folder, resume))
         sets = (train_set, val_set, collate, eval_collate)
         run = _prepare(task, model, *sets, config, folder, world, resume, metadata, begin)
         run.kept = kept
@@ -79,15 +78,6 @@ def fit(
             run.batches.close()
             run.held_out.close()
             run.log.close()
-
-
-def check_folder(folder: Path, resume: bool) -> None:
-    """Refuses to overwrite a run, and to resume where there is none. A command line asks before it writes there."""
-    exists = any((folder / name).exists() for name in (METRICS, SUMMARY, checkpoint.STATE, checkpoint.BEST))
-    if exists and not resume:
-        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
-    if resume and not exists:
-        raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
 
 
 @torch.no_grad()
@@ -190,11 +180,7 @@ def _prepare(
     # only now: it cuts off what the state does not know of
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
     images = {"training": size, "evaluation": len(val_set)}  # type: ignore[arg-type]
-    known = {
-        name: {int(index): text for index, text in some.items()}
-        for name, some in progress.skipped.items()
-        if images[name] == progress.images.get(name, images[name])  # in another set they are other images
-    }
+    known = resuming.known_failures(progress, images)
     skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
     held_out = EvaluationBatches(
         val_set,
@@ -229,20 +215,13 @@ def _prepare(
     )
     if saved is not None:
         run.saved_step = progress.step
-        _say_changes(run, images)
+        if changed := resuming.changes(progress, config, images):
+            log.say(f"the run goes on with another configuration: {', '.join(changed)}")
         log.say(f"resuming {folder} at step {progress.step} of {total}")
     elif resume:
         log.say(f"{folder} has no checkpoint yet: starting from the beginning")
     progress.config, progress.images, progress.metadata = asdict(config), images, dict(run.metadata)
     return run
-
-
-def _say_changes(run: _Run, images: Mapping[str, int]) -> None:
-    before = run.progress
-    changed = list_changes(before.config, json.loads(json.dumps(asdict(run.config))))
-    changed += [f"{n} {name} images (was {m})" for name, n in images.items() if (m := before.images.get(name, n)) != n]
-    if changed:
-        run.log.say(f"the run goes on with another configuration: {', '.join(changed)}")
 
 
 def _train(run: _Run, interrupts: Interrupts) -> None:

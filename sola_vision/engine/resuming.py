@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run that goes on finds in its folder: whether there is one, what has changed since, which images are bad."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from .checkpoint import BEST, STATE, Progress
+from .config import TrainConfig, list_changes
+from .log import METRICS, SUMMARY
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Refuses to overwrite a run, and to resume where there is none. A command line asks before it writes there."""
+    exists = any((folder / name).exists() for name in (METRICS, SUMMARY, STATE, BEST))
+    if exists and not resume:
+        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+    if resume and not exists:
+        raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
+
+
+def changes(before: Progress, config: TrainConfig, images: Mapping[str, int]) -> list[str]:
+    """Settings and numbers of images that are not those of the state, as words."""
+    changed = list_changes(before.config, json.loads(json.dumps(asdict(config))))
+    return changed + [
+        f"{number} {name} images (was {then})"
+        for name, number in images.items()
+        if (then := before.images.get(name, number)) != number
+    ]
+
+
+def known_failures(before: Progress, images: Mapping[str, int]) -> dict[str, dict[int, str]]:
+    """Images of each set that could not be read; in a set of another size they are other images."""
+    return {
+        name: {int(index): text for index, text in some.items()}
+        for name, some in before.skipped.items()
+        if images[name] == before.images.get(name, images[name])
+    }

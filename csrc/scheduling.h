@@ -34,15 +34,6 @@ class Workspace {
   Workspace(const Workspace&) = delete;
 };
 
-// Phases with a part for each chunk, every second one, go through their chunks from alternate ends: what one has read last
-// is still in the cache when the next one begins. Not so where that would be little of all `chunks` of `count` registers:
-// upwards the processor asks for memory ahead.
-template <class Op>
-bool downwards(int phase, int64_t chunks, int64_t count) {
-  constexpr int64_t bytes = Op::length * W * sizeof(typename Op::Element) * Op::arrays;
-  return phase % 4 == 2 && chunks * count * bytes <= 16 << 20;
-}
-
 template <class Op>
 void chunk_phase(const Problem& p, const typename Op::Register& r, int phase, int64_t c) {
   if (!r.fast) return;
@@ -72,10 +63,23 @@ void chunk_of_registers(const Problem& p, const typename Op::Register* registers
   constexpr int64_t element = sizeof(typename Op::Element), L = Op::length;
   for (int64_t i = 0; i < count; ++i) {
     if (streamed && next >= 0) {
-      fetch(p, registers[0].image, registers[0].channel, next * L + L * i / count, next * L + L * (i + 1) / count, element,
-            count * W * element);
+      fetch(p, registers[0].image, registers[0].channel, next * L + L * i / count, next * L + L * (i + 1) / count,
+            element, count * W * element);
     }
     chunk_phase<Op>(p, registers[i], phase, c);
+  }
+}
+
+// Calls take(k, step) for the chunks from begin to end of `count` registers. Phases with a part for each chunk, every
+// second one, go through them from alternate ends: what one has read last is still in the cache when the next one begins.
+// Not so where that would be little of all: upwards the processor asks for memory ahead.
+template <class Op, class Take>
+void in_turn(int phase, int64_t begin, int64_t end, int64_t count, const Take& take) {
+  constexpr int64_t bytes = Op::length * W * sizeof(typename Op::Element) * Op::arrays, most = 16 << 20;
+  if (phase % 4 == 2 && (end - begin) * count * bytes <= most) {
+    for (int64_t k = end - 1; k >= begin; --k) take(k, -1);
+  } else {
+    for (int64_t k = begin; k < end; ++k) take(k, 1);
   }
 }
 
@@ -96,11 +100,9 @@ void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, boo
         for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
         continue;
       }
-      const bool down = downwards<Op>(phase, chunks, count);
-      for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t c = down ? chunks - 1 - i : i;
-        chunk_of_registers<Op>(p, space.registers, count, phase, c, down ? c - 1 : c + 1, streamed);
-      }
+      in_turn<Op>(phase, 0, chunks, count, [&](int64_t c, int64_t step) {
+        chunk_of_registers<Op>(p, space.registers, count, phase, c, c + step, streamed);
+      });
     }
   }
 }
@@ -121,11 +123,10 @@ void by_part(const Problem& p, int64_t count, bool streamed, int64_t chunks, Par
     }
     parallel(loop, p.batch * chunks, 4, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush(true);
-      const bool down = downwards<Op>(phase, end - begin, columns);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = down ? begin + end - 1 - i : i, c = k % chunks;
-        chunk_of_registers<Op>(p, space.registers + k / chunks * columns, columns, phase, c, down ? c - 1 : c + 1, streamed);
-      }
+      in_turn<Op>(phase, begin, end, columns, [&](int64_t k, int64_t step) {
+        const int64_t image = k / chunks, c = k % chunks;
+        chunk_of_registers<Op>(p, space.registers + image * columns, columns, phase, c, c + step, streamed);
+      });
     });
   }
 }

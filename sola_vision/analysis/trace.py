@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sola_vision import ops
 from sola_vision.backbone import SolaVision, Stage
 from sola_vision.layers import LinearLayer, SoftmaxLayer
 from sola_vision.ops import reference
+from sola_vision.ops.passes import interpolated
 from sola_vision.schedule import Bridge, Layer
 
 _AT_ONCE = 2**22  # weights in float64 at a time
@@ -94,7 +94,7 @@ def keys(step: Step) -> Tensor:
     assert isinstance(step.layer, LinearLayer)
     mixer, norm = step.layer.mixer, step.layer.norm1
     if mixer.token_shift:
-        (x,) = ops.norm_shift(step.input, norm.weight, norm.bias, norm.eps, mixer.mix_key[None])
+        (x,) = interpolated(norm(step.input), mixer.mix_key[None], 0, 0)
     else:
         x = norm(step.input)
     return mixer.key(x).flatten(1, 2)

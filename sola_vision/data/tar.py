@@ -39,7 +39,7 @@ def index(archive: Archive) -> Iterator[Member]:
         with tarfile.open(archive.path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
                 # tarfile remembers each member (1 kB); a million of them would fill the memory
-                tar.members.clear()  # type: ignore[attr-defined]
+                tar.members.clear()  # type: ignore[attr-defined]  # its stubs leave the list out
                 yield _member(info)
             _check_end(archive, tar.offset)
     except tarfile.TarError as error:

@@ -104,7 +104,7 @@ class _Readable(Dataset[tuple[Any, Failures]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Failures]:
         epoch, index = key
         failures: Failures = []
-        size = len(self.base)  # type: ignore[arg-type]
+        size = len(self.base)  # type: ignore[arg-type]  # torch does not promise a length
         for at in ((index + offset) % size for offset in range(min(self.tries, size))):
             try:
                 with _seeded(self.seed, epoch, at):
@@ -207,7 +207,7 @@ class EvaluationBatches:
         collate: Collate | None = None,
         known: dict[int, str] | None = None,
     ) -> None:
-        size = len(dataset)  # type: ignore[arg-type]
+        size = len(dataset)  # type: ignore[arg-type]  # torch does not promise a length
         self.skipped = Skipped("evaluation", size, max_corrupt, known)
         self.world = world
         mine = [(-1, index) for index in range(world.rank, size, world.size)]

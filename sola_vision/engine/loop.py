@@ -147,24 +147,15 @@ def _prepare(
     metadata: dict[str, str] | None,
     begin: Callable[[], None] | None,
 ) -> _Run:
-    size = len(train_set)  # type: ignore[arg-type]  # torch does not promise a length
+    # torch does not promise a length
+    images = {"training": len(train_set), "evaluation": len(val_set)}  # type: ignore[arg-type]
+    size = images["training"]
     epoch_steps = loading.count_epoch_steps(size, config)
     total = optim.count_steps(config, epoch_steps)
     micro_batch = loading.micro_batch_size(config, world)
     set_precision(world.device)
 
-    model = model.to(world.device)
-    if world.size > 1 and world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch has none for the CPU
-    copy_from_main(model.state_dict().values())
-    average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
-    if config.compile:
-        for module in (model, average):
-            if module is not None:
-                module.compile()  # in place: the keys of checkpoints stay
-    trained = parallel(model, config.strategy, world)
-    if average is not None and config.strategy == "fsdp":
-        parallel(average, config.strategy, world)
+    model, trained, average = _place(model, config, world)
     optimizer = optim.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
 
@@ -179,7 +170,6 @@ def _prepare(
         on_main(begin)
     # only now: it cuts off what the state does not know of
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
-    images = {"training": size, "evaluation": len(val_set)}  # type: ignore[arg-type]
     known = resuming.known_failures(progress, images)
     skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
     held_out = EvaluationBatches(
@@ -222,6 +212,23 @@ def _prepare(
         log.say(f"{folder} has no checkpoint yet: starting from the beginning")
     progress.config, progress.images, progress.metadata = asdict(config), images, dict(run.metadata)
     return run
+
+
+def _place(model: nn.Module, config: TrainConfig, world: World) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    """On the devices of all processes: the model, what is trained of it, and its moving average if there is one."""
+    model = model.to(world.device)
+    if world.size > 1 and world.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch has none for the CPU
+    copy_from_main(model.state_dict().values())
+    average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
+    if config.compile:
+        for module in (model, average):
+            if module is not None:
+                module.compile()  # in place: the keys of checkpoints stay
+    trained = parallel(model, config.strategy, world)
+    if average is not None and config.strategy == "fsdp":
+        parallel(average, config.strategy, world)
+    return model, trained, average
 
 
 def _train(run: _Run, interrupts: Interrupts) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sola_vision.layers.plain import hooked_everywhere, plain
 from sola_vision.ops import cpu, pinned, seen_through, tangents
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
@@ -70,53 +71,6 @@ def multiplied_in_tiles(x: Tensor, *others: Tensor) -> bool:
         and all(other.dtype == x.dtype for other in others)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def plain(*modules: nn.Module) -> bool:
-    """Whether each is its parameters and nothing else: a projection without a bias, a layer norm that has one. A kernel
-    is given these; what does more has to be called.
-    """
-    return all(
-        unchanged(module) and (type(module.bias) in _PLAIN if type(module) is nn.LayerNorm else module.bias is None)
-        for module in modules
-    )
-
-
-def unchanged(module: nn.Module) -> bool:
-    """Whether it is a linear layer or a layer norm that does what its parameters say. A low-rank adapter, a quantised
-    module or weight, and one that is hooked or whose forward was replaced does more.
-    """
-    kind = nn.LayerNorm if type(module) is nn.LayerNorm else nn.Linear
-    return _itself(module, kind) and type(module.weight) in _PLAIN
-
-
-def affine(norm: nn.Module) -> bool:
-    """Whether a norm is a layer norm with weight and bias and nothing else, so that these and its eps say it all. What
-    kind of tensors they are is open: exporters have their own.
-    """
-    watched = not torch.is_grad_enabled() and hooked_everywhere()
-    return _itself(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None and not watched
-
-
-def exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class says, and nobody watches all calls."""
-    return _itself(module, kind) and not hooked_everywhere()
-
-
-def hooked_everywhere() -> bool:
-    """Whether a global hook wants to see every module. In training it sees norms and projections of linear layers only
-    where they are called anyway: such hooks count (torch's FlopCounterMode), and would change the memory in question.
-    """
-    return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
-
-
-def _itself(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """No subclass, no wrapper, no hook of its own, no other forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 def bands(x: Tensor, width: int) -> Iterator[Band]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sola_vision import ops
-from sola_vision.layers.bands import hooked_everywhere, plain
+from sola_vision.layers.plain import hooked_everywhere, plain
 from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 

@@ -13,8 +13,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.bands import bands, exactly, in_bands, in_tiles
+from sola_vision.layers.bands import bands, in_bands, in_tiles
 from sola_vision.layers.halves import channel_mix, in_one_node, spatial_mix
+from sola_vision.layers.plain import exactly
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
 from sola_vision.ops import gate, gated_sum, wkv
 

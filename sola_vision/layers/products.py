@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_weight
 
-from sola_vision.layers.bands import hooked_everywhere, unchanged
+from sola_vision.layers.plain import hooked_everywhere, unchanged
 from sola_vision.ops import pinned, seen_through
 
 _FEWEST_VALUES = 1 << 15  # torch itself leaves small convolutions to another library

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sola_vision import ops
-from sola_vision.layers.bands import BAND_BYTES, affine, bands, in_bands, in_tiles, multiplied_in_tiles, plain
+from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles
+from sola_vision.layers.plain import affine, plain
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype

@@ -41,7 +41,7 @@ def run_plan(plan: Plan, folder: Path, say: Say) -> int:
                     if world.is_main:
                         say(f"{plan.study.name} {number + 1} of {len(plan.runs)}: {run.arm}, seed {run.seed}")
                     result = _train(run, plan.images, folder)
-                    on_main(lambda run=run, result=result: _store(run, result, folder))  # type: ignore[misc]
+                    on_main(lambda run=run, result=result: _store(run, result, folder))  # type: ignore[misc]  # of defaults
     return busy
 
 

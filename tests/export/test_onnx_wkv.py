@@ -12,7 +12,7 @@ ort = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 pytest.importorskip("onnxscript")
 
-from sola_vision.export import wkv  # noqa: E402
+from sola_vision.export import wkv  # noqa: E402 - after the skips
 
 
 def build(channels, dtype="FLOAT", all_values=False):

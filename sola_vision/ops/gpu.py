@@ -22,8 +22,8 @@ _SUMS, _OUTPUTS, _BACK_SUMS, _GRADIENTS = 96, 128, 80, 144
 # sums that one program of the middle phase scans in a row, and when a row is long enough to be scanned in groups
 _GROUP = 32
 _LONG = 256
-# sums that it reads at once
-_AHEAD = 16
+# sums that it reads at once, and parts of gradients that are read at once
+_AHEAD, _PARTS_AHEAD = 8, 16
 # one warp a program; fused multiply-adds by name, because Triton's default changes from version to version
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
@@ -52,7 +52,7 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     with on_device_of(key):
         row = _Row(decay, bonus, key, value, _FORWARD_CHUNK)
         states = row.states_of_chunks()
-        row.launch("outputs", _OUTPUTS, row.step, row.bonus, row.key, row.value, out, states)
+        row.launch("outputs", _OUTPUTS, row.step, row.references, row.bonus, row.key, row.value, out, states)
     return out
 
 
@@ -68,7 +68,7 @@ def wkv_backward(
     with on_device_of(key):
         row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK)
         partials = row.scratch(2, row.batch, row.chunks, row.channels)
-        inputs = (row.step, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
+        inputs = (row.step, row.references, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
         states = row.states_of_chunks()
         sums = row.new_states(row.chunks)
         row.launch("backward", _BACK_SUMS, *inputs, states, sums, WRITE=False)
@@ -103,6 +103,7 @@ class _Row:
         masked = bool(self.num_tokens % self.length or self.channels % self.block)
         self.constants = {"C": self.channels, "L": self.length, "BLOCK": self.block, "MASKED": masked}
         self.step = self.scratch(2, self.channels)
+        self.references = self.scratch(self.batch, self.chunks, self.channels)
 
     def new_states(self, count: int) -> Tensor:
         """Room for a state on each side of every chunk: exponent, a and b [3, 2, B, count, C]."""
@@ -120,7 +121,7 @@ class _Row:
     def states_of_chunks(self) -> Tensor:
         """The forward states that enter every chunk from the left and from the right."""
         sums = self.new_states(self.chunks)
-        self.launch("chunk_sums", _SUMS, self.decay, self.key, self.value, self.step, sums)
+        self.launch("chunk_sums", _SUMS, self.decay, self.key, self.value, self.step, self.references, sums)
         return self.scan(sums, by_b=True)
 
     def scan(self, sums: Tensor, by_b: bool) -> Tensor:
@@ -166,7 +167,7 @@ class _Row:
     def sum_partials(self, partials: Tensor) -> tuple[Tensor, Tensor]:
         """[2, B, chunks, C] -> gw and gu [C], in float64 until they are stored."""
         images = torch.empty((2, self.batch, self.channels), dtype=torch.float64, device=partials.device)
-        constants = {"C": self.channels, "BLOCK": self.block, "AHEAD": _AHEAD}
+        constants = {"C": self.channels, "BLOCK": self.block, "AHEAD": _PARTS_AHEAD}
         programs = 2 * self.batch * self.blocks
         launch(self.kernels.sum_partials, programs, (partials, images), (self.chunks,), constants, _OPTIONS)
         gw, gu = torch.empty_like(self.decay), torch.empty_like(self.bonus)

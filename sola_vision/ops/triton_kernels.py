@@ -41,12 +41,13 @@ def _chunk_sums(
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
 def chunk_sums(
-    decay, key, value, step, states, chunks, num_tokens, stride,
+    decay, key, value, step, references, states, chunks, num_tokens, stride,
     C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Phase 1: each chunk's tokens as the first token after it (left) and the last before it (right) see them.
 
-    Leaves lam in step, float32 [2, C] (exponent as int32, mantissa), for the other kernels.
+    Leaves for the other kernels lam in step, float32 [2, C] (exponent as int32, mantissa), and in references, int32
+    [B, chunks, C], each chunk's exponent or that it is too wide for one.
     """
     channel, inside, tokens, there, state, count = scans.place(chunks, num_tokens, C, L, BLOCK, False)
     stride = stride.to(tl.int64)
@@ -57,7 +58,11 @@ def chunk_sums(
     tl.store((step + channel).to(tl.pointer_type(tl.int32)), fade, mask=first)
     tl.store(step + C + channel, lam, mask=first)
     reference, wide = scans.survey(k, there, fade, L, BLOCK, MASKED)
+    scans.store_reference(references + state, reference, wide, inside)
     if scans.any_lane(wide & inside):
+        # again, so that the narrow path has nothing to put aside for the wide one, which needs all registers
+        k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
+        v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
         _chunk_sums(
             k, v, there, states, state, stride, inside, fade, lam, reference, count, L, BLOCK, MASKED, True
         )  # fmt: skip
@@ -160,7 +165,7 @@ def scan_states(
 
 @triton.jit
 def _read(
-    k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+    k, v, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference, count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What every token reads: its weight (n, m), the states before it from the left and from the right, and
@@ -168,9 +173,9 @@ def _read(
     """
     n, m = scans.weights(k, there, reference, MASKED, WIDE)
     x = m * v
-    En, ex, ee = scans.enter(states, state, 1, stride, inside, reference, WIDE)
+    En, ex, ee = scans.enter(right_E, right_a, right_b, reference, WIDE)
     Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, True, WIDE)
-    En, ex, ee = scans.enter(states, state, 0, stride, inside, reference, WIDE)
+    En, ex, ee = scans.enter(left_E, left_a, left_b, reference, WIDE)
     An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
     own = own_m[None, :]
     top, num, den, weight = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
@@ -179,20 +184,22 @@ def _read(
 
 @triton.jit
 def _outputs(
-    k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
+    k, v, out, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference,
+    count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     fade, lam = scans.whole(fade, lam, WIDE)
     own_n, own_m = scans.whole(own_n, own_m, WIDE)
     _n, _m, _An, _ax, _ae, _Rn, _rx, _re, _top, num, den, _own = _read(
-        k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
+        k, v, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference, count,
+        L, BLOCK, MASKED, WIDE,
     )  # fmt: skip
     scans.store_tile(out + tokens, num * scans.reciprocal(den), there, MASKED)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
 def outputs(
-    step, bonus, key, value, out, states, chunks, num_tokens, stride,
+    step, references, bonus, key, value, out, states, chunks, num_tokens, stride,
     C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Phase 3: every token's eq. 9, from the states that enter its chunk."""
@@ -200,32 +207,38 @@ def outputs(
     stride = stride.to(tl.int64)
     k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
     v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
+    reference, wide = scans.load_reference(references + state, inside)
     fade, lam = scans.load_step(step, channel, inside, C)
     own_n, own_m = scans.split(tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32))
-    reference, wide = scans.survey(k, there, fade, L, BLOCK, MASKED)
-    wide = wide | scans.far(own_n, states, state, stride, inside, reference)
+    left_E, left_a, left_b = scans.load_state(states, state, 0, stride, inside)
+    right_E, right_a, right_b = scans.load_state(states, state, 1, stride, inside)
+    wide = wide | scans.far(own_n, left_E, right_E, reference)
     if scans.any_lane(wide & inside):
+        k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)  # again, as in chunk_sums
+        v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
         _outputs(
-            k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
-            L, BLOCK, MASKED, True,
+            k, v, out, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
+            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, True,
         )  # fmt: skip
     else:
         _outputs(
-            k, v, out, tokens, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count,
-            L, BLOCK, MASKED, False,
+            k, v, out, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
+            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward(
-    k, v, g, grad_key, grad_value, partials, tokens, there, states, back_states, state, stride, inside,
+    k, v, g, grad_key, grad_value, partials, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
+    left_F, left_h, left_q, right_F, right_h, right_q, back_states, state, stride, inside,
     own_n, own_m, fade, lam, reference, count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     fade, lam = scans.whole(fade, lam, WIDE)
     own_n, own_m = scans.whole(own_n, own_m, WIDE)
     n, m, An, ax, ae, Rn, rx, re, top, num, den, weight = _read(
-        k, v, there, states, state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
+        k, v, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference, count,
+        L, BLOCK, MASKED, WIDE,
     )  # fmt: skip
     # behind the row's end there may be no denominator at all
     scale = scans.reciprocal(scans.where_there(there, den, 1.0, MASKED))
@@ -236,21 +249,19 @@ def _backward(
     if WIDE:
         hn = scans.where_there(there, hn, scans.EMPTY, MASKED)
 
-    if WRITE:
-        En, eh, eq = scans.enter(back_states, state, 1, stride, inside, -reference, WIDE)
-    else:
-        En, eh, eq = scans.nothing(-reference, WIDE)
+    En, eh, eq = scans.enter(right_F, right_h, right_q, -reference, WIDE)
     Bn, bh, bq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, lam, count, L, BLOCK, True, WIDE)
-    if not WRITE:
-        Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
-        scans.store_state(back_states, state, 1, stride, inside, Sn, sh, sq)
     if WRITE:
         # every token between two others sees the left state of one and the right state of the other
-        between = scans.meeting(An + fade, Bn, WIDE) * (ax * bh - ae * bq)
-        gw = scans.sum_rows(scans.where_there(there, between, 0.0, MASKED), L, BLOCK, True)
-        En, eh, eq = scans.enter(back_states, state, 0, stride, inside, -reference, WIDE)
+        if WIDE:
+            meeting = scans.where_there(there, scans.meeting(An + fade, Bn, WIDE), 0.0, MASKED)
+            ax = ax * meeting
+            ae = ae * meeting
+        gw = scans.sum_of_products(ax, bh, ae, bq, L, BLOCK, True)
     else:
-        En, eh, eq = scans.nothing(-reference, WIDE)
+        Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
+        scans.store_state(back_states, state, 1, stride, inside, Sn, sh, sq)
+    En, eh, eq = scans.enter(left_F, left_h, left_q, -reference, WIDE)
     Fn, fh, fq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, lam, count, L, BLOCK, False, WIDE)
     if not WRITE:
         Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
@@ -264,16 +275,20 @@ def _backward(
         gq = left * fq + right * bq + weight * q
         scans.store_tile(grad_value + tokens, gv, there, MASKED)
         scans.store_tile(grad_key + tokens, v * gv - gq, there, MASKED)
-        gu = scans.sum_rows(weight * h * (v - y), L, BLOCK, False)
-        between = scans.meeting(Rn + fade, Fn, WIDE) * (rx * fh - re * fq)
-        gw = -lam * (gw + scans.sum_rows(scans.where_there(there, between, 0.0, MASKED), L, BLOCK, False))
+        gu = scans.sum_of_products(weight * h, v, weight, q, L, BLOCK, False)
+        if WIDE:
+            meeting = scans.where_there(there, scans.meeting(Rn + fade, Fn, WIDE), 0.0, MASKED)
+            rx = rx * meeting
+            re = re * meeting
+        gw = -lam * (gw + scans.sum_of_products(rx, fh, re, fq, L, BLOCK, False))
         tl.store(partials + state, gw, mask=inside)
         tl.store(partials + stride + state, gu, mask=inside)
 
 
 @triton.jit(do_not_specialize=["chunks", "num_tokens", "stride"])
 def backward(
-    step, bonus, key, value, grad, grad_key, grad_value, partials, states, back_states, chunks, num_tokens, stride,
+    step, references, bonus, key, value, grad, grad_key, grad_value, partials, states, back_states,
+    chunks, num_tokens, stride,
     C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """The backward's phases 1 and 3 (WRITE): a chunk's sums of (h, q); the gradients, gw and gu as a part a chunk.
@@ -285,18 +300,30 @@ def backward(
     k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)
     v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
     g = scans.load_tile(grad + tokens, there, MASKED).to(tl.float32)
+    reference, wide = scans.load_reference(references + state, inside)
+    left_F, left_h, left_q = scans.nothing(channel, True)
+    right_F, right_h, right_q = scans.nothing(channel, True)
+    if WRITE:
+        left_F, left_h, left_q = scans.load_state(back_states, state, 0, stride, inside)
+        right_F, right_h, right_q = scans.load_state(back_states, state, 1, stride, inside)
     fade, lam = scans.load_step(step, channel, inside, C)
     own_n, own_m = scans.split(tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32))
-    reference, wide = scans.survey(k, there, fade, L, BLOCK, MASKED)
-    wide = wide | scans.far(own_n, states, state, stride, inside, reference)
+    left_E, left_a, left_b = scans.load_state(states, state, 0, stride, inside)
+    right_E, right_a, right_b = scans.load_state(states, state, 1, stride, inside)
+    wide = wide | scans.far(own_n, left_E, right_E, reference)
     if scans.any_lane(wide & inside):
+        k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)  # again, as in chunk_sums
+        v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
+        g = scans.load_tile(grad + tokens, there, MASKED).to(tl.float32)
         _backward(
-            k, v, g, grad_key, grad_value, partials, tokens, there, states, back_states, state, stride, inside,
+            k, v, g, grad_key, grad_value, partials, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
+            left_F, left_h, left_q, right_F, right_h, right_q, back_states, state, stride, inside,
             own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, True,
         )  # fmt: skip
     else:
         _backward(
-            k, v, g, grad_key, grad_value, partials, tokens, there, states, back_states, state, stride, inside,
+            k, v, g, grad_key, grad_value, partials, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
+            left_F, left_h, left_q, right_F, right_h, right_q, back_states, state, stride, inside,
             own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, False,
         )  # fmt: skip
 

@@ -19,6 +19,8 @@ import triton.language as tl
 
 # the exponent of a state without tokens: below every real one, and far enough from int32's end to be added to another
 EMPTY = tl.constexpr(-(2**29))
+# in the place of a chunk's exponent
+TOO_WIDE = tl.constexpr(2**29)
 # beyond these a token's weight is all or nothing: 2^22 for a key or bonus, 2^23 for a step, 2^27 for the whole row
 KEY_LIMIT = tl.constexpr(2.9e6)
 STEP_LIMIT = tl.constexpr(2.0**23)
@@ -150,12 +152,16 @@ def fold(tile, combine: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(tile, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """The sum of a tile's rows, one after the other as a scan makes them, so that none of them has to be kept."""
-    rows = rows_of(tile, L, BLOCK)
-    total = rows[L - 1 if REVERSE else 0]
-    for i in tl.static_range(1, L):
-        total += rows[L - 1 - i if REVERSE else i]
+def sum_of_products(a, b, c, d, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """The sum over rows of a b - c d, one row after the other as a scan makes them, so that none has to be kept."""
+    first = rows_of(a, L, BLOCK)
+    second = rows_of(b, L, BLOCK)
+    third = rows_of(c, L, BLOCK)
+    fourth = rows_of(d, L, BLOCK)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for i in tl.static_range(L):
+        total = tl.fma(first[L - 1 - i if REVERSE else i], second[L - 1 - i if REVERSE else i], total)
+        total = tl.fma(-third[L - 1 - i if REVERSE else i], fourth[L - 1 - i if REVERSE else i], total)
     return total
 
 
@@ -234,10 +240,20 @@ def survey(k, there, fade, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.cons
 
 
 @triton.jit
-def far(own_n, states, state, stride, inside, reference):
-    """Where bonus or an entering state is too far from the chunk's reference for the narrow path."""
-    left = exponent(states + state, inside)
-    right = exponent(states + stride + state, inside)
+def store_reference(pointers, reference, wide, inside):
+    tl.store(pointers.to(tl.pointer_type(tl.int32)), tl.where(wide, TOO_WIDE, reference), mask=inside)
+
+
+@triton.jit
+def load_reference(pointers, inside):
+    """A chunk's reference exponent and where it was too wide for one, as `survey` has found."""
+    reference = exponent(pointers, inside)
+    return reference, reference == TOO_WIDE
+
+
+@triton.jit
+def far(own_n, left, right, reference):
+    """Where bonus or the exponent of an entering state is too far from the chunk's reference for the narrow path."""
     return (tl.abs(own_n).to(tl.float32) > NARROW) | (tl.maximum(left, right) - reference > NARROW_STATE)
 
 
@@ -253,7 +269,9 @@ def weights(k, there, reference, MASKED: tl.constexpr, WIDE: tl.constexpr):
         n, m = split(k)
         return where_there(there, n, EMPTY, MASKED), where_there(there, m, 0.0, MASKED)
     else:
-        return reference, where_there(there, mantissa(k, reference.to(tl.float32)[None, :]), 0.0, MASKED)
+        # LOG2E's own rounding moves a weight by 1.3e-8 |k| of itself at most; the difference is exact where it counts
+        m = tl.exp2(tl.fma(k, LOG2E, -reference.to(tl.float32)[None, :]))
+        return reference, where_there(there, m, 0.0, MASKED)
 
 
 @triton.jit
@@ -337,9 +355,8 @@ def store_state(states, state, side, stride, inside, E, a, b):
 
 
 @triton.jit
-def enter(states, state, side, stride, inside, reference, WIDE: tl.constexpr):
+def enter(E, a, b, reference, WIDE: tl.constexpr):
     """An entering state in the chunk's terms: as it is where wide, at the chunk's exponent where narrow."""
-    E, a, b = load_state(states, state, side, stride, inside)
     if WIDE:
         return E, a, b
     else:

@@ -14,7 +14,7 @@ coalesced along channels. MASKED where tiles go beyond N or C. What is made of t
 
 # a kernel is not Python: no unpacking, no types but constexpr, and tuples that grow
 # mypy: ignore-errors
-# ruff: noqa: SIM108, RUF005
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -73,19 +73,15 @@ def chunk_sums(
 
 
 @triton.jit
-def _behind(E, a, b, n, a1, b1, fade, factor, BY_B: tl.constexpr):
-    """The state behind a sum (n, a1, b1), from the one before it; the state's pair is float64."""
+def _behind(E, a, b, n, a1, b1, fade, factor):
+    """The state behind a sum (n, a1, b1), from the one before it; the state's pair is float64. Exponents do not wait
+    for pairs, so that one multiply-add a sum is all that goes from sum to sum.
+    """
     faded = tl.maximum(E + fade, scans.EMPTY)
     top = tl.maximum(faded, n)
-    old = scans.power(faded - top).to(tl.float64) * factor
-    new = scans.power(n - top).to(tl.float64)
-    a = a * old + a1.to(tl.float64) * new
-    b = b * old + b1.to(tl.float64) * new
-    if BY_B:
-        size = b
-    else:
-        size = tl.maximum(tl.abs(a), tl.abs(b))
-    return scans.normal(top, a, b, size)
+    old = scans.power64(faded - top) * factor
+    new = scans.power64(n - top)
+    return top, tl.fma(a, old, a1.to(tl.float64) * new), tl.fma(b, old, b1.to(tl.float64) * new)
 
 
 @triton.jit(do_not_specialize=["batch", "count", "group_length", "groups", "steps", "num_tokens"])
@@ -143,12 +139,20 @@ def scan_states(
             before_n = before_n + (E,)
             before_a = before_a + (a.to(tl.float32),)
             before_b = before_b + (b.to(tl.float32),)
-            top, next_a, next_b = _behind(E, a, b, ns[j], a1s[j], b1s[j], fade, factor, BY_B)
-            # behind the group's last sum nothing may fade
-            more = i + j < length
-            E = tl.where(more, top, E)
-            a = tl.where(more, next_a, a)
-            b = tl.where(more, next_b, b)
+            top, next_a, next_b = _behind(E, a, b, ns[j], a1s[j], b1s[j], fade, factor)
+            if TOTALS:  # behind the group's last sum nothing may fade
+                more = i + j < length
+                top = tl.where(more, top, E)
+                next_a = tl.where(more, next_a, a)
+                next_b = tl.where(more, next_b, b)
+            E = top
+            a = next_a
+            b = next_b
+        # a pair leaves [1, 2) by a factor of two a sum at the most
+        size = b
+        if not BY_B:
+            size = tl.maximum(tl.abs(a), tl.abs(b))
+        E, a, b = scans.normal(E, a, b, size)
         if not TOTALS:
             En = scans.tile_of(before_n, AHEAD, BLOCK, False)
             ea = scans.tile_of(before_a, AHEAD, BLOCK, False)

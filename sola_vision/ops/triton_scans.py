@@ -56,6 +56,12 @@ def power(n):
 
 
 @triton.jit
+def power64(n):
+    """2^n in float64 for integers n <= 1023; 0 below -1022."""
+    return ((tl.maximum(n, -1023) + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def bounded(x, limit):
     """x within +-limit; by comparison, because minimum and maximum would drop a nan."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))

@@ -169,7 +169,7 @@ def scan_states(
 
 @triton.jit
 def _read(
-    k, v, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference, count,
+    k, v, there, left, right, own_n, own_m, fade, lam, reference, count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What every token reads: its weight (n, m), the states before it from the left and from the right, and
@@ -177,9 +177,9 @@ def _read(
     """
     n, m = scans.weights(k, there, reference, MASKED, WIDE)
     x = m * v
-    En, ex, ee = scans.enter(right_E, right_a, right_b, reference, WIDE)
+    En, ex, ee = scans.enter(right, reference, WIDE)
     Rn, rx, re, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, True, WIDE)
-    En, ex, ee = scans.enter(left_E, left_a, left_b, reference, WIDE)
+    En, ex, ee = scans.enter(left, reference, WIDE)
     An, ax, ae, _n, _x, _e = scans.scan(En, ex, ee, n, x, m, fade, lam, count, L, BLOCK, False, WIDE)
     own = own_m[None, :]
     top, num, den, weight = scans.total(An, ax, ae, Rn, rx, re, n + own_n, x * own, m * own, WIDE)
@@ -188,15 +188,13 @@ def _read(
 
 @triton.jit
 def _outputs(
-    k, v, out, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference,
-    count,
+    k, v, out, tokens, there, left, right, own_n, own_m, fade, lam, reference, count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     fade, lam = scans.whole(fade, lam, WIDE)
     own_n, own_m = scans.whole(own_n, own_m, WIDE)
     _n, _m, _An, _ax, _ae, _Rn, _rx, _re, _top, num, den, _own = _read(
-        k, v, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference, count,
-        L, BLOCK, MASKED, WIDE,
+        k, v, there, left, right, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
     )  # fmt: skip
     scans.store_tile(out + tokens, num * scans.reciprocal(den), there, MASKED)
 
@@ -214,35 +212,31 @@ def outputs(
     reference, wide = scans.load_reference(references + state, inside)
     fade, lam = scans.load_step(step, channel, inside, C)
     own_n, own_m = scans.split(tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32))
-    left_E, left_a, left_b = scans.load_state(states, state, 0, stride, inside)
-    right_E, right_a, right_b = scans.load_state(states, state, 1, stride, inside)
-    wide = wide | scans.far(own_n, left_E, right_E, reference)
+    left = scans.load_state(states, state, 0, stride, inside)
+    right = scans.load_state(states, state, 1, stride, inside)
+    wide = wide | scans.far(own_n, left, right, reference)
     if scans.any_lane(wide & inside):
         k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)  # again, as in chunk_sums
         v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
         _outputs(
-            k, v, out, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
-            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, True,
+            k, v, out, tokens, there, left, right, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, True
         )  # fmt: skip
     else:
         _outputs(
-            k, v, out, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
-            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, False,
+            k, v, out, tokens, there, left, right, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, False
         )  # fmt: skip
 
 
 @triton.jit
 def _backward(
-    k, v, g, grad_key, grad_value, partials, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
-    left_F, left_h, left_q, right_F, right_h, right_q, back_states, state, stride, inside,
-    own_n, own_m, fade, lam, reference, count,
+    k, v, g, grad_key, grad_value, partials, tokens, there, left, right, back_left, back_right, back_states, state,
+    stride, inside, own_n, own_m, fade, lam, reference, count,
     L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     fade, lam = scans.whole(fade, lam, WIDE)
     own_n, own_m = scans.whole(own_n, own_m, WIDE)
     n, m, An, ax, ae, Rn, rx, re, top, num, den, weight = _read(
-        k, v, there, left_E, left_a, left_b, right_E, right_a, right_b, own_n, own_m, fade, lam, reference, count,
-        L, BLOCK, MASKED, WIDE,
+        k, v, there, left, right, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WIDE
     )  # fmt: skip
     # behind the row's end there may be no denominator at all
     scale = scans.reciprocal(scans.where_there(there, den, 1.0, MASKED))
@@ -253,7 +247,7 @@ def _backward(
     if WIDE:
         hn = scans.where_there(there, hn, scans.EMPTY, MASKED)
 
-    En, eh, eq = scans.enter(right_F, right_h, right_q, -reference, WIDE)
+    En, eh, eq = scans.enter(back_right, -reference, WIDE)
     Bn, bh, bq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, lam, count, L, BLOCK, True, WIDE)
     if WRITE:
         # every token between two others sees the left state of one and the right state of the other
@@ -265,7 +259,7 @@ def _backward(
     else:
         Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
         scans.store_state(back_states, state, 1, stride, inside, Sn, sh, sq)
-    En, eh, eq = scans.enter(left_F, left_h, left_q, -reference, WIDE)
+    En, eh, eq = scans.enter(back_left, -reference, WIDE)
     Fn, fh, fq, Sn, sh, sq = scans.scan(En, eh, eq, hn, h, q, fade, lam, count, L, BLOCK, False, WIDE)
     if not WRITE:
         Sn, sh, sq = scans.normal(Sn, sh, sq, tl.maximum(tl.abs(sh), tl.abs(sq)))
@@ -305,30 +299,29 @@ def backward(
     v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
     g = scans.load_tile(grad + tokens, there, MASKED).to(tl.float32)
     reference, wide = scans.load_reference(references + state, inside)
-    left_F, left_h, left_q = scans.nothing(channel, True)
-    right_F, right_h, right_q = scans.nothing(channel, True)
     if WRITE:
-        left_F, left_h, left_q = scans.load_state(back_states, state, 0, stride, inside)
-        right_F, right_h, right_q = scans.load_state(back_states, state, 1, stride, inside)
+        back_left = scans.load_state(back_states, state, 0, stride, inside)
+        back_right = scans.load_state(back_states, state, 1, stride, inside)
+    else:
+        back_left = scans.nothing(channel, True)
+        back_right = scans.nothing(channel, True)
     fade, lam = scans.load_step(step, channel, inside, C)
     own_n, own_m = scans.split(tl.load(bonus + channel, mask=inside, other=0.0).to(tl.float32))
-    left_E, left_a, left_b = scans.load_state(states, state, 0, stride, inside)
-    right_E, right_a, right_b = scans.load_state(states, state, 1, stride, inside)
-    wide = wide | scans.far(own_n, left_E, right_E, reference)
+    left = scans.load_state(states, state, 0, stride, inside)
+    right = scans.load_state(states, state, 1, stride, inside)
+    wide = wide | scans.far(own_n, left, right, reference)
     if scans.any_lane(wide & inside):
         k = scans.load_tile(key + tokens, there, MASKED).to(tl.float32)  # again, as in chunk_sums
         v = scans.load_tile(value + tokens, there, MASKED).to(tl.float32)
         g = scans.load_tile(grad + tokens, there, MASKED).to(tl.float32)
         _backward(
-            k, v, g, grad_key, grad_value, partials, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
-            left_F, left_h, left_q, right_F, right_h, right_q, back_states, state, stride, inside,
-            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, True,
+            k, v, g, grad_key, grad_value, partials, tokens, there, left, right, back_left, back_right, back_states,
+            state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, True,
         )  # fmt: skip
     else:
         _backward(
-            k, v, g, grad_key, grad_value, partials, tokens, there, left_E, left_a, left_b, right_E, right_a, right_b,
-            left_F, left_h, left_q, right_F, right_h, right_q, back_states, state, stride, inside,
-            own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, False,
+            k, v, g, grad_key, grad_value, partials, tokens, there, left, right, back_left, back_right, back_states,
+            state, stride, inside, own_n, own_m, fade, lam, reference, count, L, BLOCK, MASKED, WRITE, False,
         )  # fmt: skip
 
 

@@ -259,8 +259,8 @@ def load_reference(pointers, inside):
 
 @triton.jit
 def far(own_n, left, right, reference):
-    """Where bonus or the exponent of an entering state is too far from the chunk's reference for the narrow path."""
-    return (tl.abs(own_n).to(tl.float32) > NARROW) | (tl.maximum(left, right) - reference > NARROW_STATE)
+    """Where bonus or an entering state is too far from the chunk's reference for the narrow path."""
+    return (tl.abs(own_n).to(tl.float32) > NARROW) | (tl.maximum(left[0], right[0]) - reference > NARROW_STATE)
 
 
 @triton.jit
@@ -275,9 +275,7 @@ def weights(k, there, reference, MASKED: tl.constexpr, WIDE: tl.constexpr):
         n, m = split(k)
         return where_there(there, n, EMPTY, MASKED), where_there(there, m, 0.0, MASKED)
     else:
-        # LOG2E's own rounding moves a weight by 1.3e-8 |k| of itself at most; the difference is exact where it counts
-        m = tl.exp2(tl.fma(k, LOG2E, -reference.to(tl.float32)[None, :]))
-        return reference, where_there(there, m, 0.0, MASKED)
+        return reference, where_there(there, mantissa(k, reference.to(tl.float32)[None, :]), 0.0, MASKED)
 
 
 @triton.jit
@@ -361,8 +359,9 @@ def store_state(states, state, side, stride, inside, E, a, b):
 
 
 @triton.jit
-def enter(E, a, b, reference, WIDE: tl.constexpr):
+def enter(state, reference, WIDE: tl.constexpr):
     """An entering state in the chunk's terms: as it is where wide, at the chunk's exponent where narrow."""
+    E, a, b = state
     if WIDE:
         return E, a, b
     else:

@@ -167,6 +167,18 @@ def test_gpu_chooses_the_path_chunk_by_chunk():
     check(inputs, *run(*inputs))
 
 
+def test_gpu_a_constant_added_to_all_keys_changes_nothing():
+    """Nor does it come between a wide chunk, which has an exponent a token, and its narrow neighbours."""
+    decay, bonus, key, value, grad = random_inputs(1, 100, 4, calm=True)
+    key = (key * 2**10).round() / 2**10  # exact in float32 with the constant, too
+    key[0, 40] = torch.tensor([6.0, 12.0, -24.0, -30.0])
+    out, grads = run(decay, bonus, key, value, grad)
+    far_out, far_grads = run(decay, bonus, key + 2**12, value, grad)
+    assert (far_out - out).abs().max() <= 1e-6 * value.abs().max()
+    for a, b in zip(grads, far_grads, strict=True):
+        assert gradient_error(a, b.double(), value, grad) <= 2e-6
+
+
 def test_gpu_narrow_and_wide_agree(monkeypatch):
     inputs = random_inputs(1, 40, 6, calm=True)
     narrow = run(*inputs)

@@ -4,7 +4,6 @@
 Linux can forget an earlier peak; elsewhere the peak since the start of the process has to do.
 """
 
-import resource
 import sys
 from pathlib import Path
 
@@ -27,6 +26,8 @@ def peak() -> int:
 
 
 def _since_start() -> int:
+    import resource  # Windows has none, where only who asks for memory shall fail
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

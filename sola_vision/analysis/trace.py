@@ -181,8 +181,10 @@ def eigencam(feature: Tensor) -> Tensor:
 
     A principal component has no sign of its own, and common tools leave it to the solver, which inverts half of the
     maps. Here it is positive where the features are strong: where it correlates with their energy. If the two do not
-    correlate at all, its largest value is positive.
+    correlate at all, its largest value is positive. ValueError for features that are not finite.
     """
+    if not torch.isfinite(feature).all():
+        raise ValueError("features that are not finite have no principal component: has the network diverged?")
     tokens = feature.double().flatten(2).transpose(1, 2)  # [B, N, C]
     centred = tokens - tokens.mean(1, keepdim=True)
     if centred.shape[1] < centred.shape[2]:

@@ -231,7 +231,7 @@ def _finish(options: Namespace, document: dict[str, Any]) -> bool:
         print(text, end="")
         return True
     beside = Path(options.json + ".new")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     beside.replace(options.json)
     return False
 

@@ -132,7 +132,7 @@ def _document(cost: Cost, changes: dict[str, Any]) -> dict[str, Any]:
 
 def _write_csv(path: str, rows: Iterable[dict[str, Any]]) -> None:
     listed = list(rows)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(listed[0]))
         writer.writeheader()
         writer.writerows(listed)

@@ -125,7 +125,7 @@ def _beside(checkpoint: str) -> Path:
 
 
 def _write_classes(classes: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["class", "images", "recall", "precision"])
         writer.writeheader()
         writer.writerows(classes)

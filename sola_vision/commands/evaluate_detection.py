@@ -261,7 +261,7 @@ def _true_shapes(dataset: CocoFolder, index: int, masks: bool = False) -> list[S
 
 def _leave(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: bool, more: str) -> None:
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (out / "classes.csv").open("w", newline="") as file:
+    with (out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(result["classes"][0]))
         writer.writeheader()
         writer.writerows(result["classes"])

@@ -238,7 +238,7 @@ def _leave(
     as_json: bool,
 ) -> None:
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (out / "classes.csv").open("w", newline="") as file:
+    with (out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
         writer.writerows(result["classes"])

@@ -278,7 +278,7 @@ def _write_csv(result: dict[str, Any], path: Path) -> None:
     for row in rows:
         for name in [name for name, value in row.items() if isinstance(value, list)]:
             row |= {f"{name}_{i}": value for i, value in enumerate(row.pop(name), start=1)}
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)

@@ -201,7 +201,7 @@ def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, ima
     }
     (problem.out / "search.json").write_text(json.dumps(document, indent=1) + "\n")
     draw_search(found, costs, problem.budget, problem.out / "curve.png")
-    (problem.out / "recipe.yaml").write_text(_recipe(problem, found, options.data, images))
+    (problem.out / "recipe.yaml").write_text(_recipe(problem, found, options.data, images), encoding="utf-8")
 
 
 def _recipe(problem: Problem, found: Found, data: str, images: Images) -> str:

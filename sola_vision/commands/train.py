@@ -15,7 +15,7 @@ from sola_vision.commands.options import Run, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
 from sola_vision.engine.checkpoint import BEST, Progress, load_progress
 from sola_vision.engine.loading import count_epoch_steps
-from sola_vision.engine.log import write_text
+from sola_vision.engine.log import json_text, write_text
 from sola_vision.engine.optim import count_steps, make_optimizer
 from sola_vision.tasks.pictures import draw_learning_curve
 
@@ -89,7 +89,7 @@ def _check_classes(folder: Path, progress: Progress | None, told: str) -> None:
 
 def _report(summary: dict[str, float], shown: Sequence[str], asked: Run) -> None:
     if asked.json:
-        print(json.dumps(summary, indent=2))
+        print(json_text(summary))
         return
     numbers = " ".join(f"{name} {summary[name]:.2f}" for name in shown if name in summary)
     print(f"{numbers}; best.safetensors, curve.png and summary.json are in {asked.out}")

@@ -12,6 +12,7 @@ training objects, the evaluation ignores what falls on them. What cannot be an o
 import json
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class CocoFolder(Dataset[Any]):
 
     def image(self, index: int) -> Image.Image:
         """Image `index` upright and RGB; OSError or ValueError if it is missing, broken or of another size."""
-        image = read_image(self.folder / self._load(index)["file_name"], name=self.location(index))
+        image = read_image(self._path(self._load(index)["file_name"]), name=self.location(index))
         height, width = self._load(index)["size"]
         if image.size != (width, height):
             raise ValueError(
@@ -139,6 +140,11 @@ class CocoFolder(Dataset[Any]):
     def truth(self) -> dict[str, Any]:
         """The document to score results against."""
         return read_truth(self.file)
+
+    def _path(self, name: str) -> Path:
+        """Of the file of this name; a file system or an archive may have taken accents apart or put them together."""
+        forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
+        return next((path for form in forms if (path := self.folder / form).is_file()), self.folder / name)
 
     def _load(self, index: int) -> dict[str, Any]:
         first = self._ends[index - 1] if index else 0
@@ -172,7 +178,7 @@ class CocoFolder(Dataset[Any]):
 
     def _check_files(self, images: list[dict[str, Any]]) -> None:
         """Files that are missing count as unreadable images when their turn comes; all of them are a wrong folder."""
-        missing = [image["file_name"] for image in images if not (self.folder / image["file_name"]).is_file()]
+        missing = [image["file_name"] for image in images if not self._path(image["file_name"]).is_file()]
         if missing and len(missing) == len(images):
             raise FileNotFoundError(
                 f"{self.folder / missing[0]}: not there, as none of the {len(images)} images that {self.file} names; "

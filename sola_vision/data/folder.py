@@ -194,9 +194,10 @@ def _scan_folder(base: Path) -> _Listing:
         with os.scandir(folder) as entries:
             for entry in entries:
                 below = (*parts, entry.name)
-                if not entry.is_dir():
+                # of the path: an entry's own methods raise an error for a link that points to itself
+                if not os.path.isdir(entry.path):
                     # a broken link is neither a file nor an image
-                    listing.add_file(below if entry.is_file() else (entry.name,))
+                    listing.add_file(below if os.path.isfile(entry.path) else (entry.name,))
                 elif entry.name.startswith("."):
                     listing.hidden += 1
                 else:

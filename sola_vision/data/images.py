@@ -107,7 +107,11 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise CorruptImage("32-bit pixels outside 0..65535 have no agreed range; save it with 8 or 16 bits")
-    return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+    grey = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # one of 65536 levels, which 256 cannot tell from its neighbours
+        grey.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _is_empty(stream: BinaryIO) -> bool:

@@ -48,8 +48,11 @@ def unusable_mask(segmentation: Any, size: tuple[int, int]) -> str | None:
         counts = segmentation.get("counts")
         if not isinstance(counts, str | list):
             return "with run lengths that are none"
-        if segmentation.get("size") not in (list(size), size):
+        sides = segmentation.get("size")
+        if sides not in (list(size), size):
             return "with a mask of another size than the image"
+        if not all(type(side) is int for side in sides):  # the library takes no 80.0 for 80
+            return "with a mask whose size is not two whole numbers"
         return None if _add_up(counts, size[0] * size[1]) else "with run lengths that do not add up to the image"
     for polygon in segmentation if isinstance(segmentation, list) else [None]:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:

@@ -6,6 +6,7 @@ path and name but for the suffix. Which label is which class is a rule that the 
 """
 
 import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -141,7 +142,8 @@ def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
             continue
         if not path.is_file():
             continue
-        name = below.with_suffix("").as_posix()
+        # a file system or an archive may take the accents of one of the two apart
+        name = unicodedata.normalize("NFC", below.with_suffix("").as_posix())
         if name in found:
             raise ValueError(f"{path}: there is also {found[name].name}; an image and its label have one file each")
         found[name] = path

@@ -248,7 +248,8 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
 def _to_disk(path: Path) -> None:
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
-    handle = os.open(path, os.O_RDONLY)
+    # Windows flushes only what may be written, others do not open a folder for that
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

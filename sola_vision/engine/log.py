@@ -104,13 +104,24 @@ def _duration(seconds: float) -> str:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(document, indent=2) + "\n")
+    write_text(path, json_text(document) + "\n")
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """Indented. JSON has no nan: such a number, which is a metric of nothing, becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: plain(inner) for name, inner in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(document), indent=2, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
     """Written beside the old file, then renamed over it."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 

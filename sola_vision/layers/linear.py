@@ -157,6 +157,13 @@ class ChannelMix(nn.Module):
         return out
 
 
+def _idle(drop_path: nn.Module) -> bool:
+    """Whether it lets everything through, and nobody watches it do so."""
+    if type(drop_path) is nn.Identity:
+        return exactly(drop_path, nn.Identity)
+    return exactly(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
+
+
 class LinearLayer(nn.Module):
     """One letter L of a schedule."""
 
@@ -179,12 +186,12 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the same, and the hidden state's read-out [B, H, W, C] for bridges."""
-        dropped = self.training and self.drop_path.drop_prob
-        if not dropped and exactly(self.mixer, LinearMixer):
+        kept = _idle(self.drop_path)
+        if kept and exactly(self.mixer, LinearMixer):
             x, readout = self.mixer.add_to(x, self.norm1)
         else:
             mixed, readout = self.mixer(x, self.norm1)
             x = x + self.drop_path(mixed)
-        if not dropped and exactly(self.channel_mix, ChannelMix):
+        if kept and exactly(self.channel_mix, ChannelMix):
             return self.channel_mix.add_to(x, self.norm2), readout
         return x + self.drop_path(self.channel_mix(x, self.norm2)), readout

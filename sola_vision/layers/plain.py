@@ -11,10 +11,13 @@ _TENSORS = (nn.Parameter, Tensor)
 
 def plain(*modules: nn.Module) -> bool:
     """Whether kernels may be given the parameters of each: a projection without a bias, a layer norm that has one."""
-    return all(
-        unchanged(module) and (type(module.bias) in _TENSORS if type(module) is nn.LayerNorm else module.bias is None)
-        for module in modules
-    )
+    for module in modules:  # a plain loop: every layer asks in every forward
+        if not unchanged(module):
+            return False
+        bias = _parameter(module, "bias")
+        if (type(bias) not in _TENSORS) if type(module) is nn.LayerNorm else bias is not None:
+            return False
+    return True
 
 
 def unchanged(module: nn.Module) -> bool:
@@ -22,7 +25,13 @@ def unchanged(module: nn.Module) -> bool:
     module or weight, and one that is hooked or whose forward was replaced does more.
     """
     kind = nn.LayerNorm if type(module) is nn.LayerNorm else nn.Linear
-    return _itself(module, kind) and type(module.weight) in _TENSORS
+    return _itself(module, kind) and type(_parameter(module, "weight")) in _TENSORS
+
+
+def _parameter(module: nn.Module, name: str) -> object:
+    """The attribute, without nn.Module's search where it is a parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def affine(norm: nn.Module) -> bool:
@@ -47,5 +56,11 @@ def hooked_everywhere() -> bool:
 
 def _itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     """No subclass, no wrapper, no hook of its own, no other forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in vars(module)
+    )

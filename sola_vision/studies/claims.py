@@ -3,7 +3,7 @@
 
 A claim has a number. Whoever finds the last one's owner dead creates the next; of two that find it at once one
 succeeds, and nothing is ever renamed or removed. On one machine an owner lives while its process does; from another (or
-after a copy of the folder) while the time in the file is fresh, which a thread of the owner renews.
+after a copy of the folder, or on Windows) while the time in the file is fresh, which a thread of the owner renews.
 """
 
 import json
@@ -76,7 +76,7 @@ def _last(folder: Path) -> tuple[int, dict[str, Any]] | None:
 def _alive(claim: dict[str, Any]) -> bool:
     if claim.get("released"):
         return False
-    if claim["host"] == _host():
+    if claim["host"] == _host() and os.name != "nt":
         return _started(claim["process"]) == claim["started"]
     return time.time() - claim["seen"] < _STALE
 
@@ -93,6 +93,8 @@ def _host() -> str:
 
 def _started(process: int) -> str | None:
     """When a process began, in the system's own unit; None if there is none: numbers of processes come again."""
+    if os.name == "nt":  # there signal 0 is Ctrl-C; the time in the file has to do
+        return None
     stat = Path(f"/proc/{process}/stat")
     if stat.parent.parent.joinpath("self").exists():
         try:

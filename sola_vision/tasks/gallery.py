@@ -6,6 +6,7 @@ Thumbnails that a word filters (names and what was found), a large view with the
 
 import html
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ class Card:
 
 def write_gallery(out: Path, title: str, cards: Sequence[Card]) -> None:
     """`out` is the page's file; `cards` are shown in their order."""
-    data = [{"name": card.name, "picture": quote(card.picture), "facts": list(card.facts)} for card in cards]
+    data = [
+        {"name": card.name, "picture": quote(os.fsencode(card.picture)), "facts": list(card.facts)} for card in cards
+    ]
     # "</" would end the script element that holds the data
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     head, _, tail = _PAGE.partition("__DATA__")

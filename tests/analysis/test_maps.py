@@ -129,6 +129,11 @@ def test_eigencam_is_the_first_component_and_follows_energy():
     assert float(cam[:, 2:5, 3:6].mean()) > 0
 
 
+def test_eigencam_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="not finite"):
+        eigencam(torch.full((1, 3, 4, 4), torch.nan))
+
+
 @pytest.mark.parametrize("shape", [(7, 9, 5), (2, 3, 40)])
 def test_eigencam_keeps_its_sign_under_mirror_and_rotation_of_channels(shape):
     feature = features(3, *shape[:2], channels=shape[2]) if shape[0] > 5 else torch.randn(2, shape[2], *shape[:2])

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,7 @@ UNUSABLE = {
     "of no image": {"image": [7]},
     "another size": {"segmentation": {"size": [30, 20], "counts": [600]}},
     "size than the image": {"segmentation": {"size": 20, "counts": [600]}},
+    "two whole numbers": {"segmentation": {"size": [20.0, 30.0], "counts": [600]}},
     "do not add up": {"segmentation": {"size": [20, 30], "counts": [5, 5000]}},
     "add up to the image": {"segmentation": {"size": [20, 30], "counts": "zzzzzzzz"}},
     "run lengths that are none": {"segmentation": {"size": [20, 30], "counts": 5}},
@@ -209,6 +211,15 @@ def test_an_image_of_another_size_and_a_missing_one_are_errors_of_that_image(tmp
         data[1]
     with pytest.raises(FileNotFoundError, match=r"9\.png"):
         data[2]
+
+
+def test_a_file_is_found_in_either_unicode_form(tmp_path):
+    composed = "caf\N{LATIN SMALL LETTER E WITH ACUTE}.png"
+    write(tmp_path, [annotation()])
+    file = tmp_path / "annotations" / "instances_val.json"
+    file.write_text(file.read_text().replace("7.png", json.dumps(composed)[1:-1]))
+    (tmp_path / "val" / "7.png").rename(tmp_path / "val" / unicodedata.normalize("NFD", composed))
+    assert CocoFolder(tmp_path, "val")[0][0].size == (30, 20)
 
 
 def change(**changes):

@@ -169,6 +169,8 @@ def test_image_folder_follows_links_and_survives_loops(tmp_path):
     (tmp_path / "root/train/cat/linked.png").symlink_to(tmp_path / "elsewhere/1.png")
     (tmp_path / "root/train/cat/loop").symlink_to(tmp_path / "root/train")
     (tmp_path / "root/train/cat/broken.png").symlink_to(tmp_path / "nowhere.png")
+    for itself in ("itself", "itself.png"):
+        (tmp_path / "root/train/cat" / itself).symlink_to(tmp_path / "root/train/cat" / itself)
     data = ImageFolder(tmp_path / "root", "train")
     assert data.samples == ["cat/2.png", "cat/linked.png", "dog/1.png"]
 

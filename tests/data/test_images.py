@@ -146,12 +146,13 @@ def png16(values: np.ndarray) -> bytes:
     return png_file(values.shape[1], values.shape[0], depth=16, colour=0, data=zlib.compress(rows))
 
 
-def png_file(width: int, height: int, depth: int, colour: int, data: bytes) -> bytes:
+def png_file(width: int, height: int, depth: int, colour: int, data: bytes, transparent: int | None = None) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    extra = b"" if transparent is None else chunk(b"tRNS", struct.pack(">H", transparent))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "pgm"])
@@ -165,6 +166,12 @@ def test_read_image_sixteen_bits_are_scaled_not_clipped(tmp_path, kind):
         Image.fromarray(DEEP if kind == "tif" else DEEP.astype(">u2")).save(file)
     expected = np.rint(DEEP / 257).astype(int)
     assert np.array_equal(pixels(file), np.repeat(expected[..., None], 3, 2))
+
+
+def test_read_image_sixteen_bits_with_a_transparent_level_shows_white_there_alone(tmp_path):
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.array([[32768, 32769, 0]], np.uint16))
+    (tmp_path / "a.png").write_bytes(png_file(3, 1, 16, 0, zlib.compress(rows), transparent=32768))
+    assert pixels(tmp_path / "a.png")[0, :, 0].tolist() == [255, 128, 0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """Label rules, label files of every kind, the layout and what is refused of it, transforms that keep pixels true."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,14 @@ def test_what_is_no_label_file_is_named(tmp_path):
         assert "\n" not in str(info.value)
     with pytest.raises(FileNotFoundError, match="no such label file"):
         read_labels(tmp_path / "none.png")
+
+
+def test_an_image_and_its_label_may_write_an_accent_differently(root):
+    composed = "caf\N{LATIN SMALL LETTER E WITH ACUTE}.png"
+    image = next((root / "images" / "val").glob("00000.*"))
+    label_file(root, split="val").rename(root / "annotations" / "val" / composed)
+    image.rename(image.with_name(unicodedata.normalize("NFD", Path(composed).with_suffix(image.suffix).name)))
+    assert len(open_segmentation(root, "val", 255, None)[0]) == 2
 
 
 # names ----------------------------------------------------------------------------------------------------------------

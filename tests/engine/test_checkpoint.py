@@ -4,6 +4,7 @@
 import errno
 import os
 import signal
+import stat
 
 import pytest
 import torch
@@ -133,6 +134,21 @@ def test_a_failure_at_any_moment_leaves_a_complete_file(tmp_path, monkeypatch, s
     target = net()
     load_weights(target, path)
     assert equal(old, target)
+
+
+def test_files_are_flushed_through_handles_that_may_write(tmp_path, monkeypatch):
+    """Windows flushes no others."""
+    fsync, flushed = os.fsync, []
+
+    def strict(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            os.write(handle, b"")
+            flushed.append(handle)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", strict)
+    save_weights(tmp_path / "a.safetensors", nn.Linear(2, 2))
+    assert flushed
 
 
 def test_what_a_killed_writer_left_behind_is_no_obstacle(tmp_path):

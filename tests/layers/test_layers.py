@@ -388,6 +388,35 @@ def test_a_global_hook_sees_all_parts(grad):
     assert wanted <= set(seen)
 
 
+@pytest.mark.parametrize("height", [1, 2, 3])
+def test_merging_a_column_in_bfloat16_has_the_gradients_of_float32(height):
+    """torch's own has memory that nobody has written among them."""
+    merge = PatchMerging(96, 128)
+    x = torch.randn(8, height, 1, 96)
+    whole = torch.autograd.grad(merge(x).square().sum() + merge(x)[..., :64].sum(), merge.reduction.weight)[0]
+    for _ in range(5):
+        # what a gradient would find in memory that was used before
+        used = [torch.full((count,), 1e20) for count in (96 * 128 * 3, 96 * 128 * 9, 96 * 128 * 18) for _ in range(4)]
+        del used
+        with torch.autocast("cpu", torch.bfloat16):
+            out = merge(x)
+        (found,) = torch.autograd.grad(out.square().sum() + out[..., :64].sum(), merge.reduction.weight)
+        assert (found - whole).abs().max() <= 0.05 * whole.abs().max()
+
+
+def test_drop_path_is_called_wherever_it_does_something_or_is_watched():
+    layer, x, seen = LinearLayer(12, drop_path=0.9), torch.randn(8, 3, 3, 12), []
+    whole, _ = layer.eval()(x)
+    layer.drop_path.train()  # alone: as for samples of the networks that paths make
+    assert not torch.equal(layer(x)[0], whole)
+    layer.drop_path = torch.nn.Identity()  # timm's word for none
+    assert torch.equal(layer.train()(x)[0], LinearLayer.forward(layer.eval(), x)[0])
+    torch.testing.assert_close(layer.train()(x)[0], whole)
+    layer.drop_path.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(layer(x)[0], whole)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", [name for name, _ in LinearLayer(12).named_parameters()])
 def test_a_parameter_that_was_never_loaded_is_refused(small_tiles, name, grad):

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images of studies and searches: what is held back to choose on."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sola_vision.studies.images import Images
+
+
+@pytest.mark.parametrize(
+    ("counts", "held"), [((60, 20, 4), (6, 2, 1)), ((20, 20, 20), (2, 2, 2)), ((38, 2, 2), (4, 1, 1))]
+)
+def test_a_share_of_each_class_is_held_back_and_none_loses_its_last_image(tmp_path, counts, held):
+    for number, count in enumerate(counts):
+        for split in ("train", "val"):
+            folder = tmp_path / split / f"class{number}"
+            folder.mkdir(parents=True)
+            for index in range(count if split == "train" else 1):
+                Image.fromarray(np.full((8, 8, 3), index, np.uint8)).save(folder / f"{index}.png")
+    images = Images(str(tmp_path), 8, None, None)
+    learnt, chosen = images.split(0.1)
+    assert sorted(Counter(chosen.targets).items()) == list(enumerate(held))
+    assert Counter(learnt.targets) + Counter(chosen.targets) == Counter(dict(enumerate(counts)))
+    assert images.split(0.1)[1].targets == chosen.targets

@@ -64,14 +64,23 @@ void each_panel(const Tile<T>& left, int64_t tokens, const Packed<T>& right, con
   }
 }
 
+// Arrays [tokens, channels] that a tile is used with: where a map is larger than the second-level cache they are asked for
+// while tokens are mixed, and come during products, as does the row that is normalised next.
+template <class T>
+struct Asked {
+  const T* read = nullptr;
+  const T* written[most_mixes] = {};
+};
+
 // Rows `begin` to `end` of all images, normalised and shifted, a tile of tokens at a time: use(first token, tokens).
 template <class T, class Use>
 void each_tile(const Parameters<T>& a, int64_t begin, int64_t end, const Tile<T>* const (&tiles)[most_mixes],
-               int64_t tokens_of_tile, const Use& use) {
+               int64_t tokens_of_tile, const Asked<T>& asked, const Use& use) {
   const Shift& p = a.p;
   const T* const x = static_cast<const T*>(p.x);
   const Ring<T> ring(p.width * a.padded);
   const Buffer<float> zero(a.padded);
+  const bool asks = p.images * p.height * p.width * p.channels * static_cast<int64_t>(sizeof(T)) > int64_t{4} << 20;
   int64_t filled = 0;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t h = r % p.height;
@@ -83,10 +92,21 @@ void each_tile(const Parameters<T>& a, int64_t begin, int64_t end, const Tile<T>
     compute(h + 1);
     const Neighbours<T> near{h > 0 ? ring[h - 1] : nullptr, ring[h], h + 1 < p.height ? ring[h + 1] : nullptr,
                              zero.data, p.width, a.padded};
+    const int64_t rows_ahead = h + 2 < p.height ? 2 : 0;
+    const auto ask = [&](int64_t token, int64_t c) SOLA_FORCED {
+      if (!asks || c * static_cast<int64_t>(sizeof(T)) % 64 != 0) return;
+      const int64_t at = token * p.channels + c;
+      __builtin_prefetch(x + at + rows_ahead * p.width * p.channels, 0, 2);
+      if (asked.read != nullptr) __builtin_prefetch(asked.read + at, 0, 2);
+      for (const T* written : asked.written) {
+        if (written != nullptr) __builtin_prefetch(written + at, 1);
+      }
+    };
     for (int64_t w = 0; w < p.width; ++w) {
       const float* from[5];
       near.of(w, from);
       for (int64_t i = 0, c = 0; i < a.registers; ++i, c += W) {
+        ask(r * p.width + w, c);
         const F s = a.shifted(from, i), difference = get(from[4] + c) - s;
         for (int64_t m = 0; m < p.mixes; ++m) put(tiles[m]->row(filled) + c, s + get(a.mix(m) + c) * difference);
       }
@@ -129,7 +149,11 @@ void shift_of(const ShiftLinear& p, ParallelFor loop) {
     const Tile<T> first(most, channels), second(mixes > 1 ? most : 0, channels), third(mixes > 2 ? most : 0, channels);
     const Tile<T>* const tiles[most_mixes] = {&first, &second, &third};
     const Tile<float> sums(most, panel);
-    each_tile<T>(a, begin, end, tiles, most, [&](int64_t token, int64_t tokens) {
+    Asked<T> asked;
+    for (int64_t m = 0; m < mixes && !past; ++m) {
+      if (p.weights[m].outputs == channels) asked.written[m] = static_cast<const T*>(p.out[m]);
+    }
+    each_tile<T>(a, begin, end, tiles, most, asked, [&](int64_t token, int64_t tokens) {
       for (int64_t m = 0; m < mixes; ++m) {
         const Packed<T> right = packed<T>(p.weights[m]);
         T* const out = static_cast<T*>(p.out[m]) + token * right.outputs;
@@ -188,7 +212,8 @@ void spatial_mix_of(const SpatialMix& p, ParallelFor loop) {
     const int64_t most = tokens_of_tile<T>(channels, channels, 2 * channels * channels);
     const Tile<T> factor(most, channels);
     const Tile<float> sums(most, channels);
-    each_tile<T>(a, begin, end, {&factor, nullptr, nullptr}, most, [&](int64_t token, int64_t tokens) {
+    const Asked<T> asked{readout, {past ? nullptr : static_cast<const T*>(p.out)}};
+    each_tile<T>(a, begin, end, {&factor, nullptr, nullptr}, most, asked, [&](int64_t token, int64_t tokens) {
       multiply(factor, tokens, packed<T>(p.receptance), 0, channels, sums);
       write(factor.row(0), factor.stride, tokens, channels, false, [&](int64_t t, int64_t c) {
         return sigmoid(get(sums.row(t) + c)) * get(readout + (token + t) * channels + c, channels - c);
@@ -217,7 +242,8 @@ void channel_mix_of(const ChannelMix& p, ParallelFor loop) {
     const Tile<T> of_key(most, channels), of_receptance(most, channels), units(most, width);
     const Tile<T>* const tiles[most_mixes] = {&of_key, &of_receptance, nullptr};
     const Tile<float> some(most, panel), sums(most, channels);
-    each_tile<T>(a, begin, end, tiles, most, [&](int64_t token, int64_t tokens) {
+    const Asked<T> asked{nullptr, {past ? nullptr : static_cast<const T*>(p.out)}};
+    each_tile<T>(a, begin, end, tiles, most, asked, [&](int64_t token, int64_t tokens) {
       for (int64_t s = 0; s < hidden; s += slice) {
         const int64_t depth = hidden - s < slice ? hidden - s : slice;
         for (int64_t q = s / panel; q * panel < s + depth; ++q) {

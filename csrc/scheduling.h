@@ -34,39 +34,64 @@ class Workspace {
   Workspace(const Workspace&) = delete;
 };
 
-template <class Op>
-void chunk_phase(const Problem& p, const typename Op::Register& r, int phase, int64_t c) {
-  if (!r.fast) return;
-  const bool whole = r.n == W && (c + 1) * Op::length <= p.tokens;
-  (whole ? Op::template chunk<true> : Op::template chunk<false>)(p, r, phase, c * Op::length, r.slots + c * Op::slots);
-}
+// A chunk that comes next is asked for a line at a time, in the order of memory, while another one is computed. The
+// processor foresees runs of addresses, but not the steps from row to row in which a register takes them; and many lines
+// asked for at once hold up what is read meanwhile.
+template <class T>
+class Ahead {
+  struct Run {
+    const char* at;
+    int64_t to_next_row;  // from the last line of a row
+  };
+  Run runs_[5];           // of what is read, then of what is written
+  int64_t lines_, left_;  // of a row: all, and those that have not been asked for
 
-// Asks for rows begin to end of an image, of as many bytes from a channel on, in the order of memory.
-// The processor foresees runs of addresses, but not the steps from row to row in which a register takes them. Inlined by
-// force: GCC drops calls of a function that has no effect but this one.
-__attribute__((always_inline)) inline void fetch(const Problem& p, int64_t image, int64_t channel, int64_t begin,
-                                                 int64_t end, int64_t element, int64_t bytes) {
-  const Array* const arrays[] = {&p.key, &p.value, &p.grad};
-  for (const Array* a : arrays) {
-    if (a->data == nullptr) continue;
-    const char* from = static_cast<const char*>(a->data) + (image * a->batch_stride + channel) * element;
-    for (int64_t t = begin; t < end && t < p.tokens; ++t) {
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(from + t * a->row_stride * element + b, 0, 2);
+ public:
+  static constexpr int tokens = 64 / (W * static_cast<int>(sizeof(T)));  // of a register in a line
+
+  // of `registers` from this one on, from a token on
+  Ahead(const Problem& p, int64_t index, int64_t registers, int64_t token)
+      : lines_((registers + tokens - 1) / tokens), left_(lines_) {
+    constexpr int64_t size = sizeof(T);
+    const int64_t columns = (p.channels + W - 1) / W;
+    const Array* const forward[] = {&p.key, &p.value, &p.output};
+    const Array* const backward[] = {&p.key, &p.value, &p.grad, &p.grad_key, &p.grad_value};
+    const bool has_grad = p.grad.data != nullptr;
+    for (int i = 0; i < (has_grad ? 5 : 3); ++i) {
+      const Array& a = has_grad ? *backward[i] : *forward[i];
+      const int64_t first = index / columns * a.batch_stride + token * a.row_stride + index % columns * W;
+      runs_[i] = {static_cast<const char*>(a.data) + first * size, a.row_stride * size - (lines_ - 1) * 64};
     }
   }
-}
 
-// One chunk of some registers side by side, and the next one on its way.
-template <class Op>
-void chunk_of_registers(const Problem& p, const typename Op::Register* registers, int64_t count, int phase, int64_t c,
-                        int64_t next, bool streamed) {
-  constexpr int64_t element = sizeof(typename Op::Element), L = Op::length;
-  for (int64_t i = 0; i < count; ++i) {
-    if (streamed && next >= 0) {
-      fetch(p, registers[0].image, registers[0].channel, next * L + L * i / count, next * L + L * (i + 1) / count,
-            element, count * W * element);
+  // after every token j of a register: the next lines, when it has used up one
+  template <int reads, int writes>
+  SOLA_FORCED void ask(int j) {
+    if (j % tokens != 0) return;
+    const bool last = --left_ == 0;
+    left_ = last ? lines_ : left_;
+    for (int i = 0; i < reads + writes; ++i) {
+      i < reads ? __builtin_prefetch(runs_[i].at, 0, 2) : __builtin_prefetch(runs_[i].at, 1);
+      runs_[i].at += last ? runs_[i].to_next_row : 64;
     }
-    chunk_phase<Op>(p, registers[i], phase, c);
+  }
+};
+
+struct NothingAhead {
+  template <int reads, int writes>
+  SOLA_FORCED void ask(int) {}
+};
+
+// One chunk c of some registers side by side.
+template <class Op, class Next>
+void chunk_of_registers(const Problem& p, const typename Op::Register* registers, int64_t count, int phase, int64_t c,
+                        Next next) {
+  for (int64_t i = 0; i < count; ++i) {
+    const typename Op::Register& r = registers[i];
+    if (!r.fast) continue;
+    const bool whole = r.n == W && (c + 1) * Op::length <= p.tokens;
+    const auto chunk = whole ? Op::template chunk<true, Next> : Op::template chunk<false, Next>;
+    chunk(p, r, phase, c * Op::length, r.slots + c * Op::slots, next);
   }
 }
 
@@ -83,25 +108,39 @@ void in_turn(int phase, int64_t begin, int64_t end, int64_t count, const Take& t
   }
 }
 
-// A thread takes its registers, `tile` at a time, through all phases. Streamed: their tokens do not stay in the cache
-// between two phases.
+// Where tokens are read from: the first phase brings them into the cache, and they stay there; or nothing but streams.
+enum class Source { cache, memory_once, memory };
+
+// A thread takes its registers, `tile` at a time, through all phases.
 template <class Op>
-void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, bool streamed, int64_t chunks) {
+void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, Source source, int64_t chunks) {
+  using Ahead = SOLA_ISA::Ahead<typename Op::Element>;
   const FlushSubnormals flush(true);
   const Workspace<typename Op::Register> space(tile < end - begin ? tile : end - begin, chunks * Op::slots);
   const int64_t columns = (p.channels + W - 1) / W;
+  const auto size = [&](int64_t first) {  // a tile stays within its image
+    const int64_t rest = columns - first % columns, most = end - first < tile ? end - first : tile;
+    return rest < most ? rest : most;
+  };
   for (int64_t first = begin, count = 0; first < end; first += count) {
-    const int64_t rest = columns - first % columns;  // a tile stays within its image
-    count = rest < tile ? rest : tile;
-    count = end - first < count ? end - first : count;
+    count = size(first);
+    const int64_t then = first + count;
     for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, first + i);
     for (int phase = 0; phase < Op::phases; ++phase) {
       if (!Op::by_chunk[phase]) {
         for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
         continue;
       }
+      const bool asks = source == Source::memory || (source == Source::memory_once && phase == 0);
       in_turn<Op>(phase, 0, chunks, count, [&](int64_t c, int64_t step) {
-        chunk_of_registers<Op>(p, space.registers, count, phase, c, c + step, streamed);
+        const int64_t next = c + step;
+        if (asks && next >= 0 && next < chunks) {
+          chunk_of_registers<Op>(p, space.registers, count, phase, c, Ahead(p, first, count, next * Op::length));
+        } else if (asks && phase == 0 && then < end) {
+          chunk_of_registers<Op>(p, space.registers, count, phase, c, Ahead(p, then, size(then), 0));
+        } else {
+          chunk_of_registers<Op>(p, space.registers, count, phase, c, NothingAhead());
+        }
       });
     }
   }
@@ -109,7 +148,8 @@ void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, boo
 
 // Every phase is a parallel region: a thread takes a part of all chunks, whole rows of them, or of the registers.
 template <class Op>
-void by_part(const Problem& p, int64_t count, bool streamed, int64_t chunks, ParallelFor loop) {
+void by_part(const Problem& p, int64_t count, Source source, int64_t chunks, ParallelFor loop) {
+  using Ahead = SOLA_ISA::Ahead<typename Op::Element>;
   const Workspace<typename Op::Register> space(count, chunks * Op::slots);
   for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, i);
   const int64_t columns = count / p.batch;
@@ -124,8 +164,12 @@ void by_part(const Problem& p, int64_t count, bool streamed, int64_t chunks, Par
     parallel(loop, p.batch * chunks, 4, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush(true);
       in_turn<Op>(phase, begin, end, columns, [&](int64_t k, int64_t step) {
-        const int64_t image = k / chunks, c = k % chunks;
-        chunk_of_registers<Op>(p, space.registers + image * columns, columns, phase, c, c + step, streamed);
+        const int64_t first = k / chunks * columns, c = k % chunks, next = c + step;
+        if (source == Source::memory && next >= 0 && next < chunks) {
+          chunk_of_registers<Op>(p, space.registers + first, columns, phase, c, Ahead(p, first, columns, next * Op::length));
+        } else {
+          chunk_of_registers<Op>(p, space.registers + first, columns, phase, c, NothingAhead());
+        }
       });
     });
   }
@@ -137,12 +181,15 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t chunks = (p.tokens + Op::length - 1) / Op::length;
   // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
   // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
-  const int64_t cache = 3 << 19, widest = 8;
-  const bool streamed = (columns < widest ? columns : widest) * p.tokens * register_bytes * Op::arrays > cache;
+  const int64_t cache = 3 << 19, widest = 8, of_register = p.tokens * register_bytes * Op::arrays;
+  const bool streamed = (columns < widest ? columns : widest) * of_register > cache;
+  const Source source = streamed                                      ? Source::memory
+                        : count * of_register > cache * p.threads ? Source::memory_once
+                                                                  : Source::cache;
   const bool few = count < 2 * p.threads || (streamed && p.batch < p.threads);
-  if (p.threads > 1 && few && chunks >= 8) return by_part<Op>(p, count, streamed, chunks, loop);
+  if (p.threads > 1 && few && chunks >= 8) return by_part<Op>(p, count, source, chunks, loop);
   parallel(loop, count, 1 + 1024 / p.tokens,
-           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, widest, streamed, chunks); });
+           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, widest, source, chunks); });
 }
 
 // float64 inputs always take the robust path, which is float64 throughout

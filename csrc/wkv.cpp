@@ -146,10 +146,11 @@ int chunk_length(const Problem& p, int64_t start) {
 
 // ---- sums: A and R of a chunk from zero, and what the checks need
 
-template <class T, bool Whole>
-void sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+template <class T, bool Whole, class Next>
+void sums(const Problem& p, const Register& r, int64_t start, Lanes* slot, Next& next) {
   const int len = chunk_length<Whole>(p, start);
   const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start);
+  Next ahead = next;  // which stays in registers
   U seen = {};
   F most = {};
   Pair left, right;
@@ -159,7 +160,9 @@ void sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
     most = max_abs(most, v);
     left.absorb(r.step[j % period], x, e);
     right.add(r.power[j], x, e);
+    ahead.template ask<2, 0>(j);
   }
+  next = ahead;
   slot[AX] = left.a, slot[AE] = left.b, slot[RX] = right.a, slot[RE] = right.b;
   slot[SEEN_KEYS] = as_float(seen), slot[MAX_VALUE] = most;
 }
@@ -210,21 +213,24 @@ bool within(const Problem& p, const Register& r, int slots) {
 
 // ---- output: both scans inside a chunk, from its carries
 
-template <class T, bool Whole>
-void output(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+template <class T, bool Whole, class Next>
+void output(const Problem& p, const Register& r, int64_t start, Lanes* slot, Next& next) {
   const int len = chunk_length<Whole>(p, start);
   const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), out(p.output, r, start);
   const F gain = r.gain;
   struct {
     F x, e, num, den;
   } token[L];
+  Next ahead = next;
   Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
 #pragma GCC unroll 4
   for (int j = len - 1; j >= 0; --j) {
     const F e = exp(key[j]), x = e * value[j];
     token[j] = {x, e, right.a + gain * x, right.b + gain * e};
     right.absorb(r.step[j % period], x, e);
+    ahead.template ask<2, 1>(j);
   }
+  next = ahead;
 #pragma GCC unroll 4
   for (int j = 0; j < len; ++j) {
     out.set(j, (left.a + token[j].num) * reciprocal(left.b + token[j].den));
@@ -239,19 +245,22 @@ struct Token {
   F x, e, rx, re;
 };
 
-template <class T, bool Whole, class Each>
-inline void replay(const Problem& p, const Register& r, int64_t start, const Lanes* slot, Token* tokens,
+template <class T, bool Whole, int writes, class Next, class Each>
+inline void replay(const Problem& p, const Register& r, int64_t start, const Lanes* slot, Token* tokens, Next& next,
                    const Each& each) {
   const int len = chunk_length<Whole>(p, start);
   const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), grad(p.grad, r, start);
   const F gain = r.gain;
+  Next ahead = next;
   Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
 #pragma GCC unroll 4
   for (int j = len - 1; j >= 0; --j) {
     const F e = exp(key[j]), x = e * value[j];
     tokens[j] = {x, e, right.a, right.b};
     right.absorb(r.step[j % period], x, e);
+    ahead.template ask<3, writes>(j);
   }
+  next = ahead;
 #pragma GCC unroll 4
   for (int j = 0; j < len; ++j) {
     const Token& t = tokens[j];
@@ -264,12 +273,12 @@ inline void replay(const Problem& p, const Register& r, int64_t start, const Lan
 
 // ---- adjoint sums: F and B of a chunk from zero, the largest |g| and D
 
-template <class T, bool Whole>
-void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+template <class T, bool Whole, class Next>
+void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slot, Next& next) {
   Token tokens[L];
   Pair before, after;
   F max_grad = {}, max_den = {};
-  replay<T, Whole>(p, r, start, slot, tokens, [&](int j, const Token&, const Pair&, F h, F q, F g, F den) {
+  replay<T, Whole, 0>(p, r, start, slot, tokens, next, [&](int j, const Token&, const Pair&, F h, F q, F g, F den) {
     max_grad = max_abs(max_grad, g);
     max_den = den > max_den ? den : max_den;
     before.absorb(r.step[j % period], h, q);
@@ -297,8 +306,8 @@ bool adjoint_within(const Problem& p, const Register& r) {
 
 // ---- gradients: all four scans inside a chunk; leaves the chunk's shares of gw and gu in its slots
 
-template <class T, bool Whole>
-void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot) {
+template <class T, bool Whole, class Next>
+void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot, Next& next) {
   const Tokens<T, Whole> grad_key(p.grad_key, r, start), grad_value(p.grad_value, r, start);
   Token tokens[L];
   struct {
@@ -307,8 +316,8 @@ void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot) 
   const F gain = r.gain;
   F decay = {}, bonus = {};
   Pair before{slot[FH], slot[FQ]}, after{slot[BH], slot[BQ]};
-  replay<T, Whole>(p, r, start, slot, tokens, [&](int j, const Token& t, const Pair& left, F h, F q, F, F) {
-    grad_key.expect(j), grad_value.expect(j);
+  replay<T, Whole, 2>(p, r, start, slot, tokens, next, [&](int j, const Token& t, const Pair& left, F h, F q, F, F) {
+    if (sizeof(Next) < 8) grad_key.expect(j), grad_value.expect(j);
     adjoint[j] = {h, q, before.a + gain * h, before.b + gain * q, left.a, left.b};
     decay += t.rx * before.a;
     decay -= t.re * before.b;
@@ -358,9 +367,9 @@ struct Forward {
     r.fast = r.fast && within(p, r, slots);
     r.fast ? carry(p, r, slots, AX) : robust::forward<T>(p, r.image, r.channel, r.n);
   }
-  template <bool Whole>
-  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot) {
-    phase == 0 ? sums<T, Whole>(p, r, start, slot) : output<T, Whole>(p, r, start, slot);
+  template <bool Whole, class Next>
+  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot, Next& next) {
+    phase == 0 ? sums<T, Whole>(p, r, start, slot, next) : output<T, Whole>(p, r, start, slot, next);
   }
 };
 
@@ -382,11 +391,11 @@ struct Backward {
     if (!r.fast) return robust::backward<T>(p, r.image, r.channel, r.n);
     phase == 1 ? carry(p, r, slots, AX) : phase == 3 ? carry(p, r, slots, FH) : parameter_gradients(p, r);
   }
-  template <bool Whole>
-  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot) {
-    phase == 0   ? sums<T, Whole>(p, r, start, slot)
-    : phase == 2 ? adjoint_sums<T, Whole>(p, r, start, slot)
-                 : gradients<T, Whole>(p, r, start, slot);
+  template <bool Whole, class Next>
+  static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot, Next& next) {
+    phase == 0   ? sums<T, Whole>(p, r, start, slot, next)
+    : phase == 2 ? adjoint_sums<T, Whole>(p, r, start, slot, next)
+                 : gradients<T, Whole>(p, r, start, slot, next);
   }
 };
 

@@ -5,10 +5,12 @@ What a user can get wrong ends in one line on standard error and exit code 2; SO
 Standard output carries results only, and with --json one JSON document and nothing else.
 """
 
+import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 # verb -> what it does; the module of the same name (`eval` lives in `evaluate`) is imported when the verb is used
 VERBS = {
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = arguments[0]
     if verb not in VERBS:
         return _refuse(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
+    if empty := _empty(arguments[1:]):
+        return _refuse(empty)
     from sola_vision.engine import keep_heap
     from sola_vision.startup import uncollected
 
@@ -53,13 +57,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _input_errors() as error:
         if os.environ.get("SOLA_TRACEBACK"):
             raise
-        return _refuse(str(error))
+        return _refuse(_plain(error, arguments[1:]) if isinstance(error, OSError) else str(error))
 
 
 def _input_errors() -> tuple[type[BaseException], ...]:
     from sola_vision.engine import TrainingStopped
 
     return (ValueError, OSError, ImportError, TrainingStopped)
+
+
+def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(option, value) of every value on a command line; "" is the option of one that stands alone."""
+    option = ""
+    for word in words:
+        name, given, value = word.partition("=")
+        if not word.startswith("--"):
+            yield option, word
+        elif given:
+            yield name, value
+        option = name if word.startswith("--") and not given else ""
+
+
+def _empty(words: Sequence[str]) -> str | None:
+    """What an unset variable of the shell leaves; as a path it would be the current folder."""
+    for option, value in _values(words):
+        if not value and not option.endswith("bridges"):  # no bridges are a network too
+            return f"{option or 'an argument'} '' is empty: give a value, or set the shell variable that stands there"
+    return None
+
+
+def _plain(error: OSError, words: Sequence[str]) -> str:
+    """What the system refused to do with a file: the option that names the file, what is wrong and what to do."""
+    if error.errno is None or error.filename is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename))
+    near = [each for each in (path, *path.parents) if each != Path()]
+    named = [(value, option) for option, value in _values(words) if option and Path(value) in near]
+    value, option = max(named, key=lambda pair: len(Path(pair[0]).parts), default=(str(path), ""))
+    place = f"{option} {value}".strip() + ("" if Path(value) == path else f": {path}")
+    if error.strerror != os.strerror(error.errno):  # somebody has said more already
+        return f"{place}: {error.strerror}"
+    blocking = next((each for each in near if os.path.exists(each) and not os.path.isdir(each)), None)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and blocking is not None:
+        return f"{place}: {blocking} is a file, and a folder has to be there; name another"
+    if error.errno == errno.ENOENT and not os.path.isdir(path.absolute().parent):
+        return f"{place}: its folder does not exist; create it first"
+    if error.errno == errno.EISDIR:
+        return f"{place}: it is a folder; name a file"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}: {error.strerror.lower()}; change its permissions or name another"
+    return f"{place}: {error.strerror.lower()}"
 
 
 def _refuse(message: str) -> int:

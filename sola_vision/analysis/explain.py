@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sola_vision.analysis.interaction import spread
 from sola_vision.analysis.trace import (
+    Patch,
     Reader,
     Step,
     activation,
@@ -20,6 +21,8 @@ from sola_vision.analysis.trace import (
     eigencam,
     feature_maps,
     nearest_token,
+    overlaps,
+    patches,
     walk,
     wkv_weights,
 )
@@ -29,46 +32,68 @@ from sola_vision.layers import LinearLayer
 Array = NDArray[np.float64]
 
 _SIDE = 32  # tokens a side that a page's map keeps
-_POINTS = 12  # points a side that a page knows, at most
-_BUDGET = 2e9  # weights that all points of a page may take together
+_KNOWN = 12  # tokens a side that a page knows of a layer, at most
+_BUDGET = 2e9  # weights that all of them may take together
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """One layer's maps, [h, w] each, on the layer's own grid of tokens."""
+    """One layer's maps, [h, w] each, on the layer's own grid of tokens. Map and image share their upper left corner;
+    `patch` times the grid may be more than the image, which then ends within the last tokens.
+    """
 
     name: str
     activation: Array
     eigencam: Array
     token: tuple[int, int]  # of the chosen point
+    patch: Patch  # of a token, in pixels (rows, columns)
     reads: Array | None = None  # what that token reads, averaged over channels or heads; sums to 1
     examples: dict[str, Array] = field(default_factory=dict)  # the same of single channels or heads, by their names
     gates: dict[str, Array] = field(default_factory=dict)  # of bridges that end here, averaged over channels
-    elsewhere: NDArray[np.uint8] | None = None  # [points, h, w], what other points read, for a page: see `encode`
+    elsewhere: NDArray[np.uint8] | None = None  # [tokens, h, w], what other tokens read, for a page: see `encode`
+    known: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # rows and columns whose crossings those tokens are
 
     def numbers(self, image: tuple[int, int]) -> dict[str, float]:
         """What the pictures show, in numbers; distances in pixels of the image, parts in per cent."""
-        energy = self.activation**2
+        energy, covers = self.activation**2, self.covers(image)
         values = {
-            "activation_area": 100 * effective_area(energy),
+            "activation_area": 100 * effective_area(energy, covers),
             "activation_smoothness": smoothness(self.activation),
         }
         if self.reads is not None:
-            height, width = self.reads.shape
             rows, columns = spread(self.reads, *self.token)
             values |= {
-                "read_area": 100 * effective_area(self.reads),
+                "read_area": 100 * effective_area(self.reads, covers),
                 "read_own": 100 * float(self.reads[self.token]),
-                "read_rows": rows * image[0] / height,
-                "read_columns": columns * image[1] / width,
+                # from token to token, whose distance is a patch, also where the last of them reaches beyond the image
+                "read_rows": rows * self.patch[0],
+                "read_columns": columns * self.patch[1],
             }
         return values
 
+    def covers(self, image: tuple[int, int]) -> Array:
+        """[h, w]: the part of the image (height, width) that each token's patch covers."""
+        down, across = (
+            overlaps(*sides).sum(1) / sides[0] for sides in zip(image, self.activation.shape, self.patch, strict=True)
+        )
+        return np.outer(down, across)
 
-def effective_area(weights: Array) -> float:
-    """The part of the image that a map is spread over: exp(entropy) / N; 1 for a flat map, 1 / N for a single token."""
-    share = weights[weights > 0] / weights.sum()
-    return float(np.exp(-(share * np.log(share)).sum()) / weights.size)
+    def middle(self, image: tuple[int, int]) -> tuple[float, float]:
+        """(y, x) in pixels: where to mark the chosen token, in the middle of what the image has of its patch."""
+        y, x = ((t * s + min((t + 1) * s, side)) / 2 for t, s, side in zip(self.token, self.patch, image, strict=True))
+        return y, x
+
+
+def effective_area(weights: Array, covers: Array | None = None) -> float:
+    """The part of the image that a map is spread over: exp(entropy of its pixels) / their number; 1 for a flat map.
+
+    covers: the part of the image that each token covers, which a single token gives; by default 1 / N each.
+    """
+    covers = np.full(weights.shape, 1 / weights.size) if covers is None else covers
+    mass = weights * covers
+    some = mass > 0
+    share = mass[some] / mass.sum()
+    return float(np.exp(-(share * np.log(share / covers[some])).sum()))
 
 
 def smoothness(values: Array) -> float:
@@ -87,7 +112,7 @@ def explain(
 ) -> list[LayerView]:
     """Views of every layer for a normalised image [3, H, W] and a point (y, x) in its pixels, the centre by default.
 
-    elsewhere: also what a grid of other points reads, which a page shows on a click.
+    elsewhere: also what other tokens read, which a page shows on a click.
     A SoLA network gives everything; any other, activation and EigenCAM of its maps by timm's contract.
     """
     size = (image.shape[-2], image.shape[-1])
@@ -95,21 +120,26 @@ def explain(
     if not all(0 <= p < s for p, s in zip(at, size, strict=True)):
         raise ValueError(f"point x={at[1]:g}, y={at[0]:g} lies outside the image of {size[1]} x {size[0]} pixels")
     if not isinstance(model, SolaVision):
+        maps = feature_maps(model, image[None])
         return [
-            LayerView(name, *_still(feature), nearest_token(at, size, (feature.shape[2], feature.shape[3])))
-            for name, feature in feature_maps(model, image[None]).items()
+            LayerView(name, *_still(maps[name]), nearest_token(at, patch, _grid(maps[name])), patch)
+            for name, patch in patches(model, size, maps).items()
         ]
-    others = points(model, size) if elsewhere else []
-    return [_view(step, at, size, others) for step in walk(model, image[None])]
+    side = tokens_a_side(model, size) if elsewhere else 0
+    return [_view(step, at, side) for step in walk(model, image[None])]
 
 
-def points(model: SolaVision, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """The grid of points (y, x) that a page knows: 12 x 12, fewer for large images, so that they take seconds."""
+def tokens_a_side(model: SolaVision, size: tuple[int, int]) -> int:
+    """Rows, and columns, of a layer that a page knows: 12, fewer for large images, so that they take seconds."""
     tokens = size[0] * size[1] / model.config.patch_size**2
     schedule = model.config.parsed_schedule.stages
     layers = sum(s.count("L") * d / 4**i for i, (s, d) in enumerate(zip(schedule, model.config.dims, strict=True)))
-    side = int(min(_POINTS, max(2.0, (_BUDGET / max(1.0, tokens * layers)) ** 0.5)))
-    return [((r + 0.5) * size[0] / side, (c + 0.5) * size[1] / side) for r in range(side) for c in range(side)]
+    return int(min(_KNOWN, max(2.0, (_BUDGET / max(1.0, tokens * layers)) ** 0.5)))
+
+
+def _spread_out(count: int, side: int) -> tuple[int, ...]:
+    """`side` of `count` rows or columns, evenly spread; all if there are no more."""
+    return tuple(range(count)) if count <= side else tuple((2 * i + 1) * count // (2 * side) for i in range(side))
 
 
 def arrays(views: list[LayerView]) -> dict[str, Array]:
@@ -117,7 +147,7 @@ def arrays(views: list[LayerView]) -> dict[str, Array]:
     flat: dict[str, Array] = {}
     for view in views:
         flat |= {f"{view.name}/activation": view.activation, f"{view.name}/eigencam": view.eigencam}
-        flat[f"{view.name}/token"] = np.array(view.token)
+        flat[f"{view.name}/token"], flat[f"{view.name}/patch"] = np.array(view.token), np.array(view.patch)
         if view.reads is not None:
             kind = "wkv" if view.name.endswith("L") else "attention"
             flat[f"{view.name}/{kind}"] = view.reads
@@ -138,12 +168,18 @@ def _still(feature: Tensor) -> tuple[Array, Array]:
     return activation(feature)[0].cpu().numpy(), eigencam(feature)[0].cpu().numpy()
 
 
-def _view(step: Step, at: tuple[float, float], size: tuple[int, int], others: list[tuple[float, float]]) -> LayerView:
-    grid = (step.output.shape[1], step.output.shape[2])
-    token = nearest_token(at, size, grid)
-    still = _still(step.output.permute(0, 3, 1, 2))
+def _grid(feature: Tensor) -> tuple[int, int]:
+    return feature.shape[2], feature.shape[3]
+
+
+def _view(step: Step, at: tuple[float, float], side: int) -> LayerView:
+    feature = step.output.permute(0, 3, 1, 2)
+    grid, patch = _grid(feature), (float(step.stride), float(step.stride))
+    token = nearest_token(at, patch, grid)
+    still = _still(feature)
     gates = {str(bridge): gate[0].double().mean(-1).cpu().numpy() for bridge, gate in step.gates}
-    tokens = [nearest_token(other, size, grid) for other in others]
+    known = _spread_out(grid[0], side), _spread_out(grid[1], side)
+    tokens = [(row, column) for row in known[0] for column in known[1]]
     if isinstance(step.layer, LinearLayer):
         reads = wkv_weights(step, token)[0]
         channels = _channels(step.layer)
@@ -160,10 +196,12 @@ def _view(step: Step, at: tuple[float, float], size: tuple[int, int], others: li
         step.name,
         *still,
         token,
+        patch,
         reads=reads.cpu().numpy(),
         examples=examples,
         gates=gates,
         elsewhere=np.stack(elsewhere) if elsewhere else None,
+        known=known,
     )
 
 

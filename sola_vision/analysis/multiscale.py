@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sola_vision.analysis.trace import Patch, overlaps
+
 # not in the paper: its scene is not published. Centre x, y and height of each owl, as parts of the image's side
 _OWLS = ((0.30, 0.38, 0.56), (0.74, 0.24, 0.34), (0.66, 0.68, 0.20), (0.88, 0.56, 0.12), (0.86, 0.86, 0.07))
 
@@ -39,17 +41,18 @@ def multiscale_image(side: int = 1024, seed: int = 0) -> MultiScale:
     return MultiScale(np.rint(pixels).clip(0, 255).astype(np.uint8), masks, boxes)
 
 
-def energy_shares(energy: Tensor, masks: NDArray[np.bool_]) -> list[tuple[float, float]]:
+def energy_shares(energy: Tensor, masks: NDArray[np.bool_], patch: Patch) -> list[tuple[float, float]]:
     """For each object: (share of the energy of a map [h, w] that falls on it, share of the image's area it has).
 
-    Masks may be finer than the map: each of its tokens counts by the part of its patch that the object covers.
+    masks: [n, H, W], as fine as the image. patch: of a token, in pixels (rows, columns). A token's energy lies evenly
+    on what the image has of its patch; what the network pads has none.
     """
     if energy.ndim != 2 or bool((energy < 0).any()):
         raise ValueError(f"energy must be a map [h, w] without negative values, got {list(energy.shape)}")
-    grid = (energy.shape[0], energy.shape[1])
-    covered = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(masks).double()[:, None], grid)[:, 0]
-    share = energy.double().cpu() / energy.double().sum().cpu().clamp(min=torch.finfo(torch.float64).tiny)
-    return [(float((share * part).sum()), float(part.mean())) for part in covered]
+    down, across = (overlaps(*sides) for sides in zip(masks.shape[1:], energy.shape, patch, strict=True))
+    lies = down.T @ energy.double().cpu().numpy() @ across  # [H, W], by pixel
+    total = max(float(lies.sum()), np.finfo(float).tiny)
+    return [(float(lies[mask].sum()) / total, float(mask.mean())) for mask in masks]
 
 
 def _ground(rng: np.random.Generator, side: int) -> NDArray[np.float64]:

@@ -34,16 +34,18 @@ def write_page(
 ) -> None:
     """networks: (label, views) each; the views of SoLA networks made with `explain(..., elsewhere=True)`."""
     height, width = image.shape[:2]
-    known = [len(v.elsewhere) for _, views in networks for v in views if v.elsewhere is not None]
+    known = [max(map(len, view.known)) for _, views in networks for view in views]
     data = {
         "width": width,
         "height": height,
         "start": [point[1] / width, point[0] / height],
-        "points": round(known[0] ** 0.5) if known else 1,
+        "steps": max(1, *known),
         "picture": _picture(image),
         "rising": _ramp("cividis"),
         "two_sided": _ramp("PuOr_r"),
-        "networks": [{"label": label, "layers": [_layer(view) for view in views]} for label, views in networks],
+        "networks": [
+            {"label": label, "layers": [_layer(view, (height, width)) for view in views]} for label, views in networks
+        ],
     }
     template = resources.files("sola_vision.analysis").joinpath("page.html").read_text(encoding="utf-8")
     # "</" would end the script element that holds the data
@@ -53,18 +55,22 @@ def write_page(
     out.write_text(head + text + tail, encoding="utf-8")
 
 
-def _layer(view: LayerView) -> dict[str, Any]:
+def _layer(view: LayerView, image: tuple[int, int]) -> dict[str, Any]:
     low, high = float(view.activation.min()), float(view.activation.max())
     reach = max(float(np.abs(view.eigencam).max()), 1e-12)
     layer: dict[str, Any] = {
         "name": view.name,
         "kind": "WKV weights" if view.name.endswith("L") else "attention",
+        # x, then y, as the page has its points; a patch in parts of the image
+        "tokens": view.activation.shape[::-1],
+        "patch": [view.patch[1] / image[1], view.patch[0] / image[0]],
         "activation": _still(view.activation, low, high) | {"range": f"{low:.3g} to {high:.3g}"},
         "eigencam": _still(view.eigencam, -reach, reach) | {"range": f"-{reach:.3g} to {reach:.3g}"},
     }
     if view.elsewhere is not None:
         _, rows, columns = view.elsewhere.shape
         layer["reads"] = {"height": rows, "width": columns, "data": base64.b64encode(view.elsewhere.tobytes()).decode()}
+        layer["reads"]["known"] = view.known[::-1]
     return layer
 
 

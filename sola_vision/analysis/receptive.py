@@ -8,7 +8,7 @@ residuals. The theory sees decay alone.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sola_vision.analysis.interaction import decay_range, spread
-from sola_vision.analysis.trace import nearest_token, walk
+from sola_vision.analysis.trace import feature_maps, nearest_token, patches, walk
 from sola_vision.backbone import SolaVision
 from sola_vision.layers import LinearLayer
 from sola_vision.schedule import Layer
@@ -27,7 +27,9 @@ _SHARES = (0.2, 0.5, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class FieldMap:
-    """The receptive field of one token: a map [H, W] that sums to 1. centre: (y, x) of that token in pixels."""
+    """The receptive field of one token: a map [H, W] that sums to 1. centre: (y, x) of that token's patch in pixels,
+    which may lie outside the image where the network pads it.
+    """
 
     map: Array
     centre: tuple[float, float]
@@ -88,19 +90,16 @@ def _gradients(
     with torch.enable_grad():
         if isinstance(model, SolaVision):
             skip: Callable[[Layer], bool] = lambda place: without_softmax  # noqa: E731 - one word
-            outputs = [(step.name, step.output) for step in walk(model, image, skip=skip)]
+            maps = {step.name: step.output.permute(0, 3, 1, 2) for step in walk(model, image, skip=skip)}
         else:
             if without_softmax:
                 raise ValueError(f"{type(model).__name__} is not a SoLA network: its softmax layers cannot be left out")
-            if not hasattr(model, "forward_intermediates"):
-                raise ValueError(f"{type(model).__name__} has no forward_intermediates (timm's contract)")
-            maps = cast("Any", model).forward_intermediates(image, intermediates_only=True)
-            outputs = [(f"map {i}", f.permute(0, 2, 3, 1)) for i, f in enumerate(maps, start=1)]
-        for name, output in outputs:
-            grid = output.shape[1], output.shape[2]
-            row, column = nearest_token(at, size, grid)
-            centre = (row + 0.5) * size[0] / grid[0], (column + 0.5) * size[1] / grid[1]
-            read = (output[0, row, column] * _signs(output.shape[-1], output.device)).sum()
+            maps = feature_maps(model, image)
+        for name, patch in patches(model, size, maps).items():
+            output = maps[name]
+            row, column = nearest_token(at, patch, (output.shape[2], output.shape[3]))
+            centre = (row + 0.5) * patch[0], (column + 0.5) * patch[1]
+            read = (output[0, :, row, column] * _signs(output.shape[1], output.device)).sum()
             (gradient,) = torch.autograd.grad(read, image, retain_graph=True)
             field = gradient[0].abs().sum(0).double()
             yield name, (field / field.sum().clamp(min=torch.finfo(torch.float64).tiny)).cpu().numpy(), centre

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from sola_vision.analysis.explain import LayerView
+from sola_vision.analysis.trace import Patch
 
 # told apart by colour-blind readers: one ramp of rising lightness, and a pair of hues about zero
 _RISING, _TWO_SIDED = "cividis", "PuOr_r"
@@ -28,7 +29,8 @@ class _Panel:
     values: NDArray[np.float64]
     norm: Normalize
     colours: str
-    token: tuple[int, int] | None = None
+    patch: Patch
+    mark: tuple[float, float] | None = None  # (y, x) in pixels of the image
 
 
 def draw_sheet(
@@ -43,10 +45,11 @@ def draw_sheet(
     columns: (label, views) of each network. With two, single channels and heads are left out.
     """
     alone = len(columns) == 1
-    rows = [
-        [panel for _, views in columns for panel in _panels(views, number, alone)] for number in range(_depth(columns))
-    ]
     height, width = image.shape[:2]
+    rows = [
+        [panel for _, views in columns for panel in _panels(views, number, alone, (height, width))]
+        for number in range(_depth(columns))
+    ]
     panel_height = min(max(_PANEL * height / width, 0.5 * _PANEL), 1.6 * _PANEL)
     across = max(len(row) for row in rows)
     row_height = panel_height + _TITLE + 0.12
@@ -57,7 +60,7 @@ def draw_sheet(
         for c, panel in enumerate(row):
             left = _LEFT + c * (_PANEL + _BAR + _GAP)
             bottom = figure_size[1] - _TOP - (r + 1) * row_height + 0.06
-            _draw(figure, figure_size, (left, bottom, _PANEL, panel_height), panel)
+            _draw(figure, figure_size, (left, bottom, _PANEL, panel_height), panel, (height, width))
     figure.savefig(out, dpi=_DPI)
 
 
@@ -65,29 +68,34 @@ def _depth(columns: Sequence[tuple[str, Sequence[LayerView]]]) -> int:
     return max(len(views) for _, views in columns)
 
 
-def _panels(views: Sequence[LayerView], number: int, alone: bool) -> list[_Panel]:
+def _panels(views: Sequence[LayerView], number: int, alone: bool, image: tuple[int, int]) -> list[_Panel]:
     if number >= len(views):
         return []
     view = views[number]
     reach = max(float(np.abs(view.eigencam).max()), 1e-12)
     low, high = float(view.activation.min()), float(view.activation.max())
     panels = [
-        _Panel(f"{view.name}  activation", view.activation, Normalize(low, max(high, low + 1e-12)), _RISING),
-        _Panel(f"{view.name}  EigenCAM", view.eigencam, TwoSlopeNorm(0, -reach, reach), _TWO_SIDED),
+        _Panel(
+            f"{view.name}  activation", view.activation, Normalize(low, max(high, low + 1e-12)), _RISING, view.patch
+        ),
+        _Panel(f"{view.name}  EigenCAM", view.eigencam, TwoSlopeNorm(0, -reach, reach), _TWO_SIDED, view.patch),
     ]
     if view.reads is not None:
+        mark = view.middle(image)
         what = "WKV, mean of channels" if view.name.endswith("L") else "attention, mean of heads"
-        panels.append(_reads(f"{view.name}  {what}", view.reads, view.token))
+        panels.append(_reads(f"{view.name}  {what}", view.reads, view.patch, mark))
         if alone:
-            panels += [_reads(name, one, view.token) for name, one in view.examples.items()]
+            panels += [_reads(name, one, view.patch, mark) for name, one in view.examples.items()]
     if alone:
-        panels += [_Panel(f"gate of {name}", gate, Normalize(0, 1), _RISING) for name, gate in view.gates.items()]
+        panels += [
+            _Panel(f"gate of {name}", gate, Normalize(0, 1), _RISING, view.patch) for name, gate in view.gates.items()
+        ]
     return panels
 
 
-def _reads(title: str, weights: NDArray[np.float64], token: tuple[int, int]) -> _Panel:
+def _reads(title: str, weights: NDArray[np.float64], patch: Patch, mark: tuple[float, float]) -> _Panel:
     times_uniform = np.clip(weights * weights.size, *_READS)
-    return _Panel(title, times_uniform, LogNorm(*_READS), _RISING, token)
+    return _Panel(title, times_uniform, LogNorm(*_READS), _RISING, patch, mark)
 
 
 def _head(
@@ -102,7 +110,7 @@ def _head(
     tall = min(_TOP - 0.35, 4.6 * height / width)
     wide = tall * width / height
     axes = figure.add_axes((_LEFT / size[0], 1 - (tall + 0.12) / size[1], wide / size[0], tall / size[1]))
-    axes.imshow(image)
+    axes.imshow(image, extent=(0, width, height, 0))
     axes.set_axis_off()
     _mark(axes, point[1], point[0], 11)
     notes = [
@@ -127,15 +135,27 @@ def _head(
     )
 
 
-def _draw(figure: Figure, size: tuple[float, float], box: tuple[float, float, float, float], panel: _Panel) -> None:
+def _draw(
+    figure: Figure,
+    size: tuple[float, float],
+    box: tuple[float, float, float, float],
+    panel: _Panel,
+    image: tuple[int, int],
+) -> None:
     left, bottom, width, height = box
     axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
-    drawn = axes.imshow(panel.values, cmap=panel.colours, norm=panel.norm, interpolation="nearest", aspect="auto")
+    # every token on its pixels; what lies beyond the image is cut off
+    extent = (0, panel.values.shape[1] * panel.patch[1], panel.values.shape[0] * panel.patch[0], 0)
+    drawn = axes.imshow(
+        panel.values, cmap=panel.colours, norm=panel.norm, interpolation="nearest", aspect="auto", extent=extent
+    )
+    axes.set_xlim(0, image[1])
+    axes.set_ylim(image[0], 0)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(panel.title, fontsize=8, pad=3, loc="left")
-    if panel.token is not None:
-        _mark(axes, panel.token[1], panel.token[0], 7)
+    if panel.mark is not None:
+        _mark(axes, panel.mark[1], panel.mark[0], 7)
     bar = figure.add_axes(((left + width + 0.05) / size[0], bottom / size[1], _BAR / size[0], height / size[1]))
     ticks, labels = _ticks(panel.norm)
     colour_bar = figure.colorbar(drawn, cax=bar, ticks=ticks)

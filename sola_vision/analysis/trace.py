@@ -6,11 +6,13 @@ functions below take a layer and its input and say what a token reads there. For
 `feature_maps` gives the maps of timm's contract under names.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sola_vision.backbone import SolaVision, Stage
@@ -18,6 +20,8 @@ from sola_vision.layers import LinearLayer, SoftmaxLayer
 from sola_vision.ops import reference
 from sola_vision.ops.passes import interpolated
 from sola_vision.schedule import Bridge, Layer
+
+Patch = tuple[float, float]  # height and width of a token's patch in pixels
 
 _AT_ONCE = 2**22  # weights in float64 at a time
 
@@ -31,6 +35,7 @@ class Step:
     input: Tensor  # with what bridges added
     output: Tensor
     gates: tuple[tuple[Bridge, Tensor], ...]  # the gates sigmoid(x W_g) of the bridges that end here
+    stride: int  # pixels between neighbouring tokens
 
     @property
     def kind(self) -> str:
@@ -67,7 +72,7 @@ def walk(model: SolaVision, image: Tensor, *, skip: Callable[[Layer], bool] = la
                 output, state = layer(x)
             if place in stage.carried and state is not None:
                 states[place] = state
-            yield Step(place, layer, x, output, tuple(gates))
+            yield Step(place, layer, x, output, tuple(gates), model.config.strides[place.stage])
             x = output
 
 
@@ -83,10 +88,46 @@ def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     return {f"map {number}": feature for number, feature in enumerate(maps, start=1)}
 
 
-def nearest_token(point: tuple[float, float], image: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-    """The token (row, column) of a grid whose patch a point (y, x) of the image, in pixels, lies in."""
-    row, column = (min(max(int(p * g / i), 0), g - 1) for p, i, g in zip(point, image, grid, strict=True))
+def patches(model: nn.Module, image: tuple[int, int], maps: dict[str, Tensor]) -> dict[str, Patch]:
+    """The patch, in pixels (rows, columns), that a token of each of `feature_maps`' maps stands for.
+
+    image: its (height, width). With a patch of s pixels, token t stands for the pixels from s t to s (t + 1).
+    A SoLA network pads on the right and below alone: the stem with zeros up to its patch, and merging, whose 3 x 3
+    windows are centred on every second token from the first, has a token for an odd last one as well. So s is the
+    stride of the stage, and the last patches may reach beyond the image. (A window also reads a row above and a
+    column to the left of its patch.)
+    Any other network of timm's: the reduction that feature_info has for the map, if the map has as many tokens as it
+    makes of the image, rounded up or down; rounded down, the last pixels lie in no patch. For other maps, and without
+    feature_info, the image is divided evenly.
+    """
+    strides: list[int | None]
+    if isinstance(model, SolaVision):
+        strides = [model.config.strides[place.stage] for place in model.config.parsed_schedule.layers]
+    else:
+        strides = [entry.get("reduction") for entry in getattr(model, "feature_info", None) or ()]
+    if len(strides) < len(maps):  # more are left of a network that was cut
+        strides = [None] * len(maps)
+    return {
+        name: _patch(image, feature.shape[2:], s) for (name, feature), s in zip(maps.items(), strides, strict=False)
+    }
+
+
+def _patch(image: tuple[int, int], grid: Sequence[int], stride: int | None) -> Patch:
+    if stride and all(abs(tokens * stride - pixels) < stride for tokens, pixels in zip(grid, image, strict=True)):
+        return float(stride), float(stride)
+    return image[0] / grid[0], image[1] / grid[1]
+
+
+def nearest_token(point: tuple[float, float], patch: Patch, grid: tuple[int, int]) -> tuple[int, int]:
+    """The token (row, column) of a grid whose patch a point (y, x) of the image, in pixels, lies in: see `patches`."""
+    row, column = (min(max(int(p / s), 0), g - 1) for p, s, g in zip(point, patch, grid, strict=True))
     return row, column
+
+
+def overlaps(pixels: int, tokens: int, patch: float) -> NDArray[np.float64]:
+    """[tokens, pixels]: the part of every pixel of a row (or column) that lies in each token's patch."""
+    starts, pixel = patch * np.arange(tokens)[:, None], np.arange(pixels)
+    return (np.minimum(starts + patch, pixel + 1) - np.maximum(starts, pixel)).clip(0, 1)
 
 
 def keys(step: Step) -> Tensor:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from sola_vision.analysis.trace import activation, eigencam, feature_maps
+from sola_vision.analysis.trace import Patch, activation, eigencam, feature_maps, patches
 from sola_vision.data import EvalTransform, ImageConfig
 from sola_vision.tasks import load_checkpoint, read_description
 
@@ -53,10 +53,12 @@ class Subject:
         pixels = torch.from_numpy(np.asarray(seen, np.float32).copy()).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         maps = feature_maps(self.backbone, ((pixels - mean) / std)[None])
-        return [
-            (name, _painted(eigencam(feature)[0], picture, 0.6), _painted(activation(feature)[0], picture, 1.0))
-            for name, feature in maps.items()
-        ]
+        views = []
+        for name, (down, across) in patches(self.backbone, (seen.height, seen.width), maps).items():
+            patch = (down / seen.height, across / seen.width)
+            cam, still = eigencam(maps[name])[0], activation(maps[name])[0]
+            views.append((name, _painted(cam, patch, picture, 0.6), _painted(still, patch, picture, 1.0)))
+        return views
 
 
 def names(sources: list[str]) -> list[str]:
@@ -157,8 +159,10 @@ def _normalisation(image: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(getattr(image, "mean", usual.mean)), tuple(getattr(image, "std", usual.std))
 
 
-def _painted(values: Tensor, picture: Image.Image, opacity: float) -> Image.Image:
-    """A map [h, w] in colours from its least to its largest value, at the picture's shape, over the picture."""
+def _painted(values: Tensor, patch: Patch, picture: Image.Image, opacity: float) -> Image.Image:
+    """A map [h, w] in colours from its least to its largest value, over the picture and at its shape: each token where
+    its pixels are. patch: of a token, in parts of the picture's height and width.
+    """
     low, high = values.min(), values.max()
     still: NDArray[np.float64] = ((values - low) / (high - low if high > low else 1.0)).cpu().numpy()
     colours = Image.fromarray((colormaps["viridis"](still)[..., :3] * 255).astype(np.uint8))
@@ -166,4 +170,10 @@ def _painted(values: Tensor, picture: Image.Image, opacity: float) -> Image.Imag
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # over the picture it is a tint, alone its tokens are to be seen
     way = Image.Resampling.BICUBIC if opacity < 1 else Image.Resampling.NEAREST
-    return Image.blend(picture.convert("RGB").resize(size), colours.resize(size, way), opacity)
+    below = picture.convert("RGB").resize(size)
+    # a network that pads has tokens beyond the picture, another leaves its last pixels out: what both have
+    box = (0.0, 0.0, min(colours.width, 1 / patch[1]), min(colours.height, 1 / patch[0]))
+    part = (max(1, round(size[0] * box[2] * patch[1])), max(1, round(size[1] * box[3] * patch[0])))
+    tint = colours.resize(part, way, box)
+    below.paste(Image.blend(below.crop((0, 0, *part)), tint, opacity))
+    return below

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sola eval` and `sola predict` share: their parser, the images they are about, names to print."""
+"""What commands share: their parser, where results go, the images they are about, names to print."""
 
+import errno
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.text import Text
 
@@ -17,11 +19,25 @@ from sola_vision.tasks import Checkpoint, takes_one_size
 class Arguments(ArgumentParser):
     """argparse without its page of usage before every error, and without options that are cut short."""
 
-    def __init__(self, prog: str, description: str | None) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    def __init__(self, prog: str, description: str | None = None, **more: Any) -> None:
+        super().__init__(prog=prog, description=description, **{**more, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `{self.prog} --help` lists what there is")
+
+
+def out_folder(path: str | Path) -> Path:
+    """Where results go. A file in its way is found before the work, which could not be kept otherwise."""
+    path = Path(path)
+    if any(place.is_file() for place in (path, *path.parents)):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return path
+
+
+def check_folder_of(file: str | None) -> None:
+    """Of a file that will be written: it has to be there before the work."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
 
 
 def refuse_unused(options: Namespace, file: str, names: Sequence[str]) -> None:
@@ -56,6 +72,19 @@ def image_files(source: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
     return files
+
+
+def beside(checkpoint: str) -> Path:
+    """Where an evaluation of this file, or of a run's folder, goes unless --out says it."""
+    path = Path(checkpoint)
+    return (path if path.is_dir() else path.parent) / "eval"
+
+
+def tell_unreadable(number: int) -> None:
+    """How many images an evaluation had to leave out."""
+    if number:
+        images = "1 image could not be read and is" if number == 1 else f"{number} images could not be read and are"
+        print(f"{images} left out", file=sys.stderr)
 
 
 def left_out(rows: Sequence[object], unreadable: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ Figures mean something on a machine that does nothing else. Names and sizes are 
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from sola_vision.bench import accuracy, network, operator
 from sola_vision.bench.rounds import Protocol
+from sola_vision.commands.arguments import Arguments, check_folder_of
 from sola_vision.commands.cost import full_name, parse_size
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.engine.log import surroundings
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="sola bench", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Arguments("sola bench", __doc__, formatter_class=RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="what", required=True)
     op = parts.add_parser("op", help="the operator beside the portable form, attention and a copy of its data")
     op.add_argument("--shape", nargs="+", metavar="BxNxC", help="batch, tokens, channels, such as 8x3136x96")
@@ -97,8 +98,7 @@ def _check(options: Namespace) -> None:
     else:
         _known("--path", options.path, accuracy.PATHS)
     for file in (options.json, getattr(options, "plot", None)):
-        if file not in (None, "-") and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"{file}: its folder does not exist; create it first")
+        check_folder_of(None if file == "-" else file)
 
 
 def _known(name: str, values: Sequence[str], all_values: Sequence[str]) -> None:

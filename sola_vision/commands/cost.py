@@ -8,7 +8,7 @@ import csv
 import json
 import re
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import timm
 
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
+from sola_vision.commands.arguments import Arguments, check_folder_of
 from sola_vision.commands.tables import new_table, show_table
 
 _MULTIPLE = 32  # of the sides that timm's fixed-size networks take here
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="sola cost", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Arguments("sola cost", __doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="sola_tiny, sola_base, ... (default: sola_tiny)")
     parser.add_argument("--size", nargs="+", default=["224"], metavar="HxW", help="image sizes, such as 224 1333x800")
     parser.add_argument("--schedule", help="layers of every stage, such as LL/LL/LLLLLL/LL")
@@ -55,14 +56,16 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         raise ValueError("--classes must be at least 0, --batch and --threads at least 1")
     if options.measure and not options.figure_1b:
         raise ValueError("--measure belongs to --figure-1b: add it")
+    for file in (options.csv, options.plot):
+        check_folder_of(file)
     return options
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """ "224" or "1333x800" -> (height, width)."""
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
+    """ "224" or "1333x800" -> (height, width); `option` is where the text was given."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
+        raise ValueError(f"{option} {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
     return int(parts[0]), int(parts[-1])
 
 

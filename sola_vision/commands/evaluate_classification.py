@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from sola_vision.commands.arguments import Arguments, image_settings, plain
+from sola_vision.commands.arguments import Arguments, beside, image_settings, out_folder, plain, tell_unreadable
 from sola_vision.data import EvalTransform, open_classification
 from sola_vision.engine import EvaluationBatches, World, distributed
+from sola_vision.engine.distributed import gather_objects
 from sola_vision.tasks import Checkpoint, Tally, load_checkpoint
 from sola_vision.tasks.pictures import draw_confusion, draw_predictions
 
@@ -27,10 +28,10 @@ _SHOWN = 12  # pictures of right and of wrong predictions, each
 
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
+    out = out_folder(options.out or beside(options.checkpoint))
     checkpoint = load_checkpoint(options.checkpoint)
     image = image_settings(checkpoint, options.size)
     dataset = open_classification(options.data, options.split, EvalTransform(image), checkpoint.classes)
-    out = Path(options.out) if options.out else _beside(options.checkpoint)
     with distributed(options.device) as world:
         model = checkpoint.model.to(world.device)
         batches = EvaluationBatches(dataset, world, batch_size=options.batch_size, workers=options.workers)
@@ -43,8 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     _write_classes(result["classes"], out / "classes.csv")
     draw_confusion(tally.confusion, checkpoint.classes, out / "confusion.png")
-    if best is not None:
-        _draw_examples(dataset, checkpoint.classes, best, result["top1"], out / "predictions.png")
+    _draw_examples(dataset, checkpoint.classes, best, result["top1"], out / "predictions.png")
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -72,21 +72,23 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 @torch.inference_mode()
 def _evaluate(
     model: nn.Module, batches: EvaluationBatches, num_classes: int, world: World
-) -> tuple[Tally, Tensor | None, float]:
-    """The counts, each image's best class and its probability [N, 2] (one process only), and the seconds of it all."""
+) -> tuple[Tally, dict[int, tuple[int, float]], float]:
+    """The counts, the best class of every readable image with its probability, and the seconds of it all."""
     tally = Tally.of(num_classes)
-    best = []
+    best: list[tuple[int, float]] = []
     start = time.perf_counter()
     for images, labels in batches:
         logits = model(images)
         tally.add(logits, labels)
         probability, predicted = logits.float().softmax(1).max(1)
-        best.append(torch.stack((predicted.double(), probability.double()), dim=1).cpu())
+        best += zip(predicted.tolist(), probability.tolist(), strict=True)
     seconds = time.perf_counter() - start
+    mine = [
+        index for index in range(world.rank, batches.skipped.size, world.size) if index not in batches.skipped.fresh
+    ]
     batches.skipped.share(lambda text: print(f"sola: {text}", file=sys.stderr) if world.is_main else None)
     tally = tally.reduced(world.device)
-    together = torch.cat(best) if best and world.size == 1 and not batches.skipped.known else None
-    return tally, together, seconds
+    return tally, dict(sorted(gather_objects(list(zip(mine, best, strict=True))))), seconds
 
 
 def _result(
@@ -119,11 +121,6 @@ def _result(
     }
 
 
-def _beside(checkpoint: str) -> Path:
-    path = Path(checkpoint)
-    return (path if path.is_dir() else path.parent) / "eval"
-
-
 def _write_classes(classes: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["class", "images", "recall", "precision"])
@@ -131,18 +128,15 @@ def _write_classes(classes: list[dict[str, Any]], path: Path) -> None:
         writer.writerows(classes)
 
 
-def _draw_examples(dataset: Any, classes: list[str], best: Tensor, top1: float, out: Path) -> None:
+def _draw_examples(
+    dataset: Any, classes: list[str], best: dict[int, tuple[int, float]], top1: float, out: Path
+) -> None:
     """The most confident mistakes first, then right answers spread over the set."""
-    predicted, confidence = best[:, 0].long(), best[:, 1]
-    wrong_mask = predicted != torch.tensor(dataset.targets)
-    all_wrong = torch.nonzero(wrong_mask).flatten()
-    wrong = all_wrong[confidence[all_wrong].argsort(descending=True)][:_SHOWN].tolist()
-    all_right = torch.nonzero(~wrong_mask).flatten()
-    right = all_right[:: max(1, len(all_right) // (2 * _SHOWN - len(wrong)))][: 2 * _SHOWN - len(wrong)].tolist()
-    examples = [
-        (dataset.image(i), classes[dataset.targets[i]], classes[int(predicted[i])], float(confidence[i]))
-        for i in wrong + right
-    ]
+    all_wrong = [i for i, (predicted, _) in best.items() if predicted != dataset.targets[i]]
+    wrong = sorted(all_wrong, key=lambda i: best[i][1], reverse=True)[:_SHOWN]
+    all_right = [i for i, (predicted, _) in best.items() if predicted == dataset.targets[i]]
+    right = all_right[:: max(1, len(all_right) // (2 * _SHOWN - len(wrong)))][: 2 * _SHOWN - len(wrong)]
+    examples = [(dataset.image(i), classes[dataset.targets[i]], classes[best[i][0]], best[i][1]) for i in wrong + right]
     draw_predictions(examples, out, f"top-1 {top1:.2f} %; the surest mistakes are framed, then right answers")
 
 
@@ -162,7 +156,5 @@ def _print(result: dict[str, Any], out: Path) -> None:
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {loss}, "
         f"{result['images_per_second']:.0f} images/s reading included"
     )
-    if result["images_skipped"]:
-        print(f"{result['images_skipped']} images could not be read and are left out", file=sys.stderr)
-    pictures = "confusion.png" if result["images_skipped"] else "confusion.png and predictions.png"
-    print(f"eval.json, classes.csv, {pictures} are in {out}")
+    tell_unreadable(result["images_skipped"])
+    print(f"eval.json, classes.csv, confusion.png and predictions.png of {result['split']} are in {out}")

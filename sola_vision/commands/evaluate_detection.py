@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, plain, refuse_unused
+from sola_vision.commands.arguments import Arguments, beside, out_folder, plain, refuse_unused, tell_unreadable
 from sola_vision.data import (
     CocoFolder,
     DetectionConfig,
@@ -83,6 +83,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 
 def _score_file(options: Namespace) -> None:
+    out = out_folder(options.out or "eval")
     mask_library()
     truth = read_truth(Path(options.annotations))
     path = Path(options.results)
@@ -103,7 +104,6 @@ def _score_file(options: Namespace) -> None:
         check_results(results, truth, kind, str(path))
     max_dets = options.max_dets or MAX_DETS
     scores = [score(truth, results, kind, max_dets=max_dets) for kind in kinds]
-    out = Path(options.out or "eval")
     out.mkdir(parents=True, exist_ok=True)
     result = {
         "results": options.results,
@@ -131,6 +131,7 @@ def image_at(image: DetectionConfig, size: int | None) -> DetectionConfig:
 
 
 def _score_checkpoint(options: Namespace) -> None:
+    out = out_folder(options.out or beside(options.checkpoint))
     checkpoint = load_detector(options.checkpoint)
     model = checkpoint.model
     model.transform.config = image = image_at(checkpoint.image, options.size)
@@ -143,7 +144,6 @@ def _score_checkpoint(options: Namespace) -> None:
     )
     # a detector with masks may be asked about data with boxes alone
     task = Detection(dataset, max_dets, masks=masks and dataset.masks)
-    out = Path(options.out) if options.out else _beside(options.checkpoint)
     with distributed(options.device) as world:
         model.to(world.device)
         if world.is_main:
@@ -270,7 +270,8 @@ def _leave(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: 
         print(json.dumps(result, indent=2))
         return
     _print(result, scores)
-    print(f"eval.json, classes.csv, {more}precision_recall.png are in {out}")
+    split = f" of {result['split']}" if "split" in result else ""
+    print(f"eval.json, classes.csv, {more}precision_recall.png{split} are in {out}")
 
 
 def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
@@ -294,14 +295,8 @@ def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
     for name in scores[0].numbers:
         totals.add_row(name, *(_shown(result[one.kind][name]) for one in scores))
     console.print(totals)
-    if result.get("images_skipped"):
-        print(f"{result['images_skipped']} images could not be read and are left out", file=sys.stderr)
+    tell_unreadable(result.get("images_skipped", 0))
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _beside(checkpoint: str) -> Path:
-    path = Path(checkpoint)
-    return (path if path.is_dir() else path.parent) / "eval"

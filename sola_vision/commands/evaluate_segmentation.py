@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, plain, refuse_unused
+from sola_vision.commands.arguments import Arguments, beside, out_folder, plain, refuse_unused, tell_unreadable
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
 from sola_vision.data.labels import read_class_names
 from sola_vision.data.segmentation import SegmentationFolder
@@ -96,6 +96,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 
 def _score_folder(options: Namespace) -> None:
+    out = out_folder(options.out or "eval")
     rule = LabelRule(options.classes, options.ignore)
     annotations = Path(options.annotations)
     pairs = pair_folders(Path(options.predictions), annotations)
@@ -110,7 +111,6 @@ def _score_folder(options: Namespace) -> None:
             counts.add(predicted, truth)
             images.append(share_right(predicted, truth))
             bar.advance(bar.task_ids[0])
-    out = Path(options.out or "eval")
     out.mkdir(parents=True, exist_ok=True)
     result = {
         "predictions": options.predictions,
@@ -131,13 +131,13 @@ def _has_names(root: Path) -> bool:
 
 
 def _score_checkpoint(options: Namespace) -> None:
+    out = out_folder(options.out or beside(options.checkpoint))
     checkpoint = load_segmenter(options.checkpoint)
     image, inference = inference_of(checkpoint.image, options)
     dataset, _ = open_segmentation(
         options.data, options.split, image.ignore, None, SegmentationEvalTransform(image), checkpoint.classes
     )
     dataset.check_labels()
-    out = Path(options.out) if options.out else _beside(options.checkpoint)
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)
         if world.is_main:
@@ -251,7 +251,8 @@ def _leave(
         print(json.dumps(result, indent=2))
         return
     _print(result)
-    print(f"eval.json, classes.csv, confusion.png and worst.png are in {out}")
+    split = f" of {result['split']}" if "split" in result else ""
+    print(f"eval.json, classes.csv, confusion.png and worst.png{split} are in {out}")
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -275,8 +276,7 @@ def _print(result: dict[str, Any]) -> None:
         f"all {len(classes)} (absent ones as 0, as ADE20K's script); mean accuracy {result['mean_accuracy']:.2f} %, "
         f"pixel accuracy {result['pixel_accuracy']:.2f} %"
     )
-    if result.get("images_skipped"):
-        print(f"{result['images_skipped']} images could not be read and are left out", file=sys.stderr)
+    tell_unreadable(result.get("images_skipped", 0))
 
 
 def _bar(total: int, what: str, main: bool = True) -> Progress:
@@ -284,8 +284,3 @@ def _bar(total: int, what: str, main: bool = True) -> Progress:
     bar = Progress(console=console, disable=not (main and console.is_terminal), transient=True)
     bar.add_task(what, total=total)
     return bar
-
-
-def _beside(checkpoint: str) -> Path:
-    path = Path(checkpoint)
-    return (path if path.is_dir() else path.parent) / "eval"

@@ -8,7 +8,7 @@ IMAGE may be the word multiscale: a generated scene with one object at five scal
 import csv
 import json
 import re
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from sola_vision.analysis.page import write_page
 from sola_vision.analysis.receptive import decay_ranges
 from sola_vision.analysis.sheet import draw_sheet
 from sola_vision.backbone import SolaVision
+from sola_vision.commands.arguments import Arguments, image_files, out_folder
 from sola_vision.commands.cost import parse_size
-from sola_vision.data import SUFFIXES, ImageConfig, read_image
+from sola_vision.data import ImageConfig, read_image
 from sola_vision.tasks import load_checkpoint, takes_one_size
 
 _SEED = 0  # of networks that nobody has trained
@@ -49,11 +50,12 @@ class Network:
 
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
+    out = out_folder(options.out)
+    picture, scene, given = _picture(options)
+    point = _point(options.point, given, picture)
+    field_images = _field_images(options)
     networks = _networks(options)
-    picture, scene = _picture(options)
     _check_sizes(options, networks, picture)
-    point = _point(options.point, picture)
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     explained = [
         (n.label, explain(n.model, _normalised(picture, n.image), point, elsewhere=not options.no_page))
@@ -79,8 +81,8 @@ def run(arguments: Sequence[str]) -> None:
             _numbers(network, views, picture, scene) for network, (_, views) in zip(networks, explained, strict=True)
         ],
     }
-    if options.field:
-        _receptive_fields(options, networks, out, result)
+    if field_images:
+        _receptive_fields(field_images, networks, out, result)
     (out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")
     _write_csv(result, out / "layers.csv")
     if options.json:
@@ -92,7 +94,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = ArgumentParser(prog="sola explain", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = Arguments("sola explain", __doc__)
     parser.add_argument("image", help="an image file, or the word multiscale")
     parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
     parser.add_argument("--model", help="instead of a checkpoint: a network with fresh weights (default: sola_tiny)")
@@ -100,7 +102,9 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--bridges", help='with --model: its bridges, such as "1.2>3.3", or the word paper')
     parser.add_argument("--compare", metavar="WHAT", help="side by side with another checkpoint, a schedule (fresh "
                         "weights), or the word random (the same network untrained)")  # fmt: skip
-    parser.add_argument("--point", metavar="X,Y", help="in pixels of the image as given (default: its centre)")
+    parser.add_argument(
+        "--point", metavar="X,Y", help="in pixels of the image as given, before --size (default: its centre)"
+    )
     parser.add_argument("--size", metavar="HxW", help="resize first; one number: the longer side (default: as it is)")
     parser.add_argument("--field", metavar="IMAGES", help="also the effective receptive field, averaged over up to "
                         f"{_FIELD_IMAGES} images of this folder (or over one image)")  # fmt: skip
@@ -175,35 +179,65 @@ def _check_sizes(options: Namespace, networks: list[Network], picture: NDArray[n
             raise ValueError(f"--field-size {options.field_size}: {network.label} takes only {side}; give {side}")
 
 
-def _picture(options: Namespace) -> tuple[NDArray[np.uint8], MultiScale | None]:
+def _picture(options: Namespace) -> tuple[NDArray[np.uint8], MultiScale | None, tuple[int, int]]:
+    """The image that the networks see, the scene if it is generated, and (height, width) of the image as given."""
     if options.image == "multiscale":
         height, width = parse_size(options.size or "512")
         if height != width:
             raise ValueError(f"--size {options.size}: the multi-scale image is square")
         scene = multiscale_image(height)
-        return scene.image, scene
-    picture = read_image(options.image)
+        return scene.image, scene, (height, height)
+    picture = _read(options.image)
+    given = picture.height, picture.width
     if options.size:
         height, width = parse_size(options.size)
         if "x" not in options.size.lower():
             longer = max(picture.size)
             width, height = (max(1, round(side * height / longer)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(picture).copy(), None
+    return np.asarray(picture).copy(), None, given
 
 
-def _point(text: str | None, picture: NDArray[np.uint8]) -> tuple[float, float]:
-    """ "X,Y" -> (y, x)."""
-    height, width = picture.shape[:2]
+def _read(path: str) -> Image.Image:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and one image is explained at a time: name a file in it")
+    try:
+        return read_image(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image; name an image file, or the word multiscale") from None
+    except OSError as error:
+        raise type(error)(f"{path} cannot be read ({error.strerror}): name an image file that can") from None
+
+
+def _field_images(options: Namespace) -> list[NDArray[np.uint8]]:
+    """The images of --field at --field-size; none without it."""
+    if not options.field:
+        return []
+    try:
+        files = image_files(Path(options.field))
+    except (ValueError, OSError) as error:
+        raise type(error)(f"--field {error}; name an image, or a folder of images") from None
+    # spread over the folder, whose names often sort by class
+    files = files[:: max(1, len(files) // _FIELD_IMAGES)][:_FIELD_IMAGES]
+    side = (options.field_size, options.field_size)
+    return [np.asarray(_read(str(file)).resize(side, Image.Resampling.BICUBIC)).copy() for file in files]
+
+
+def _point(text: str | None, given: tuple[int, int], picture: NDArray[np.uint8]) -> tuple[float, float]:
+    """ "X,Y" of the image as given, by its (height, width) -> (y, x) of the picture that it was resized to."""
     if text is None:
-        return height / 2, width / 2
+        return picture.shape[0] / 2, picture.shape[1] / 2
+    height, width = given
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*,\s*(\d+(?:\.\d+)?)\s*", text)
     if match is None:
         raise ValueError(f"--point {text!r} must be X,Y in pixels, such as {width // 2},{height // 2}")
     x, y = float(match[1]), float(match[2])
     if not (x < width and y < height):
-        raise ValueError(f"--point {text}: the image has {width} x {height} pixels; x from 0, y from 0 at the top")
-    return y, x
+        raise ValueError(
+            f"--point {text}: the image has {width} x {height} pixels; give x from 0 to {width - 1}, and y from 0 at "
+            f"the top to {height - 1}"
+        )
+    return y * picture.shape[0] / height, x * picture.shape[1] / width
 
 
 def _normalised(picture: NDArray[np.uint8], image: ImageConfig) -> Tensor:
@@ -228,33 +262,23 @@ def _numbers(
             row["range_rows"] = decay.pixels(0.5) if decay.decays[0.5] > 0 else None
         if scene is not None:
             for name, energy in (("activation", view.activation**2), ("eigencam", view.eigencam.clip(min=0) ** 2)):
-                shares = energy_shares(torch.from_numpy(energy), scene.masks)
+                shares = energy_shares(torch.from_numpy(energy), scene.masks, view.patch)
                 row[f"{name}_on_objects"] = [100 * share for share, _ in shares]
                 row[f"{name}_over_chance"] = [share / area for share, area in shares]
         layers.append(row)
     return {"network": network.label, "layers": layers}
 
 
-def _receptive_fields(options: Namespace, networks: list[Network], out: Path, result: dict[str, Any]) -> None:
+def _receptive_fields(
+    pictures: list[NDArray[np.uint8]], networks: list[Network], out: Path, result: dict[str, Any]
+) -> None:
     from sola_vision.analysis.figures import draw_fields
     from sola_vision.analysis.receptive import effective_receptive_field, field_statistics
 
-    source = Path(options.field)
-    if not source.exists():
-        raise FileNotFoundError(f"--field {source}: no such image or folder")
-    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ValueError(f"--field {source} holds no images")
-    # spread over the folder, whose names often sort by class
-    files = files[:: max(1, len(files) // _FIELD_IMAGES)][:_FIELD_IMAGES]
-    side = (options.field_size, options.field_size)
     saved: dict[str, Any] = {}
     drawn = []
     for network in networks:
-        images = [
-            _normalised(np.asarray(read_image(f).resize(side, Image.Resampling.BICUBIC)).copy(), network.image)
-            for f in files
-        ]
+        images = [_normalised(picture, network.image) for picture in pictures]
         ways = [("", False)]
         if isinstance(network.model, SolaVision) and "S" in network.model.config.schedule:
             ways.append((", softmax attention left out", True))
@@ -267,7 +291,8 @@ def _receptive_fields(options: Namespace, networks: list[Network], out: Path, re
                 | {f"area_{share:g}": 100 * area for share, area in s.areas.items()}
                 for name, s in ((n, field_statistics(f)) for n, f in fields.items())
             ]
-            entry = {"network": network.label + suffix, "images": len(files), "size": side[0], "layers": rows}
+            side = len(pictures[0])
+            entry = {"network": network.label + suffix, "images": len(pictures), "size": side, "layers": rows}
             result.setdefault("receptive_fields", []).append(entry)
     np.savez_compressed(out / "fields.npz", **saved)
     draw_fields(drawn, out / "fields.png")

@@ -29,7 +29,7 @@ from sola_vision.tasks import ModelConfig, build_model, load_checkpoint, read_de
 def run(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     network, size, metadata = _network(options)
-    sizes = [parse_size(text) for text in options.check] if options.check else _sizes(network, size)
+    sizes = [parse_size(text, "--check") for text in options.check] if options.check else _sizes(network, size)
     report = export(
         network,
         options.out,

@@ -72,12 +72,14 @@ def parse_run(arguments: Sequence[str]) -> Run:
         # files first, so that the command line wins wherever --config stands in it
         values = parser.parse_args([recipe, *(f"--config={file}" for file in files), *words])
     except argparse.ArgumentError as error:
-        raise ValueError(_one_line(str(error))) from None
+        raise ValueError(_one_line(str(error), sections)) from None
     if values.data is None:
         raise ValueError(f"sola train {recipe} needs --data: {begun.data}")
-    configuration = type(begun)(
-        **{section: kind(**vars(getattr(values, section))) for section, kind in sections.items()}, init=values.init
-    )
+    parts = {
+        name: {field.name: getattr(values[name], field.name) for field in fields(kind)}
+        for name, kind in sections.items()
+    }
+    configuration = type(begun)(**{name: sections[name](**part) for name, part in parts.items()}, init=values.init)
     out = Path(values.out) if values.out else Path("runs") / recipe
     return Run(
         recipe=recipe,
@@ -177,8 +179,11 @@ class _Help(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """The list of recipes as it is written, and every field's type and default."""
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, sections: dict[str, type]) -> str:
     """jsonargparse explains type errors in several lines; what a user needs is the option, the value and the type."""
+    if (found := re.search(r'key "(\w+)":\s+Unable to load config (.*)', message)) and found[1] in sections:
+        name, first = found[1], fields(sections[found[1]])[0].name
+        return f"--{name} {found[2]}: {name} is a section of fields; give one of them, such as --{name}.{first} VALUE"
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if key is None or value is None:

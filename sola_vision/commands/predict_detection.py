@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, left_out, plain
+from sola_vision.commands.arguments import Arguments, image_files, left_out, out_folder, plain
 from sola_vision.commands.evaluate_detection import image_at
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
@@ -43,7 +43,7 @@ class Prediction:
 
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
-    source, out = Path(options.source), Path(options.out)
+    source, out = Path(options.source), out_folder(options.out)
     files = image_files(source)
     mask_library()
     checkpoint = load_detector(options.checkpoint)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, left_out, plain
+from sola_vision.commands.arguments import Arguments, image_files, left_out, out_folder, plain
 from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
 from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
 from sola_vision.engine import distributed
@@ -42,7 +42,7 @@ class Prediction:
 
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
-    source, out = Path(options.source), Path(options.out)
+    source, out = Path(options.source), out_folder(options.out)
     files = image_files(source)
     checkpoint = load_segmenter(options.checkpoint)
     with distributed(options.device) as world:

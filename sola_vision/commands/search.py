@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from sola_vision.commands.arguments import Arguments
+from sola_vision.commands.cost import parse_size
 from sola_vision.config import SolaConfig
 from sola_vision.engine import distributed
 from sola_vision.engine.log import surroundings, write_json
@@ -39,6 +40,7 @@ def run(arguments: Sequence[str]) -> None:
         raise ValueError("sola search runs in one process: start it without torchrun")
     scale = SCALES[options.scale]
     space = Space(options.space, options.bridges)
+    asked = _asked(options, space)
     if options.data is None:
         raise ValueError("sola search needs --data: a folder with train/ and val/, or a .tar of them")
     images = Images(options.data, scale.size, scale.images, options.limit or scale.limit, options.classes)
@@ -46,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
     config = _fitting(base, space, images.identity.classes)
     _same(Path(options.out), _settings(options, images))
     costs = _costs(options, config, space)
-    budget = _budget(options, costs)
+    budget = costs.of(asked) if isinstance(asked, str) else asked
     costs.meeting(budget)
     problem = _problem(options, scale, images, config, costs, budget)
     _begin(problem.out, _settings(options, images), costs)
@@ -100,7 +102,7 @@ def _fitting(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
 
 
 def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
-    size = _size(options.size) if options.size else (config.img_size, config.img_size)
+    size = parse_size(options.size) if options.size else (config.img_size, config.img_size)
     if options.latency or options.budget.strip().endswith("ms"):
         known = Path(options.out) / _COSTS
         if known.exists():  # measured before the search was stopped; measured again, it would be another search
@@ -111,18 +113,12 @@ def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
     return mac_costs(config, space, size)
 
 
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--size {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
-    return int(parts[0]), int(parts[-1])
-
-
-def _budget(options: Namespace, costs: Costs) -> float:
+def _asked(options: Namespace, space: Space) -> str | float:
+    """The budget: the open layers of the network that costs it, or MACs or seconds."""
     text = options.budget.strip()
     schedule, _, bridges = text.partition(" ")
     if schedule and set(schedule) <= set("LS/"):
-        return costs.of(costs.space.kinds(schedule, bridges))
+        return space.kinds(schedule, bridges)
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)(M|G|ms)", text)
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"--budget {text!r} must be a schedule, MACs such as 43.9M or 1.9G, or time such as 12.5ms")
@@ -150,7 +146,7 @@ def _problem(
         choose_set=choose_set,
         out=Path(options.out),
     )
-    if problem.num_train < train.batch_size:
+    if options.method != "rule" and problem.num_train < train.batch_size:  # which trains nothing
         raise ValueError(
             f"{options.data}: {problem.num_train} training images are fewer than one batch of {train.batch_size}: give "
             "more images"

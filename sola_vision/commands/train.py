@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sola_vision.commands.arguments import out_folder
 from sola_vision.commands.dispatch import Job, task_module
 from sola_vision.commands.options import Run, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
@@ -29,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
 def _run(asked: Run, world: World) -> None:
     settings = asked.configuration.train
     # everything that can be wrong is looked at before anything is written
-    check_folder(asked.out, asked.resume)
+    check_folder(out_folder(asked.out), asked.resume)
     job: Job = task_module("train", asked.configuration.task).prepare(asked, world)
     total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
     if asked.resume:

@@ -107,8 +107,10 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
         return [f"class {first + index}" for index in range(num_classes)]
     named = _names_by_label(path, first)
     named.pop(ignore, None)
+    if not named:
+        raise ValueError(f"{path} names no class: write their names into it, one a line in the order of the labels")
     names = [named[label] for label in sorted(named)]
-    if sorted(named) != list(range(first, first + len(named))) or not names:
+    if sorted(named) != list(range(first, first + len(named))):
         raise ValueError(
             f"{path}: its labels must be {first}, {first + 1}, ... without a gap apart from the ignored {ignore}; "
             f"they are {', '.join(map(str, sorted(named)[:8]))}{', ...' if len(named) > 8 else ''}"
@@ -123,7 +125,9 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
 
 
 def _names_by_label(path: Path, first: int) -> dict[int, str]:
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
+    if "\0" in text:  # UTF-16 as well, whose names would be garbled
+        raise ValueError(f"{path} is not text in UTF-8: write the classes' names into it, one a line, and save it so")
     if path.name.startswith("objectInfo150"):
         rows = list(csv.reader(text.splitlines()[1:], delimiter="\t" if path.suffix == ".txt" else ","))
         try:

@@ -231,6 +231,13 @@ class EvaluationBatches:
         self._loader._iterator = None
 
 
+class _Loader(DataLoader[Any]):
+    """torch's, without its warning that there are more workers than cores: their number was asked for."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 def _loader(
     dataset: Dataset[Any],
     batches: Any,
@@ -239,7 +246,7 @@ def _loader(
     device: torch.device,
     keep_workers: bool = False,
 ) -> DataLoader[Any]:
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,

@@ -4,7 +4,9 @@
 Only the first process writes. Standard output stays free for results.
 """
 
+import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -22,6 +24,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 METRICS = Path("metrics.jsonl")
 SUMMARY = Path("summary.json")
+
+_TAKEN = "another process is training there: wait for its end or choose another folder"
+
+_log = logging.getLogger("sola_vision")
 
 
 class Log:
@@ -38,8 +44,11 @@ class Log:
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS).open("ab")
+        if not _lock(self._file):
+            raise ValueError(f"{folder}: {_TAKEN}")
         self._file.truncate(min(keep, self._file.tell()))
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        # what came later in the folder, from a killed run or from one that failed at its start, counts no more
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -101,6 +110,43 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def check_untaken(folder: Path) -> None:
+    """Refuses a folder in which another process of this machine writes the metrics of a run."""
+    path = folder / METRICS
+    if path.is_file():
+        with path.open("rb") as file:
+            if not _lock(file, shared=True):  # all processes of a run may ask at once
+                raise ValueError(f"{folder}: {_TAKEN}")
+
+
+def _lock(file: IO[bytes], shared: bool = False) -> bool:
+    """False if another process has locked the file. Any end of a process unlocks it; its workers inherit no lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system may know no locks
+    return True
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. One that is damaged is named and left out: the run it tells of is worth more."""
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and {"kind", "step", "epoch"} <= record.keys():
+            records.append(record)
+        else:
+            _log.warning("%s: line %d is no record and is left out", path, number)
+    return records
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

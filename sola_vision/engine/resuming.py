@@ -8,15 +8,19 @@ from pathlib import Path
 
 from .checkpoint import BEST, STATE, Progress
 from .config import TrainConfig, list_changes
-from .log import METRICS, SUMMARY
+from .log import METRICS, SUMMARY, check_untaken
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Refuses to overwrite a run, and to resume where there is none. A command line asks before it writes there."""
-    exists = any((folder / name).exists() for name in (METRICS, SUMMARY, STATE, BEST))
-    if exists and not resume:
+    """Refuses to overwrite a run, and to resume where there is none. A command line asks before it writes there.
+
+    What ended before its first checkpoint has left nothing that is worth keeping.
+    """
+    check_untaken(folder)
+    kept = any((folder / name).exists() for name in (SUMMARY, STATE, BEST))
+    if kept and not resume:
         raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
-    if resume and not exists:
+    if resume and not kept and not (folder / METRICS).exists():
         raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
 
 

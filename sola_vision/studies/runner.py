@@ -20,6 +20,7 @@ from typing import Any
 
 from sola_vision.engine import distributed, fit
 from sola_vision.engine.distributed import on_main
+from sola_vision.engine.log import read_records
 
 from .claims import claimed
 from .planning import Plan
@@ -82,8 +83,8 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
     out = folder / "runs" / run.key
     speeds = [
         record["images_per_second"]
-        for line in (out / "metrics.jsonl").read_text().splitlines()
-        if (record := json.loads(line))["kind"] == "train" and record.get("images_per_second")
+        for record in read_records(out / "metrics.jsonl")
+        if record["kind"] == "train" and record.get("images_per_second")
     ]
     kept = ("hardware", "processes", "threads", "python", "torch", "timm", "commit", "command", "peak_memory_mib")
     result: dict[str, Any] = {

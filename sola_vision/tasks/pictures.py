@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures that runs and evaluations leave: learning curve, confusion matrix, right and wrong predictions."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +11,24 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from sola_vision.engine.log import read_records
+
 # Okabe and Ito's colours: told apart by colour-blind readers and in print
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 _NAMES = 40  # along a side of a confusion matrix
+_FEW = 30  # points of a curve, each of which is marked; a single one would not be seen otherwise
 
 
 def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
     """Training loss and the metric of the held-out set over epochs, from a run's metrics.jsonl."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = read_records(metrics)
     losses = [(r["epoch"], r["loss"]) for r in records if r["kind"] == "train" and r.get("loss") is not None]
     scores = [(r["epoch"], r[metric]) for r in records if r["kind"] == "eval" and r.get(metric) is not None]
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
-    left.plot(*zip(*losses, strict=True), color=BLUE) if losses else None
+    if losses:
+        left.plot(*zip(*losses, strict=True), color=BLUE, marker="o" if len(losses) <= _FEW else None, markersize=3)
     left.set_xlabel("epoch")
     left.set_ylabel("training loss", color=BLUE)
     left.set_ylim(bottom=0)
@@ -35,6 +38,8 @@ def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
         right.set_ylabel(f"{metric} on the held-out images, %", color=VERMILION)
         best = max(score for _, score in scores)
         right.set_title(f"best {metric} {best:.2f}", loc="right", fontsize=10)
+    # from the beginning, or a short run would be spread over tenths of an epoch
+    left.set_xlim(0, 1.03 * max((epoch for epoch, _ in losses + scores), default=1))
     figure.savefig(out, dpi=120)
 
 

@@ -7,7 +7,14 @@ import timm
 import torch
 
 from sola_vision import SolaVision, nano
-from sola_vision.analysis.explain import arrays, effective_area, encode, explain, points, smoothness
+from sola_vision.analysis.explain import (
+    arrays,
+    effective_area,
+    encode,
+    explain,
+    smoothness,
+    tokens_a_side,
+)
 from sola_vision.analysis.multiscale import energy_shares, multiscale_image
 from sola_vision.analysis.trace import (
     Reader,
@@ -16,7 +23,6 @@ from sola_vision.analysis.trace import (
     eigencam,
     feature_maps,
     keys,
-    nearest_token,
     walk,
     wkv_weights,
 )
@@ -162,13 +168,6 @@ def test_activation_is_the_root_of_the_mean_energy():
     torch.testing.assert_close(activation(feature) ** 2, feature.double().pow(2).mean(1))
 
 
-@pytest.mark.parametrize(
-    ("point", "token"), [((0, 0), (0, 0)), ((47.9, 79.9), (11, 19)), ((24, 40), (6, 10)), ((23.9, 0), (5, 0))]
-)
-def test_a_point_lies_in_a_token(point, token):
-    assert nearest_token(point, (48, 80), (12, 20)) == token
-
-
 def test_explain_gives_every_layer_and_arrays_that_sum_to_one():
     views = explain(build(bridges="paper"), IMAGE[0], (10, 70), elsewhere=True)
     flat = arrays(views)
@@ -190,13 +189,9 @@ def test_explain_takes_any_network_of_timm_s_contract():
         feature_maps(torch.nn.Identity(), IMAGE)
 
 
-def test_a_page_knows_fewer_points_of_larger_images():
-    model = build()
-    assert len(points(model, (64, 64))) == 144
-    assert len(points(model, (40_000, 40_000))) == 4
-    for y, x in points(model, (64, 32)):
-        assert 0 < y < 64
-        assert 0 < x < 32
+def test_a_page_knows_fewer_tokens_of_larger_images():
+    assert tokens_a_side(build(), (64, 64)) == 12
+    assert tokens_a_side(build(), (40_000, 40_000)) == 2
 
 
 def test_encoded_maps_are_logarithms_of_times_uniform():
@@ -239,10 +234,10 @@ def test_the_multiscale_scene_says_where_its_objects_are():
 
 def test_energy_shares_are_areas_for_a_flat_map_and_all_for_a_perfect_one():
     scene = multiscale_image(128)
-    for share, area in energy_shares(torch.ones(16, 16), scene.masks):
+    for share, area in energy_shares(torch.ones(16, 16), scene.masks, (8, 8)):
         assert share == pytest.approx(area)
-    perfect = energy_shares(torch.from_numpy(scene.masks[0].astype(float)), scene.masks)
+    perfect = energy_shares(torch.from_numpy(scene.masks[0].astype(float)), scene.masks, (1, 1))
     assert perfect[0][0] == pytest.approx(1)
     assert [share for share, _ in perfect[1:]] == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="negative"):
-        energy_shares(-torch.ones(4, 4), scene.masks)
+        energy_shares(-torch.ones(4, 4), scene.masks, (32, 32))

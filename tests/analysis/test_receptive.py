@@ -91,6 +91,15 @@ def test_distances_are_from_the_centre_of_the_token(point):
     assert field_statistics(field).columns == pytest.approx(field_statistics(field).rows)
 
 
+def test_the_centre_is_that_of_the_patch_also_where_the_network_pads(model):
+    image = torch.randn(3, 97, 131)
+    fields = effective_receptive_field(model, [image], (60.0, 129.0))
+    assert fields["1.1 L"].centre == (62, 130)
+    assert fields["4.2 S"].centre == (48, 144)  # the last column of tokens has 3 of its 32 pixels in the image
+    peer = effective_receptive_field(timm.create_model("resnet18", num_classes=0), [image], (60.0, 129.0))
+    assert peer["map 5"].centre == (48, 144)
+
+
 def test_a_point_moves_the_field(model):
     image = torch.randn(3, 128, 128)
     top, bottom = (effective_receptive_field(model, [image], (y, 64.0))["1.1 L"].map for y in (20.0, 100.0))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from saved import save_classifier, save_detector, save_segmenter
 
-from sola_vision.app.subject import load, names
+from sola_vision.app.subject import _painted, load, names
 from sola_vision.cli import main
 
 
@@ -40,6 +40,28 @@ def test_every_layer_has_maps_of_the_pictures_shape(tmp_path, picture):
     # maps are of this picture: mirrored, they are others
     mirrored = subject.look(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 64)
     assert not np.array_equal(np.asarray(mirrored[0][1]), np.asarray(layers[0][1]))
+
+
+@pytest.mark.parametrize("opacity", [0.6, 1.0])
+def test_every_token_is_painted_on_its_pixels(opacity):
+    """97 x 131 pixels, patches of 32: of the last row of tokens there is 1 pixel, of the last column there are 3."""
+    values = torch.zeros(4, 5)
+    values[1, 2] = 1
+    picture = Image.new("RGB", (131, 97))
+    painted = np.asarray(_painted(values, (32 / 97, 32 / 131), picture, opacity)).astype(int)
+    assert painted.shape == (237, 320, 3)
+    bright = painted[..., 1]  # viridis rises in green
+    hot = (bright - bright[0, 0]).clip(0)
+    centre = [float((hot.sum(1 - axis) * (np.arange(n) + 0.5)).sum() / hot.sum()) for axis, n in enumerate(hot.shape)]
+    assert centre == pytest.approx([48 * 320 / 131, 80 * 320 / 131], abs=2)
+    if opacity == 1:
+        rows, columns = np.nonzero(hot.any(1))[0], np.nonzero(hot.any(0))[0]
+        assert (rows[0], rows[-1]) == pytest.approx((32 * 320 / 131, 64 * 320 / 131 - 1), abs=1)
+        assert (columns[0], columns[-1]) == pytest.approx((64 * 320 / 131, 96 * 320 / 131 - 1), abs=1)
+    # a network that leaves the last pixels out: these stay the picture's
+    unseen = np.asarray(_painted(values[:3, :4], (32 / 97, 32 / 131), picture, opacity)).astype(int)
+    assert not unseen[:, 314:].any()
+    assert unseen[:230, :310].any(-1).all()
 
 
 def test_a_segmenter_colours_and_a_detector_draws(tmp_path, picture):

@@ -60,6 +60,8 @@ FIELDS = [
     (["--model.schedule", "LL/LX/LLSLLS/LS"], ["position 5", "'X'", "S is softmax"]),
     (["--model.bridges", "3.3>1.2"], ["3.3>1.2", "forward"]),
     (["--model.name", "sola_huge"], ["sola_huge"]),
+    (["--model", "5"], ["--model '5'", "section of fields", "--model.name VALUE"]),
+    (["--image", "nope.yaml"], ["--image 'nope.yaml'", "section of fields", "--image.size VALUE"]),
     (["--model.name", "hf-hub:some/body"], ["hf-hub:some/body"]),
     (["--model.name", "resnet18"], ["resnet18", "dims"]),
     (["--init", "nowhere.safetensors"], ["nowhere.safetensors"]),

@@ -79,11 +79,17 @@ def test_paper_tables(capsys):
         (["--batch", "0"], "at least 1"),
         (["--measure"], "belongs to --figure-1b"),
         (["resnet18", "--schedule", "L"], "resnet18 has no schedule"),
-        (["--size", "32", "--plot", "/nowhere/at/all.png"], "/nowhere/at/all.png"),
+        (["--size", "32", "--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png: its folder does not exist"),
+        (["--size", "32", "--csv", "/nowhere/at/all.csv"], "--csv /nowhere/at/all.csv: its folder does not exist"),
+        (["--sizes", "32"], "unrecognized arguments: --sizes"),
+        (["--siz", "32"], "unrecognized arguments: --siz"),
+        (["--classes", "ten"], "--classes: invalid int value: 'ten'"),
+        (["--by", "head"], "--by: invalid choice: 'head'"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, capsys):
     assert main(["cost", *arguments]) == 2
     error = capsys.readouterr().err
+    assert error.startswith("sola: ")
     assert says in error
     assert error.count("\n") == 1

@@ -247,6 +247,10 @@ def test_wrong_options_are_one_line(refused, scenes, detector):
         )
     refused("eval", "--results", truth, "--annotations", truth, "--type", "keypoints", names=["keypoints"])
     refused("predict", scenes / "val", "--checkpoint", detector, "--threshold", 2, names=["--threshold 2"])
+    Path("taken").write_text("mine")
+    refused(
+        "predict", scenes / "val", "--checkpoint", detector, "--out", "taken", names=["--out taken: taken is a file"]
+    )
     refused("explain", scenes / "val" / "000001.png", "--checkpoint", detector, names=["detection", "classifier"])
 
 

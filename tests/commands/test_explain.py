@@ -46,7 +46,7 @@ def test_files_of_one_network(photograph, tmp_path, capsys):
     assert "http" not in page.replace("http-equiv", "")
     data = json.loads(page.split('type="application/json">')[1].split("</script>")[0].replace("<\\/", "</"))
     assert [layer["name"] for layer in data["networks"][0]["layers"]][:2] == ["1.1 L", "1.2 L"]
-    assert data["points"] == 12
+    assert data["steps"] == 12
     assert (out / "layers.csv").read_text().count("\n") == 13
 
 
@@ -99,7 +99,7 @@ def test_peers_are_explained_by_their_maps(photograph, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nothing.png"], "nothing.png"),
+        (["nothing.png"], "nothing.png: no such image; name an image file"),
         (["PHOTO", "--point", "64,0"], "the image has 64 x 40 pixels"),
         (["PHOTO", "--point", "middle"], "must be X,Y in pixels"),
         (["PHOTO", "--size", "big"], "must be HEIGHTxWIDTH"),
@@ -123,3 +123,45 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, says, photograph, tm
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_the_point_is_one_of_the_image_as_given(photograph, tmp_path):
+    words = ["--model", "sola_nano", "--schedule", "L/L/L/L", "--no-page", "--out", str(tmp_path / "out")]
+    assert main(["explain", photograph, "--size", "128", "--point", "50,10", *words]) == 0
+    result = json.loads((tmp_path / "out" / "explain.json").read_text())
+    assert (result["height"], result["width"]) == (80, 128)
+    assert result["point"] == {"x": 100, "y": 20}
+    assert np.load(tmp_path / "out" / "maps.npz")["1.1 L/token"].tolist() == [5, 25]
+    # nearer the edge than a smaller size has pixels
+    assert main(["explain", photograph, "--size", "16x32", "--point", "63,39", *words]) == 0
+    saved = np.load(tmp_path / "out" / "maps.npz")
+    assert saved["point"].tolist() == [39 * 16 / 40, 63 * 32 / 64]
+    assert saved["1.1 L/patch"].tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], ["image", "sola explain --help"]),
+        (["PHOTO", "--sizes", "32"], ["--sizes", "sola explain --help"]),
+        (["PHOTO", "--check", "x"], ["--check", "sola explain --help"]),  # no abbreviations
+        (["PHOTO", "--field-size", "many"], ["--field-size", "'many'"]),
+        (["EMPTY"], ["empty is a folder", "name a file"]),
+        (["PHOTO", "--out", "PHOTO"], ["--out", "photo.png", "a file", "name"]),
+        (["PHOTO", "--out", "PHOTO/below"], ["--out", "photo.png/below", "a file", "name"]),
+        (["PHOTO", "--field", "EMPTY"], ["--field", "empty holds no images"]),
+        (["PHOTO", "--field", "nowhere"], ["--field nowhere", "no such image or folder"]),
+        (["PHOTO", "--field", "BROKEN"], ["broken.png", "empty"]),
+        (
+            ["PHOTO", "--size", "16", "--point", "64,0"],
+            ["--point 64,0", "64 x 40 pixels", "0 to 63", "0 at the top to 39"],
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(refused, monkeypatch, photograph, tmp_path, words, names):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").touch()
+    places = {"PHOTO": photograph, "EMPTY": str(tmp_path / "empty"), "BROKEN": str(tmp_path / "broken.png")}
+    given = [next((w.replace(n, p) for n, p in places.items() if n in w), w) for w in words]
+    monkeypatch.setattr("sola_vision.commands.explain.explain", lambda *a, **k: pytest.fail("was explained"))
+    refused("explain", *given, "--model", "sola_nano", names=names)

@@ -281,6 +281,8 @@ def test_bad_input_of_eval_and_predict(refused, tmp_path, scenes, segmenter):
             names=["stride 9", "leave stride out"])  # fmt: skip
     refused("predict", tmp_path / "none", "--checkpoint", segmenter, names=["none"])
     refused("predict", scenes, "--checkpoint", segmenter, "--opacity", 2, names=["--opacity 2"])
+    (tmp_path / "taken").write_text("mine")
+    refused("predict", scenes, "--checkpoint", segmenter, "--out", "taken", names=["--out taken: taken is a file"])
     (tmp_path / "few").mkdir()
     shutil.copy(truth / "00000.png", tmp_path / "few")
     words = ["eval", "--annotations", truth, "--classes", 5, "--ignore", 255]

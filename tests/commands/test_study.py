@@ -131,10 +131,20 @@ def test_a_measured_search_goes_on_with_what_it_measured(sola, data, tmp_path):
     assert json.loads((tmp_path / "s" / "costs.json").read_text()) == costs
 
 
+def test_the_rule_needs_no_batch_of_images(sola, refused, data, tmp_path, monkeypatch):
+    small = SCALES["small"]
+    monkeypatch.setitem(SCALES, "small", replace(small, train=replace(small.train, batch_size=36)))
+    words = (*SEARCH, "--budget", "L/L/LLS/L", "--data", data, "--out", tmp_path / "s")
+    refused(*words, names=["35 training images are fewer than one batch of 36"])
+    said = sola(*words, "--method", "rule")
+    assert said.code == 0, said.err
+    assert said.out == "L/L/LLS/L\n"
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (("--budget", ""), ["--budget ''", "such as"]),
+        (("--budget", ""), ["--budget ''", "empty"]),
         (("--budget", "1G"), ["no schedule of L/L/???/L meets it", "L/L/LLL/L"]),
         (("--budget", "0.01M"), ["no schedule of L/L/???/L meets it"]),
         (("--budget", "cheap"), ["'cheap'", "such as"]),
@@ -146,6 +156,9 @@ def test_a_measured_search_goes_on_with_what_it_measured(sola, data, tmp_path):
         (("--budget", "L/L/LLS/L 1.1>3.2", "--bridges"), ["must end at a softmax layer"]),
         (("--budget", "L/L/LLS/L", "--size", "0x3"), ["--size"]),
         (("--budget", "L/L/LLS/L", "--limit", "7"), ["too few"]),
+        # before the images are looked for
+        (("--budget", "cheap", "--data", "nowhere"), ["'cheap'", "such as"]),
+        (("--budget", "L/L/LL/L", "--data", "nowhere"), ["does not fit the space"]),
         ((), ["--budget"]),
     ],
 )

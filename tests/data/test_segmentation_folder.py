@@ -140,6 +140,14 @@ def test_names_of_the_classes(root):
     (root / "classes.txt").write_text("0 a\n2 c\n")
     with pytest.raises(ValueError, match="without a gap"):
         open_segmentation(root, "val", 255, None)
+    for text in ("", "\n\n", "0 other\n"):  # the last is ignored
+        (root / "classes.txt").write_text(text)
+        with pytest.raises(ValueError, match=r"classes\.txt names no class: write their names into it, one a line"):
+            open_segmentation(root, "val", 0, None)
+    for content in (b"\xff\xfe\x00", "a\nb\n".encode("utf-16")):
+        (root / "classes.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"classes\.txt is not text in UTF-8"):
+            open_segmentation(root, "val", 255, None)
     (root / "classes.txt").unlink()
     assert open_segmentation(root, "val", 0, 2)[1] == ["class 1", "class 2"]
     with pytest.raises(ValueError, match=r"no classes\.txt and no number of classes"):

@@ -57,6 +57,14 @@ def test_every_block_of_the_page_runs(page, prepared, tmp_path, monkeypatch):
             pytest.fail(f"{block.place}: nobody runs a block in {block.language!r}; leave the language out if it is no code")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_block_that_names_our_networks_imports_them(page):
+    """Blocks are copied one by one, and run above in the names of those before them."""
+    for block in blocks(page):
+        if block.language == "python" and re.search(r'"(tu-)?sola_\w+"', block.text):
+            assert re.search(r"^(import|from) .*sola_vision", block.text, re.M), block.place
+
+
 def found_in(table, command):
     return next((row for row in table if re.search(row[0], command)), None)
 

@@ -67,6 +67,16 @@ def test_augmentation_does_not_depend_on_workers_or_on_where_a_run_resumed():
     assert torch.equal(images_of(1, start=2)[0], alone[4:])
 
 
+@pytest.mark.filterwarnings("error")
+def test_more_workers_than_cores_are_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    batches = EvaluationBatches(Images(31), ONE, batch_size=16, workers=2)
+    assert len(list(batches)) == 2
+    batches.close()
+    images_of(2)
+
+
 def test_loading_leaves_the_global_generators_alone():
     def draw():
         seed_all("test")

@@ -3,13 +3,60 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
+import tiny
 from safetensors.torch import load_file
 from tiny import Classify, Images, Net, assert_same_run, metrics, settings, train
 
+from sola_vision.engine import TrainingStopped, fit, read_metadata
 from sola_vision.engine import checkpoint as module
-from sola_vision.engine import fit, read_metadata
+
+
+def test_a_folder_without_a_checkpoint_takes_another_run(whole_run, tmp_path):
+    with pytest.raises(TrainingStopped, match="no checkpoint had been saved"):
+        train(tmp_path, Classify(nan=4), log_every=1)
+    assert metrics(tmp_path)
+    train(tmp_path)
+    assert_same_run(whole_run, tmp_path)
+
+
+@pytest.mark.parametrize("kept", ["last/state.safetensors", "best.safetensors", "summary.json"])
+def test_a_folder_with_any_result_does_not(whole_run, tmp_path, kept):
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    shutil.copy(whole_run / kept, tmp_path / kept)
+    with pytest.raises(ValueError, match="already holds a run: resume it or choose another folder"):
+        train(tmp_path)
+    assert (tmp_path / kept).read_bytes() == (whole_run / kept).read_bytes()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, resume):
+    """Before its first checkpoint, when nothing else in the folder tells it."""
+    words = ["epochs=100000", "warmup_epochs=1", "save_steps=null", "evaluate_every=100000", "log_every=1"]
+    other = subprocess.Popen([sys.executable, tiny.__file__, tmp_path, *words], stderr=subprocess.DEVNULL)
+    try:
+        log = tmp_path / "metrics.jsonl"
+        for _ in range(600):
+            if log.exists() and log.stat().st_size:
+                break
+            time.sleep(0.1)
+        begun = log.read_bytes()
+        assert begun
+        with pytest.raises(ValueError, match="another process is training there: wait for its end or choose another"):
+            train(tmp_path, resume=resume)
+        assert log.read_bytes().startswith(begun)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+    train(tmp_path, resume=resume)  # a killed process holds nothing
+    assert len(metrics(tmp_path)) < 20
 
 
 def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an evaluation leaves where images cannot be read, and what it says of the images that it saw."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sola_vision.commands import evaluate_classification as module
+from sola_vision.data import read_image
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The pictures of predictions.png, as (picture, true class, predicted class, confidence)."""
+    examples = []
+    draw = module.draw_predictions
+
+    def keep(shown, *more):
+        examples.extend(shown)
+        draw(shown, *more)
+
+    monkeypatch.setattr(module, "draw_predictions", keep)
+    return examples
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_examples_are_of_the_images_that_could_be_read(sola, tmp_path, data, trained, drawn, workers):
+    shutil.copytree(data, "images")
+    (tmp_path / "images" / "val" / "bee" / "0.png").write_text("no image")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.png").write_text("of other data")
+    words = ["eval", "--checkpoint", trained, "--data", "images", "--out", "out", "--batch-size", 3]
+    said = sola(*words, "--workers", workers)
+    assert said.code == 0
+    Image.open(tmp_path / "out" / "predictions.png").verify()
+    assert said.out.endswith("eval.json, classes.csv, confusion.png and predictions.png of val are in out\n")
+    assert said.err.splitlines()[-1] == "1 image could not be read and is left out"
+    # every picture stands beside its own true class and what the network says of it alone
+    files = [file for file in sorted(Path("images/val").glob("*/*.png")) if file.parent.name + file.name != "bee0.png"]
+    found = {}
+    for file in files:
+        (one,) = [e for e in drawn if e[0].tobytes() == read_image(file).tobytes()]
+        assert one[1] == file.parent.name
+        found[file] = one[2]
+    assert len(drawn) == len(files) == 15
+    (tmp_path / "images" / "val" / "bee" / "0.png").unlink()
+    drawn.clear()
+    assert sola(*words, "--workers", 0).code == 0
+    again = {e[0].tobytes(): e[2] for e in drawn}
+    assert found == {file: again[read_image(file).tobytes()] for file in files}
+
+
+def test_the_split_is_said(sola, data, trained):
+    said = sola("eval", "--checkpoint", trained, "--data", data, "--split", "train", "--out", "out", "--workers", 0)
+    assert said.out.endswith("predictions.png of train are in out\n")
+
+
+def test_several_images_are_plural(capsys):
+    from sola_vision.commands.arguments import tell_unreadable
+
+    for number in range(3):
+        tell_unreadable(number)
+    says = "1 image could not be read and is left out\n2 images could not be read and are left out\n"
+    assert capsys.readouterr().err == says

@@ -4,11 +4,11 @@
 import errno
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.text import Text
 
@@ -19,8 +19,10 @@ from sola_vision.tasks import Checkpoint, takes_one_size
 class Arguments(ArgumentParser):
     """argparse without its page of usage before every error, and without options that are cut short."""
 
-    def __init__(self, prog: str, description: str | None = None, **more: Any) -> None:
-        super().__init__(prog=prog, description=description, **{**more, "allow_abbrev": False})
+    def __init__(
+        self, prog: str, description: str | None = None, formatter_class: type[HelpFormatter] = HelpFormatter
+    ) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=formatter_class, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `{self.prog} --help` lists what there is")

@@ -13,7 +13,7 @@ from .digits import Digits
 from .folder import ImageFolder
 from .images import SUFFIXES, CorruptImage, read_image
 from .labels import IGNORED, LabelRule, read_labels
-from .memory import MemoryImages, balanced_subset, decode, fingerprint
+from .memory import MemoryImages, balanced_subset, decode, fingerprint, shuffled_by_class
 from .open import open_classification
 from .presets import EvalTransform, ImageConfig, TrainTransform
 from .run_lengths import encode_mask, mask_library, unusable_mask
@@ -55,6 +55,7 @@ __all__ = [
     "read_image",
     "read_labels",
     "read_truth",
+    "shuffled_by_class",
     "to_pixels",
     "unusable_mask",
 ]

@@ -69,12 +69,17 @@ def balanced_subset(targets: Sequence[int], limit: int | None) -> list[int]:
     """
     if limit is None or limit >= len(targets):
         return list(range(len(targets)))
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist()
-    by_class: dict[int, list[int]] = {}
-    for index in order:
-        by_class.setdefault(targets[index], []).append(index)
+    by_class = shuffled_by_class(targets)
     share = max(1, limit // len(by_class))
-    return sorted(index for some in by_class.values() for index in some[:share])
+    return sorted(index for some in by_class for index in some[:share])
+
+
+def shuffled_by_class(targets: Sequence[int]) -> list[list[int]]:
+    """Indices of the samples of each class, always in the same random order."""
+    by_class: dict[int, list[int]] = {}
+    for index in torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist():
+        by_class.setdefault(targets[index], []).append(index)
+    return list(by_class.values())
 
 
 def fingerprint(images: ImageFolder | Digits, indices: Sequence[int]) -> str:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -25,6 +24,7 @@ from sola_vision.data import (
     decode,
     fingerprint,
     open_classification,
+    shuffled_by_class,
 )
 
 _FEWEST = 5  # training images of a class, below which an accuracy says nothing
@@ -85,13 +85,9 @@ class Images:
 
     def split(self, share: float) -> tuple[Dataset[Any], Dataset[Any]]:
         """The training images in two: most to train on, and a `share` of each class, seen as held-out ones are."""
-        by_class: dict[int, list[int]] = {}
-        for at in torch.randperm(len(self.train_indices), generator=torch.Generator().manual_seed(0)).tolist():
-            by_class.setdefault(self.train_files.targets[self.train_indices[at]], []).append(at)
+        by_class = shuffled_by_class([self.train_files.targets[index] for index in self.train_indices])
         # one at least, but never the last one that there is to learn from
-        chosen = {
-            at for some in by_class.values() for at in some[: min(len(some) - 1, max(1, round(share * len(some))))]
-        }
+        chosen = {at for some in by_class for at in some[: min(len(some) - 1, max(1, round(share * len(some))))]}
         parts = [
             [index for at, index in enumerate(self.train_indices) if (at in chosen) == held] for held in (False, True)
         ]

@@ -410,7 +410,6 @@ def test_drop_path_is_called_wherever_it_does_something_or_is_watched():
     layer.drop_path.train()  # alone: as for samples of the networks that paths make
     assert not torch.equal(layer(x)[0], whole)
     layer.drop_path = torch.nn.Identity()  # timm's word for none
-    assert torch.equal(layer.train()(x)[0], LinearLayer.forward(layer.eval(), x)[0])
     torch.testing.assert_close(layer.train()(x)[0], whole)
     layer.drop_path.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(layer(x)[0], whole)

@@ -7,7 +7,7 @@
 // batch. Infinities, NaN and numbers too large for scores in float32 take plain loops in float64.
 #include "attention.h"
 
-#include "heads.h"
+#include "operands.h"
 
 namespace sola::SOLA_ISA {
 namespace {
@@ -17,34 +17,37 @@ constexpr float none = -1e30f;  // the score of a key that is not there
 struct Workspace {
   int64_t tall;  // head_dim in whole tiles
   Memory memory;
-  float *keys, *values, *scores, *queries, *results;  // [block, tall] twice, [block, panel], [panels, dim or tall, panel]
-  Lanes (*most)[wide], (*total)[wide];                // of each panel
+  float *keys, *values, *scores, *queries, *results;  // [block, tall] twice, [block, panel], [panels, tall, panel] twice
+  Lanes (*most)[wide], (*total)[wide], (*divisor)[wide];  // of each panel
 
   Workspace(int64_t dim, int64_t panels)
       : tall(up(dim, rows)),
-        memory(2 * block * tall + block * panel + panels * panel * (dim + tall + 2), 7),
+        memory(2 * block * tall + block * panel + panels * panel * (2 * tall + 3), 8),
         keys(memory.take(block * tall)),
         values(memory.take(block * tall)),
         scores(memory.take(block * panel)),
-        queries(memory.take(panels * panel * dim)),
+        queries(memory.take(panels * panel * tall)),
         results(memory.take(panels * panel * tall)),
         most(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))),
-        total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))) {}
+        total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))),
+        divisor(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))) {}
 };
 
 // weights of a block of keys in place of its scores, relative to an integer near the maximum; what was summed before is
 // brought to a new one
-void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
-  const float* const queries = space.queries + p * panel * dim;
+template <class T>
+void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim, float factor) {
+  using Of = Operands<T>;
+  const float* const queries = space.queries + p * panel * space.tall;
   float* const scores = space.scores;
   F most[wide] = {splat(none), splat(none)};
   for (int64_t j = 0; j < keys; j += rows) {
     F sums[rows][wide] = {};
-    multiply(sums, space.keys + j * space.tall, space.tall, 1, queries, panel, dim);
+    multiply<typename Of::Kind>(sums, space.keys + j * Of::across(dim), Of::across(dim), 1, queries, panel, Of::depth(dim));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       for (int v = 0; v < wide; ++v) {
-        const F s = j + r < keys ? sums[r][v] : splat(none);
+        const F s = j + r >= keys ? splat(none) : Of::scaled ? sums[r][v] : sums[r][v] * factor;
         most[v] = larger(most[v], s);
         narrow(scores + (j + r) * panel + v * W, s);
       }
@@ -55,14 +58,9 @@ void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
     const Reference reference(now);
     const F kept = power(before, reference);
     space.most[p][v] = now;
-    F total = F(space.total[p][v]) * kept;
-#pragma GCC unroll 4
-    for (float *at = scores + v * W, *const end = at + keys * panel; at < end; at += panel) {
-      const F w = power(widen(at), reference);
-      total += w;
-      narrow(at, w);
-    }
-    space.total[p][v] = total;
+    const Total total = Of::weigh(scores + v * W, keys, reference);
+    space.total[p][v] = F(space.total[p][v]) * kept + total.exact;
+    space.divisor[p][v] = F(space.divisor[p][v]) * kept + total.rounded;
     if (memcmp(&before, &now, sizeof now) == 0) continue;
     float* const results = space.results + p * panel * space.tall + v * W;
     for (int64_t d = 0; d < space.tall; ++d) narrow(results + d * panel, widen(results + d * panel) * kept);
@@ -72,32 +70,36 @@ void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim) {
 // some queries of a head, panel by panel; false: the numbers do not fit, and nothing was written
 template <class T>
 bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& space) {
+  using Of = Operands<T>;
   const int64_t panels = (queries + panel - 1) / panel, tall = space.tall;
+  const float factor = h.scale() * log2_e;
   U of_queries{}, of_keys{}, of_values{};
   for (int64_t p = 0; p < panels; ++p) {
-    float* const to = space.queries + p * panel * h.dim;
-    gather_panel(h.query + (first + p * panel) * h.stride, h.stride, queries - p * panel, h.dim, h.scale() * log2_e, to);
-    for (int64_t i = 0; i < panel * h.dim; i += W) of_queries = larger(of_queries, as_bits(widen(to + i)) & 0x7fffffffu);
-    for (int v = 0; v < wide; ++v) space.most[p][v] = splat(none), space.total[p][v] = F{};
+    const T* const from = h.query + (first + p * panel) * h.stride;
+    float* const to = space.queries + p * panel * tall;
+    of_queries = larger(of_queries, Of::queries(from, h.stride, queries - p * panel, h.dim, factor, to));
+    for (int v = 0; v < wide; ++v) space.most[p][v] = splat(none), space.total[p][v] = space.divisor[p][v] = F{};
   }
   for (int64_t i = 0; i < panels * tall * panel; ++i) space.results[i] = 0.0f;
   for (int64_t k = 0; k < h.tokens; k += block) {
     const int64_t keys = h.tokens - k < block ? h.tokens - k : block;
-    of_keys = larger(of_keys, copy_rows(h.key + k * h.stride, h.stride, keys, h.dim, 1.0f, up(keys, rows), tall, space.keys));
-    of_values = larger(of_values, copy_rows(h.value + k * h.stride, h.stride, keys, h.dim, 1.0f, keys, tall, space.values));
+    of_keys = larger(of_keys, Of::keys(h.key + k * h.stride, h.stride, keys, h.dim, space.keys));
+    of_values = larger(of_values, Of::values(h.value + k * h.stride, h.stride, keys, h.dim, space.values));
     for (int64_t p = 0; p < panels; ++p) {
-      score(space, p, keys, h.dim);
+      score<T>(space, p, keys, h.dim, factor);
       for (int64_t d = 0; d < tall; d += rows) {
-        multiply_onto(space.results + (p * tall + d) * panel, panel, space.values + d, 1, tall, space.scores, panel, keys);
+        multiply_onto<typename Of::Kind>(space.results + (p * tall + d) * panel, panel, space.values + d, 1, tall, space.scores,
+                                         panel, Of::over(keys));
       }
     }
   }
-  if (!fits(of_queries, of_keys, h.dim, largest_score) || !fits(of_values, largest)) return false;
+  // the factor is at most 1.5
+  if (!fits(of_queries, of_keys, h.dim, Of::scaled ? largest_score : largest_score / 1.5f) || !fits(of_values, largest)) return false;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = first + p * panel, left = queries - p * panel;
-    Lanes factor[wide];
-    for (int v = 0; v < wide; ++v) factor[v] = 1.0f / F(space.total[p][v]);
-    scatter_panel(space.results + p * panel * tall, factor, h.out_stride, left, h.dim, h.to_out + at * h.out_stride);
+    Lanes share[wide];
+    for (int v = 0; v < wide; ++v) share[v] = 1.0f / F(space.divisor[p][v]);
+    scatter_panel(space.results + p * panel * tall, share, h.out_stride, left, h.dim, h.to_out + at * h.out_stride);
     for (int64_t q = 0; q < panel && q < left; ++q) {
       const float most = space.most[p][q / W].at[q % W], total = space.total[p][q / W].at[q % W];
       h.lse[at + q] = most / log2_e + __builtin_logf(total);
@@ -160,11 +162,20 @@ void forward(const Attention& a, ParallelFor loop) {
   });
 }
 
+#if defined(__AVX512BF16__)
+// with pairs of bfloat16; all else is what it is without them
+void attention(const Attention& a, Type type, ParallelFor loop) {
+  if (type == Type::bfloat16) return forward<bfloat16>(a, loop);
+  avx512::attend.forward(a, type, loop);
+}
+using avx512::attention_backward;
+#else
 void attention(const Attention& a, Type type, ParallelFor loop) {
   if (type == Type::bfloat16) return forward<bfloat16>(a, loop);
   if (type == Type::float16) return forward<float16>(a, loop);
   forward<float>(a, loop);
 }
+#endif
 
 }  // namespace
 

@@ -38,5 +38,8 @@ namespace avx512 {
 extern const Attend attend;
 void attention_backward(const Attention&, Type, ParallelFor);
 }  // namespace avx512
+namespace avx512_bf16 {
+extern const Attend attend;
+}  // namespace avx512_bf16
 
 }  // namespace sola

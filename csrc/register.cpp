@@ -2,6 +2,7 @@
 // The operators for the dispatch key CPU: checks and memory of sola::wkv, the choice of an instruction set.
 // Nothing happens before sola_load is called: Python calls it after it has defined the operators, a C++ program that
 // runs an exported graph without Python calls sola_load(1), which defines them too.
+#include "attention.h"
 #include "register_attention.h"
 #include "register_linear.h"
 #include "register_passes.h"
@@ -27,12 +28,12 @@ const char* const schemas[] = {
 const Kernel* kernel = nullptr;
 
 #if defined(SOLA_BFLOAT16)
-Kernel with(Kernel kernel, const char* name, const Linear& linear) {
-  kernel.name = name, kernel.linear = &linear;
+Kernel with(Kernel kernel, const char* name, const Linear& linear, const Attend& attend) {
+  kernel.name = name, kernel.linear = &linear, kernel.attend = &attend;
   return kernel;
 }
-const Kernel dot_products = with(avx512::kernel, "avx512_bf16", avx512_bf16::linear);
-const Kernel matrix_products = with(avx512::kernel, "amx", amx::linear);
+const Kernel dot_products = with(avx512::kernel, "avx512_bf16", avx512_bf16::linear, avx512_bf16::attend);
+const Kernel matrix_products = with(avx512::kernel, "amx", amx::linear, avx512::attend);
 
 // Whether there are tiles of bfloat16, which Linux has to be asked for.
 constexpr long tile_data = 18;

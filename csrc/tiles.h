@@ -25,20 +25,42 @@ inline F larger(F a, F b) {
 }
 inline U larger(U a, U b) { return b > a ? b : a; }
 
+// what words of 32 bits are to a product
+struct Singles {
+  SOLA_FORCED static F factor(const float* a) { return splat(*a); }
+  SOLA_FORCED static F add(F sum, F left, F right) { return sum + left * right; }
+};
+
+#if defined(__AVX512BF16__)
+// two numbers of bfloat16, whose products are both added
+struct Pairs {
+  SOLA_FORCED static F factor(const float* a) {
+    int32_t bits;
+    memcpy(&bits, a, sizeof bits);
+    return (F)_mm512_set1_epi32(bits);
+  }
+  SOLA_FORCED static F add(F sum, F left, F right) {
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+  }
+};
+#endif
+
 // sums[r][v] += sum_i left[r * step + i * next] right[i * stride + v], i < depth
+template <class Kind = Singles>
 SOLA_FORCED inline void multiply(F (&sums)[rows][wide], const float* left, int64_t step, int64_t next, const float* right,
                                  int64_t stride, int64_t depth) {
   for (int64_t i = 0; i < depth; ++i) {
     const F first = widen(right + i * stride), second = widen(right + i * stride + W);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const F factor = splat(left[r * step + i * next]);
-      sums[r][0] += factor * first, sums[r][1] += factor * second;
+      const F factor = Kind::factor(left + r * step + i * next);
+      sums[r][0] = Kind::add(sums[r][0], factor, first), sums[r][1] = Kind::add(sums[r][1], factor, second);
     }
   }
 }
 
 // the same onto a tile in memory
+template <class Kind = Singles>
 __attribute__((noinline)) void multiply_onto(float* sums, int64_t sums_stride, const float* left, int64_t step, int64_t next,
                                       const float* right, int64_t stride, int64_t depth) {
   F tile[rows][wide];
@@ -46,7 +68,7 @@ __attribute__((noinline)) void multiply_onto(float* sums, int64_t sums_stride, c
   for (int r = 0; r < rows; ++r) {
     tile[r][0] = widen(sums + r * sums_stride), tile[r][1] = widen(sums + r * sums_stride + W);
   }
-  multiply(tile, left, step, next, right, stride, depth);
+  multiply<Kind>(tile, left, step, next, right, stride, depth);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     narrow(sums + r * sums_stride, tile[r][0]), narrow(sums + r * sums_stride + W, tile[r][1]);

@@ -28,7 +28,7 @@ SHAPES = [
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(params=["default", "generic", "avx2", "avx512"])
+@pytest.fixture(params=["default", "generic", "avx2", "avx512", "avx512_bf16"])
 def path(request, switch):
     """The operator's default kernel, then every instruction set."""
     if request.param == "default":
@@ -126,6 +126,34 @@ def test_laws(path):
     alone[0] = 0  # neither heads nor images see each other
     alone[..., :32] = alone[..., 96:128] = alone[..., 192:224] = 0
     assert torch.equal(run(alone, 32)[0][1, :, 32:], out[1, :, 32:])
+
+
+@pytest.mark.parametrize("head_dim", [32, 5])
+def test_constant_values_come_back_in_half_precision(path, head_dim):
+    """To the bit, though weights may have been rounded before they are multiplied: their sum is that of the rounded."""
+    qkv, _ = inputs(2, 77, 3, head_dim, size=3.0)
+    values = torch.arange(3.0 * head_dim) - 8
+    qkv[..., 6 * head_dim :] = values
+    out = torch.ops.sola.attention(qkv.bfloat16(), head_dim)[0]
+    assert torch.equal(out, values.bfloat16().expand_as(out))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("where", [0, 40, 70])
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
+def test_what_is_no_number_in_half_precision_does_as_in_float64(switch, name, where, value):
+    switch(name)
+    qkv, _ = inputs(2, 70, 2, 16, dtype=torch.bfloat16)
+    clean = torch.ops.sola.attention(qkv, 16)[0]
+    qkv[0, 5, where] = value
+    out = torch.ops.sola.attention(qkv, 16)[0]
+    expected = softmax.attention(qkv.double(), 16).bfloat16()
+    torch.testing.assert_close(out.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    torch.testing.assert_close(out[finite], expected[finite], rtol=2e-2, atol=1e-2)
+    assert torch.equal(out[1], clean[1])
+    if where == 0:
+        assert torch.equal(out[0, :, 16:], clean[0, :, 16:])
 
 
 @needs_kernel

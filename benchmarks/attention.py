@@ -8,10 +8,9 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
-from measures import RESULTS
+from measures import add_out
 from torch import Tensor
 
 from sola_vision.bench.rounds import Protocol, interleave, ratio
@@ -40,7 +39,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=RESULTS / "attention.json")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [
@@ -50,7 +49,7 @@ def run() -> None:
         for row in measure(shape, dtype, Protocol(rounds=options.rounds, seconds=0.3))
     ]
     head = {"threads": options.threads, "instruction_set": cpu.instruction_set(), "head_dim": HEAD_DIM}
-    write_json(options.out, {**surroundings(torch.device("cpu"), 1), **head, "rows": rows})
+    write_json(options.out / "attention.json", {**surroundings(torch.device("cpu"), 1), **head, "rows": rows})
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, protocol: Protocol) -> list[dict[str, object]]:

@@ -16,9 +16,8 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from measures import RESULTS, listing, load, measures
+from measures import add_out, listing, load, measures
 
 SMALL_TINY = "sola_tiny sola_small"
 LAYOUTS = "contiguous channels_last"
@@ -53,10 +52,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, help="instead of each part's own number; fewer is quicker and less sure")
     parser.add_argument("--missing", action="store_true", help="leave out results that are there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    add_out(parser)
     parser.add_argument("--list", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     failed = []
     for name, command in (item for part in options.part for item in PARTS[part].items()):
         file = options.out / f"{name}.json"

@@ -22,10 +22,12 @@ from typing import Any
 
 import timm
 import torch
+from measures import add_out
 
 import sola_vision
 from sola_vision import ops
 from sola_vision.bench.rounds import Protocol, interleave, ratio
+from sola_vision.engine.log import write_json
 from sola_vision.export import classifier, export
 
 LINEAR = "LL/LL/LLLLLL/LL"
@@ -51,7 +53,7 @@ def run() -> None:
     parser.add_argument("--precisions", nargs="+", default=["float32", "int8"], help="float32 among them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", default="benchmarks/results/export.json")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"machine": machine(options.threads), "speed": [], "memory": []}
@@ -67,8 +69,7 @@ def run() -> None:
             mebibytes = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
             results["memory"].append({"network": "sola_nano", "schedule": LINEAR, "size": size, "peak_mib": mebibytes})
             print(json.dumps(results["memory"][-1]), flush=True)
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps(results, indent=2) + "\n")
+    write_json(options.out / "export.json", results)
 
 
 def write(name: str, precision: Any, folder: Path, **changes: Any) -> Path:

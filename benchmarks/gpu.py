@@ -32,7 +32,7 @@ from gpu_correct import correct
 from gpu_operator import operator
 from gpu_passes import passes
 from gpu_timing import Clock, first_line, report, write
-from measures import RESULTS, gpu_measures, listing, load
+from measures import add_out, gpu_measures, listing, load
 
 Part = Callable[[], Iterable[dict[str, Any]]]
 
@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
         names[name].add_argument("--rounds", type=positive, default=5)
     for sub in names.values():
         sub.add_argument("--minutes", type=float, default=9.0)
-        sub.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+        add_out(sub)
         sub.add_argument("--commit", metavar="HASH", help="what the files name as the commit, where git does not know")
     args = parser.parse_args()
     for folder in (getattr(args, "vision_rwkv", None), getattr(args, "folder", None)):

@@ -4,6 +4,7 @@
 A promise is a value that a result file contains or that follows from two of its rows, and a bound.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,19 @@ class Measure:
 def load(folder: Path = RESULTS) -> Results:
     files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     return files | {path.name: load(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out, which is made, or refused, before anything is measured."""
+    parser.add_argument("--out", type=_folder, default=RESULTS, help="folder of the JSON files")
+
+
+def _folder(text: str) -> Path:
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be a folder: {error.strerror}; name another") from error
+    return Path(text)
 
 
 def measures(results: Results) -> list[Measure]:

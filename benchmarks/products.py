@@ -9,10 +9,9 @@
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from measures import RESULTS
+from measures import add_out
 
 from sola_vision.bench.rounds import Protocol, interleave, ratio
 from sola_vision.engine.log import surroundings, write_json
@@ -36,7 +35,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--out", type=Path, default=RESULTS / "products.json")
+    add_out(parser)
     options = parser.parse_args()
     chosen = products._convolution_is_faster()
     rows = []
@@ -44,7 +43,10 @@ def run() -> None:
         torch.set_num_threads(threads)
         for shape in SHAPES:
             rows += measure(threads, shape, Protocol(rounds=options.rounds, seconds=0.3))
-    write_json(options.out, {**surroundings(torch.device("cpu"), 1), "convolution_is_chosen": chosen, "rows": rows})
+    write_json(
+        options.out / "products.json",
+        {**surroundings(torch.device("cpu"), 1), "convolution_is_chosen": chosen, "rows": rows},
+    )
 
 
 def measure(threads: int, shape: tuple[int, int, int], protocol: Protocol) -> list[dict[str, object]]:

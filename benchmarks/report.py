@@ -17,7 +17,8 @@ from typing import Any
 from measures import ACCURACY, RESULTS, Results, gpu_measures, load, measures
 
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-OTHER_MACHINE = "xeon"  # folder of its results
+# folders of other machines' results: what their processors are, which call themselves by one name
+OTHER_MACHINES = {"zen4": "Zen 4", "zen5": "Zen 5"}
 # name of a result -> the part of cpu.py that measures it
 _PARTS = {
     "operator": "operator",
@@ -58,21 +59,25 @@ def filled(page: str, results: Results) -> str:
 
 
 def measures_table(results: Results) -> str:
-    """One machine's measures beside another's; what was not measured there stays empty."""
-    here = {m.what: m for m in measures(results)}
-    other = {m.what: m for m in measures(results.get(OTHER_MACHINE, {})) if m.value is not None}
+    """The machines' measures beside each other; what was not measured somewhere stays empty."""
+    machines = [(results, ""), *((results.get(name, {}), what) for name, what in OTHER_MACHINES.items())]
+    columns = [{m.what: m for m in measures(found) if m.value is not None} for found, _ in machines]
+    targets = {m.what: m.target_shown for m in measures(results)}
+    for column in columns:
+        targets |= {what: m.target_shown for what, m in column.items()}
     rows = []
-    for what in dict.fromkeys((*here, *other)):
-        of_both = [machine.get(what) for machine in (here, other)]
-        cells = [cell for m in of_both for cell in (("", "") if m is None else (m.shown, m.verdict))]
-        rows.append((what, (here.get(what) or other[what]).target_shown, *cells))
-    names = (hardware(results), hardware(results.get(OTHER_MACHINE, {})))
-    return markdown(("measure", "target", names[0], "met", names[1], "met"), rows)
+    for what, target in targets.items():
+        found = (column.get(what) for column in columns)
+        cells = (cell for m in found for cell in (("", "") if m is None else (m.shown, m.verdict)))
+        rows.append((what, target, *cells))
+    head = (cell for machine in machines for cell in (hardware(*machine), "met"))
+    return markdown(("measure", "target", *head), rows)
 
 
-def hardware(results: Results) -> str:
+def hardware(results: Results, processor: str) -> str:
     document = results.get("operator", {})
-    return f"{document.get('hardware', 'none')}, {document.get('kernel', 'no kernel')}"
+    what = f"{document.get('hardware', 'none')}, {document.get('kernel', 'no kernel')}"
+    return f"{processor}: {what}" if processor else what
 
 
 def startup_table(results: Results) -> str:
@@ -87,7 +92,7 @@ def startup_table(results: Results) -> str:
 
 
 def products_table(results: Results) -> str:
-    document = results.get("products")
+    document = results.get("zen5", {}).get("products")  # where the choice matters
     if document is None:
         return "*Not measured yet:* `python benchmarks/products.py`"
     rows = []

@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from measures import RESULTS
+from measures import add_out
 from PIL import Image
 
 from sola_vision import tasks
@@ -29,7 +29,7 @@ NETWORK = "sola_small"
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "startup.json")
+    add_out(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.jpg"
@@ -57,7 +57,7 @@ def run() -> None:
         "seconds": {what: median(found) for what, found in times.items()},
         "rounds": times,
     }
-    write_json(options.out, results)
+    write_json(options.out / "startup.json", results)
 
 
 if __name__ == "__main__":

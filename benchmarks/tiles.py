@@ -9,10 +9,9 @@ ATEN_CPU_CAPABILITY=avx2.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-from measures import RESULTS
+from measures import add_out
 from torch import Tensor
 
 from sola_vision.bench.rounds import Protocol, interleave, ratio
@@ -51,15 +50,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--instruction-set", help="default: the best there is")
-    parser.add_argument("--out", type=Path, default=RESULTS / "tiles.json")
+    add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_heap()
     used = cpu.instruction_set(options.instruction_set)
     dtypes = [dtype for dtype in DTYPES if cpu.multiplies(dtype)]
     rows = [measure(shape, dtype, Protocol(rounds=options.rounds, seconds=0.3)) for dtype in dtypes for shape in SHAPES]
+    name = f"tiles_{used}.json" if options.instruction_set else "tiles.json"
     head = {"threads": options.threads, "instruction_set": used}
-    write_json(options.out, {**surroundings(torch.device("cpu"), 1), **head, "rows": rows})
+    write_json(options.out / name, {**surroundings(torch.device("cpu"), 1), **head, "rows": rows})
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, protocol: Protocol) -> dict[str, object]:
@@ -70,16 +70,16 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, protocol: Protocol)
     chosen = bool(bands.multiplied_in_tiles(x))
 
     def run(fewest: float) -> Tensor:
-        bands._TOKENS_PER_SQUARE = dict.fromkeys(DTYPES, fewest)
+        bands._tokens_per_square = lambda dtype: fewest
         with torch.inference_mode():
             out: Tensor = layer(x)[0]
         return out
 
-    before = bands._TOKENS_PER_SQUARE
+    before = bands._tokens_per_square
     try:
         times = interleave({"tiles": lambda: run(0.0), "bands": lambda: run(float("inf"))}, protocol)
     finally:
-        bands._TOKENS_PER_SQUARE = before
+        bands._tokens_per_square = before
     faster, spread = ratio(times["bands"], times["tiles"])
     milliseconds = {name: found.median * 1e3 for name, found in times.items()}
     per_token = channels**2 / (images * side * side)

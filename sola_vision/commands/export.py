@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola export CHECKPOINT-OR-NAME --format onnx --out FILE`: a network as a file that runs without this package.
+"""`sola export CHECKPOINT-OR-NAME --format onnx --out FILE`: a network as a file for other programs.
 
 A classifier gives its logits, a segmentation network the logits of every pixel, a detector its backbone and feature
 pyramid; --features gives the maps of a classifier's stages. Every format takes images of any size and number. The file

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as files that run without this package: ONNX, torch.export archives, AOTInductor packages.
+"""Networks as files for other programs: ONNX, torch.export archives, AOTInductor packages.
 
 `networks.py` says what a network puts out, `trace.py` records it for images of any size, `graph.py` and `wkv.py` write
 ONNX's standard operators, `archive.py` torch's own files. `export` does it all and compares the file with the network

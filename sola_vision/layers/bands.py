@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sola_vision.layers.plain import hooked_everywhere, plain
+from sola_vision.layers.products import matrices_stay_narrow
 from sola_vision.ops import cpu, pinned, seen_through, tangents
 
 BAND_BYTES = 8 << 20  # of intermediates in a band
-# Tokens for each channel squared from which on tiles are faster: the fewer tokens, the more the packing of the weights
-# counts, and the more channels, the better torch's libraries multiply (benchmarks/tiles.py).
-_TOKENS_PER_SQUARE = {torch.float32: 1 / 350, torch.bfloat16: 1 / 1400}
 
 
 class Band(NamedTuple):
@@ -67,10 +65,21 @@ def multiplied_in_tiles(x: Tensor, *others: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and cpu.multiplies(x.dtype)
-        and x.numel() >= _TOKENS_PER_SQUARE[x.dtype] * x.shape[-1] ** 3
+        and x.numel() >= _tokens_per_square(x.dtype) * x.shape[-1] ** 3
         and all(other.dtype == x.dtype for other in others)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+@torch.compiler.assume_constant_result
+def _tokens_per_square(dtype: torch.dtype) -> float:
+    """Tokens for each channel squared from which on tiles are faster: the fewer tokens, the more the packing of the
+    weights counts, and the more channels, the better torch's libraries multiply (benchmarks/tiles.py).
+    """
+    used = cpu.instruction_set()
+    if dtype == torch.bfloat16:
+        return 1 / 1400 if used == "amx" else 1 / 600
+    return 1 / 3100 if used != "avx2" and matrices_stay_narrow() else 1 / 350
 
 
 def bands(x: Tensor, width: int) -> Iterator[Band]:

@@ -22,7 +22,8 @@ from sola_vision.ops import pinned, seen_through
 _FEWEST_VALUES = 1 << 15  # torch itself leaves small convolutions to another library
 _FEWEST_ROWS = 128  # for fewer, oneDNN's rearranging of the weight is a large part
 _DILATION = (2, 2)  # a 1x1 kernel knows no difference, but torch, which on one thread leaves plain ones to MKL, does
-# AMD's family. Earlier ones with AVX-512 compute it in halves, as mobile ones of this family may; neither was measured
+# AMD's family. Earlier ones with AVX-512 compute it in halves, with which oneDNN gains nothing over MKL (benchmarks/
+# results/zen4/products.json), as mobile ones of this family may, which were not measured
 _ZEN_5 = 26
 
 
@@ -92,12 +93,20 @@ def _convolves(x: Tensor, other: Tensor) -> bool:
 
 @cache
 def _convolution_is_faster() -> bool:
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    vendor, family = _processor()
-    return vendor == "AuthenticAMD" and family >= _ZEN_5 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.backends.mkldnn.is_available() and _mkl_is_narrow() and _processor()[1] >= _ZEN_5
 
 
+def matrices_stay_narrow() -> bool:
+    """Whether torch multiplies float32 matrices with AVX2 though there is AVX-512, and by no library that is faster."""
+    return _mkl_is_narrow() and not _convolution_is_faster()
+
+
+def _mkl_is_narrow() -> bool:
+    amd = _processor()[0] == "AuthenticAMD"
+    return amd and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@cache
 def _processor() -> tuple[str, int]:
     """Vendor and family: ("AuthenticAMD", 26); ("", 0) where this is not Linux on x86."""
     file = Path("/proc/cpuinfo")

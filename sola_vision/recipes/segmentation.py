@@ -54,7 +54,7 @@ def ade20k_tiny() -> SegmentationRecipe:
     Command: torchrun --nproc-per-node 8 -m sola_vision train ade20k_tiny --data ADEChallengeData2016
         --init runs/imagenet_tiny --segmenter.drop_bridges true
     Expected: 44.7 mIoU is the paper's, 45.0 with bridges; not yet run with this code.
-    Cost: 160,000 steps of 16 crops at 10.9 GMACs each in the backbone.
+    Cost: 160,000 steps of 16 crops at 10.8 GMACs each in the backbone.
     """
     return _ade20k("sola_tiny", 0.1)
 
@@ -76,7 +76,7 @@ def ade20k_base() -> SegmentationRecipe:
     Command: torchrun --nproc-per-node 8 -m sola_vision train ade20k_base --data ADEChallengeData2016
         --init runs/imagenet_base --segmenter.drop_bridges true
     Expected: 50.5 mIoU is the paper's, 51.4 with bridges; not yet run with this code.
-    Cost: 160,000 steps of 16 crops at 89.0 GMACs each in the backbone.
+    Cost: 160,000 steps of 16 crops at 84.9 GMACs each in the backbone.
     """
     return _ade20k("sola_base", 0.5)
 

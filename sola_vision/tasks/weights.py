@@ -211,7 +211,7 @@ def _settings(path: Path, values: Mapping[str, Any]) -> tuple[list[str], ImageCo
     if values["task"] != "classification":
         raise ValueError(
             f"{path} is of the task {values['task']!r}: a checkpoint of a classifier is needed here; "
-            "load_segmenter and load_detector of sola_vision.tasks read the others"
+            "sola_vision.tasks.segmenter.load_segmenter and sola_vision.tasks.detector.load_detector read the others"
         )
     try:
         return [str(label) for label in values["classes"]], read_settings(ImageConfig, values["image"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The list of measures and the page of performance come from the stored results and from nothing else."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def ratio(model, baseline, images, macs, dtype="float32", compiled=False, layout
         "images_per_second": images,
         "gmacs_per_second": macs,
     }
+
+
+def test_a_folder_for_results_is_made_or_refused_before_anything_is_measured(scripts, tmp_path, capsys):
+    measures, _ = scripts
+    parser = argparse.ArgumentParser()
+    measures.add_out(parser)
+    assert parser.parse_args(["--out", str(tmp_path / "a" / "b")]).out.is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--out", str(tmp_path / "file")])
+    assert "file cannot be a folder: File exists; name another" in capsys.readouterr().err
 
 
 def test_without_results_nothing_is_met(scripts):

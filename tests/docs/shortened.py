@@ -20,7 +20,7 @@ PARSED = [
     (r"--scale paper", "the paper's recipe, on a GPU"),
     (r"sola app", "serves until Ctrl-C; tests/app has it in a browser"),
     (r"sola bench|--measure|benchmarks/", "measures for minutes on a machine that does nothing else"),
-    (r"--budget 12.5ms", "whether that is met depends on the machine"),
+    (r"--budget 400ms", "whether that is met depends on the machine"),
     (r"sola export runs/few_images", "half a minute each; tests/export/test_docs.py runs those of its page, the tutorial one here"),
     (r"onnx_classify.py model.onnx", "as the line before"),
 ]  # fmt: skip

@@ -58,7 +58,7 @@ def test_bands_change_nothing(monkeypatch, shift, budget):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """The kernel's products, of however few tokens, where there is one."""
-    monkeypatch.setattr(bands, "_TOKENS_PER_SQUARE", dict.fromkeys(bands._TOKENS_PER_SQUARE, 0))
+    monkeypatch.setattr(bands, "_tokens_per_square", lambda dtype: 0)
 
 
 @pytest.fixture

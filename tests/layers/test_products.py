@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 import sola_vision  # noqa: F401 - names of the networks
 from sola_vision import layers, ops
-from sola_vision.layers import products
+from sola_vision.layers import bands, products
 from sola_vision.ops import cpu
 
 
@@ -189,18 +189,37 @@ def test_timm_extracts_features_by_torch_fx(convolutions):
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "capability", "faster"),
+    ("vendor", "family", "capability", "faster", "narrow"),
     [
-        ("AuthenticAMD", 26, "AVX512", True),
-        ("AuthenticAMD", 27, "AVX512", True),
-        ("AuthenticAMD", 25, "AVX512", False),
-        ("AuthenticAMD", 26, "AVX2", False),
-        ("GenuineIntel", 26, "AVX512", False),
-        ("", 0, "AVX512", False),
+        ("AuthenticAMD", 26, "AVX512", True, False),
+        ("AuthenticAMD", 27, "AVX512", True, False),
+        ("AuthenticAMD", 25, "AVX512", False, True),
+        ("AuthenticAMD", 26, "AVX2", False, False),
+        ("GenuineIntel", 26, "AVX512", False, False),
+        ("", 0, "AVX512", False, False),
     ],
 )
-def test_the_processor_decides(monkeypatch, vendor, family, capability, faster):
+def test_the_processor_decides(monkeypatch, vendor, family, capability, faster, narrow):
     monkeypatch.setattr(products, "_processor", lambda: (vendor, family))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     built = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     assert products._convolution_is_faster.__wrapped__() is (faster and built)
+    monkeypatch.setattr(products, "_convolution_is_faster", lambda: faster)
+    assert products.matrices_stay_narrow() is (narrow and torch.backends.mkl.is_available())
+
+
+@pytest.mark.parametrize(
+    ("used", "narrow", "float32", "bfloat16"),
+    [
+        ("avx2", True, 1 / 350, None),
+        ("avx512", False, 1 / 350, None),
+        ("avx512_bf16", True, 1 / 3100, 1 / 600),
+        ("amx", False, 1 / 350, 1 / 1400),
+    ],
+)
+def test_from_how_many_tokens_on_there_are_tiles(monkeypatch, used, narrow, float32, bfloat16):
+    monkeypatch.setattr(bands.cpu, "instruction_set", lambda: used)
+    monkeypatch.setattr(bands, "matrices_stay_narrow", lambda: narrow)
+    assert bands._tokens_per_square(torch.float32) == float32
+    if bfloat16 is not None:
+        assert bands._tokens_per_square(torch.bfloat16) == bfloat16

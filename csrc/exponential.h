@@ -75,7 +75,7 @@ SOLA_FORCED inline F exp(F a) {
 inline F whole(F a) { return (a + 12582912.0f) - 12582912.0f; }
 
 // An integer m that powers of two are taken relative to. What rounds an argument has it subtracted from it, which costs
-// nothing and is exact up to 1e12: its 22 low bits (17 with AVX-512) are zero, like those that so large numbers lack.
+// nothing and is exact up to 2^22, as m itself and m - 125 are.
 struct Reference {
   F constant, least;
   explicit Reference(F m) : constant(12582912.0f / units - m), least(m - 125.0f) {}

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t block = 64;     // keys whose scores by a panel of queries exist at a time
 constexpr float largest = 1e30f;  // of products and values; what is larger takes the plain loops in float64
-constexpr float largest_score = 1e12f;  // relative to which powers of two are exact (exponential.h)
+constexpr float largest_score = 4e6f;  // relative to which powers of two are right (exponential.h)
 
 constexpr float log2_e = 1.44269504f;  // scores are multiplied by it, since 2^x takes fewer steps than e^x
 

@@ -2,6 +2,8 @@
 // The operators for the dispatch key CPU: checks and memory of sola::wkv, the choice of an instruction set.
 // Nothing happens before sola_load is called: Python calls it after it has defined the operators, a C++ program that
 // runs an exported graph without Python calls sola_load(1), which defines them too.
+#include <atomic>
+
 #include "attention.h"
 #include "register_attention.h"
 #include "register_linear.h"
@@ -25,7 +27,7 @@ const char* const schemas[] = {
     "wkv_backward(Tensor decay, Tensor bonus, Tensor key, Tensor value, Tensor grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)"};
 
-const Kernel* kernel = nullptr;
+std::atomic<const Kernel*> kernel{nullptr};
 
 #if defined(SOLA_BFLOAT16)
 Kernel with(Kernel kernel, const char* name, const Linear& linear, const Attend& attend) {
@@ -161,7 +163,7 @@ void wkv(Value* stack, uint64_t, uint64_t) {
   Call call(stack);
   call.prepare();
   Tensor output = call.result(call.problem.output);
-  if (!call.nothing()) kernel->forward(call.problem, call.type, parallel_for);
+  if (!call.nothing()) kernel.load()->forward(call.problem, call.type, parallel_for);
   stack[0] = call.as(std::move(output), call.value_type).release();
 }
 
@@ -175,7 +177,7 @@ void wkv_backward(Value* stack, uint64_t, uint64_t) {
   Tensor grad_key = call.result(p.grad_key), grad_value = call.result(p.grad_value);
   std::vector<double> partial_decay(static_cast<size_t>(p.batch * p.channels)), partial_bonus = partial_decay;
   p.grad_decay = partial_decay.data(), p.grad_bonus = partial_bonus.data();
-  if (!call.nothing()) kernel->backward(p, call.type, parallel_for);
+  if (!call.nothing()) kernel.load()->backward(p, call.type, parallel_for);
   std::array<Tensor, 4> results{total(partial_decay, p.batch, p.channels, call.decay.type("sola::wkv: decay")),
                                 total(partial_bonus, p.batch, p.channels, call.bonus.type("sola::wkv: bonus")),
                                 call.as(std::move(grad_key), call.key_type),
@@ -208,12 +210,13 @@ void register_operators(bool define) {
 
 }  // namespace
 
-const Passes& current_passes() { return *kernel->passes; }
-const Attend& current_attend() { return *kernel->attend; }
-const Linear& current_linear() { return *kernel->linear; }
+const Passes& current_passes() { return *kernel.load()->passes; }
+const Attend& current_attend() { return *kernel.load()->attend; }
+const Linear& current_linear() { return *kernel.load()->linear; }
 void need_bfloat16() {
 #if defined(SOLA_BFLOAT16)
-  if (kernel == &matrix_products && !may_use_matrix_unit()) kernel = &dot_products;
+  const Kernel* used = &matrix_products;
+  if (kernel == used && !may_use_matrix_unit()) kernel.compare_exchange_strong(used, &dot_products);
 #endif
 }
 
@@ -243,9 +246,15 @@ SOLA_EXPORT const char* sola_load(int define) {
 
 // The instruction set in use, after switching to the named one if name is not null; null if this machine lacks it.
 SOLA_EXPORT const char* sola_instruction_set(const char* name) {
-  if (name == nullptr) return sola::kernel != nullptr ? sola::kernel->name : nullptr;
+  if (name == nullptr) {
+    const sola::Kernel* const used = sola::kernel;
+    return used != nullptr ? used->name : nullptr;
+  }
   for (const sola::Kernel* candidate : sola::available()) {
-    if (std::string(candidate->name) == name) return (sola::kernel = candidate)->name;
+    if (std::string(candidate->name) == name) {
+      sola::kernel = candidate;
+      return candidate->name;
+    }
   }
   return nullptr;
 }

@@ -27,11 +27,13 @@ struct Projection {
   }
 };
 
-Type multiplied(Type type, const char* name) {
+// what multiplies a type, once for a call: another thread may switch to another instruction set
+const Linear& multiplied(Type type, const char* name) {
   if (type == Type::bfloat16) need_bfloat16();
-  if (type == Type::float32 || (type == Type::bfloat16 && current_linear().bfloat16)) return type;
-  throw std::invalid_argument(std::string(name) + " must be float32" +
-                              (current_linear().bfloat16 ? " or bfloat16" : "") + ": other types have no kernel here");
+  const Linear& linear = current_linear();
+  if (type == Type::float32 || (type == Type::bfloat16 && linear.bfloat16)) return linear;
+  throw std::invalid_argument(std::string(name) + " must be float32" + (linear.bfloat16 ? " or bfloat16" : "") +
+                              ": other types have no kernel here");
 }
 
 // the tensors of a list, which is deleted
@@ -76,7 +78,7 @@ void norm_shift_linear(Value* stack, uint64_t, uint64_t) {
   ShiftCall call(stack);
   std::vector<Projection> weights = projections(stack[5]);
   call.prepare(0, 0);
-  multiplied(call.type, "sola::norm_shift_linear: x");
+  const Linear& linear = multiplied(call.type, "sola::norm_shift_linear: x");
   const size_t mixes = static_cast<size_t>(call.shift.mixes);
   if (mixes != weights.size() || mixes < 1 || mixes > most_mixes) {
     throw std::invalid_argument("sola::norm_shift_linear: " + std::to_string(mixes) + " mixes and " +
@@ -91,7 +93,7 @@ void norm_shift_linear(Value* stack, uint64_t, uint64_t) {
     problem.weights[m] = weights[m].weight, problem.out[m] = made[m].write();
   }
   if (!call.nothing()) {
-    current_linear().shift(problem, call.type, parallel_for);
+    linear.shift(problem, call.type, parallel_for);
   } else {
     for (size_t m = 0; m < mixes; ++m) {  // without channels the sums are zero
       std::fill_n(static_cast<char*>(problem.out[m]), bytes(count(made[m].sizes()), call.type), 0);
@@ -103,7 +105,8 @@ void norm_shift_linear(Value* stack, uint64_t, uint64_t) {
 // value, receptance if it is there, and the projection
 void element_linear(Tensor* receptance, Tensor& value, Projection& projection, Value* out) {
   const std::vector<int64_t> sizes = value.sizes();
-  const Type type = multiplied(value.type("sola: value"), "sola: value");
+  const Type type = value.type("sola: value");
+  const Linear& linear = multiplied(type, "sola: value");
   if (sizes.empty()) throw std::invalid_argument("sola: value is a number, expected [..., inputs]");
   expect(value, "sola: value", sizes, "itself");
   projection.prepare("sola: projection", sizes.back(), -1, type);
@@ -115,7 +118,7 @@ void element_linear(Tensor* receptance, Tensor& value, Projection& projection, V
   Tensor made = Tensor::empty(with_last(sizes, projection.weight.outputs), type);
   problem.out = made.write();
   if (count(sizes) > 0) {
-    current_linear().element(problem, type, parallel_for);
+    linear.element(problem, type, parallel_for);
   } else {
     std::fill_n(static_cast<char*>(problem.out), bytes(count(made.sizes()), type), 0);
   }
@@ -139,7 +142,7 @@ void spatial_mix(Value* stack, uint64_t, uint64_t) {
   Projection receptance(stack[5]), output(stack[6]);
   Tensor readout(stack[7]);
   call.prepare(0, 0);
-  multiplied(call.type, "sola::spatial_mix: x");
+  const Linear& linear = multiplied(call.type, "sola::spatial_mix: x");
   if (call.shift.mixes != 1) {
     throw std::invalid_argument("sola::spatial_mix: " + std::to_string(call.shift.mixes) +
                                 " mixes, expected 1: the receptance's");
@@ -151,7 +154,7 @@ void spatial_mix(Value* stack, uint64_t, uint64_t) {
   problem.readout = beside(readout, "sola::spatial_mix: readout", call.sizes, call.type);
   Tensor out = Tensor::empty(call.sizes, call.type);
   problem.out = out.write();
-  if (!call.nothing()) current_linear().spatial_mix(problem, call.type, parallel_for);
+  if (!call.nothing()) linear.spatial_mix(problem, call.type, parallel_for);
   stack[0] = out.release();
 }
 
@@ -159,7 +162,7 @@ void channel_mix(Value* stack, uint64_t, uint64_t) {
   ShiftCall call(stack);
   Projection key(stack[5]), receptance(stack[6]), value(stack[7]);
   call.prepare(0, 0);
-  multiplied(call.type, "sola::channel_mix: x");
+  const Linear& linear = multiplied(call.type, "sola::channel_mix: x");
   if (call.shift.mixes != 2) {
     throw std::invalid_argument("sola::channel_mix: " + std::to_string(call.shift.mixes) +
                                 " mixes, expected 2: the key's and the receptance's");
@@ -173,7 +176,7 @@ void channel_mix(Value* stack, uint64_t, uint64_t) {
   if (key.weight.outputs == 0) {
     out = call.x.copy(call.type);
   } else if (!call.nothing()) {
-    current_linear().channel_mix(problem, call.type, parallel_for);
+    linear.channel_mix(problem, call.type, parallel_for);
   }
   stack[0] = out.release();
 }

@@ -71,7 +71,7 @@ class Tensor {
     for (int64_t i = dim() - 1; i >= 0; --i) {
       const int64_t size = sizes_pointer()[i];
       if (size != 1 && strides()[i] != next) return false;
-      next *= size;
+      next *= std::max<int64_t>(size, 1);  // as torch counts where there is nothing
     }
     return true;
   }

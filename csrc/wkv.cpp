@@ -288,14 +288,14 @@ void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slo
   slot[MAX_GRAD] = max_grad, slot[MAX_DENOMINATOR] = max_den;
 }
 
-// May this register stay in float32, as far as gradients tell? h = g / D must not overflow: g exp(44) times the N terms
-// of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below 1e-38 counts at most
+// May this register stay in float32, as far as gradients tell? h = g / D and h y must not overflow: g exp(44) times the
+// largest y, the N terms of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below 1e-38 counts at most
 // D 1e-38 a token, which must be nothing beside g.
 bool adjoint_within(const Problem& p, const Register& r) {
   const Lanes grads = largest(p, r, backward_slots, MAX_GRAD), dens = largest(p, r, backward_slots, MAX_DENOMINATOR);
   const double tokens = static_cast<double>(p.tokens);
   const double weight = exp_limit + (p.tokens == 1 ? bonus_limit : 0.0) - (r.grows ? decay_least : 0.0);
-  const double most = 1e37 / (exp(weight) * tokens), least = tokens * 1.2e-32;
+  const double most = 1e37 / (exp(weight) * tokens * value_limit), least = tokens * 1.2e-32;
   int outside = 0;
   for (int i = 0; i < W; ++i) {
     const double g = grads.at[i];

@@ -22,7 +22,7 @@ from sola_vision.layers.plain import affine, plain
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.ops.again import differentiable_backward
 from sola_vision.ops.autocast import autocast_dtype
-from sola_vision.ops.passes import interpolated, norm_shift_backward
+from sola_vision.ops.passes import gate_backward, interpolated, norm_shift_backward
 
 _LARGEST_SUMS = 1 << 18  # numbers of a weight's gradient that stay in a core's second-level cache while they are summed
 
@@ -109,7 +109,7 @@ def gate_linear(receptance: Tensor, value: Tensor, projection: nn.Linear) -> Ten
         return ops.gate(receptance, value)[None]
 
     def backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        return torch.ops.sola.gate_backward(receptance, value, grad[0])
+        return gate_backward(receptance, value, grad[0])
 
     of_gate = Pass(gate, backward, torch.ops.sola.gate_linear, torch.ops.sola.gate_linear_backward)
     return _linear(of_gate, (receptance, value), (), (projection,))[0]
@@ -138,8 +138,8 @@ def _linear(
     # tracers and exporters, and by transforms such as torch.func's
     pays = not inputs[0].is_cuda and torch.is_grad_enabled()
     pays = pays and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and ops.pinned() in (None, "native")
-    if pays and not ops.seen_through(*inputs, *parameters) and plain(*projections):
-        weights = (projection.weight for projection in projections)
+    weights = [projection.weight for projection in projections] if pays and plain(*projections) else []
+    if weights and not ops.seen_through(*inputs, *parameters, *weights):
         return _Linear.apply(first, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = first.make(*inputs, *parameters)
     # a single part as a view: what is unbound has its gradients copied together

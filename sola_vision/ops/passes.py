@@ -62,6 +62,14 @@ def gate(receptance: Tensor, value: Tensor) -> Tensor:
     return torch.ops.sola.gate(receptance, value)
 
 
+def gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `gate` for its arguments, in steps that autograd does not see."""
+    if _mixed(receptance, value, grad):
+        return _gate_backward(receptance, value, grad)
+    found: tuple[Tensor, Tensor] = torch.ops.sola.gate_backward(receptance, value, grad)
+    return found
+
+
 def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
     """residual + sigmoid(receptance) * value, of one shape; written to `out` if there is one, contiguous and of the
     dtype that theirs promote to. That has no gradients: RuntimeError where one is wanted.

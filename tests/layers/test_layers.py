@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sola_vision import ops
 from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, bands, projections
 from sola_vision.layers.bridge import sample
+from sola_vision.layers.projections import gate_linear
 from sola_vision.ops import cpu, reference
 
 
@@ -108,6 +109,24 @@ def test_gradients_in_tiles_are_those_of_the_plain_form(tiles):
         expected = torch.autograd.grad((layer(x)[0] * weight).sum(), tensors)
     for each in zip(found, expected, strict=True):
         torch.testing.assert_close(*each, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(2, 0, 4, 8), (2, 4, 0, 8), (0, 4, 4, 8)])
+def test_images_without_pixels_in_inference_too(size):
+    layer = LinearLayer(8).eval()
+    with torch.no_grad():
+        assert layer(torch.empty(size))[0].shape == size
+
+
+def test_a_gate_of_two_dtypes_has_gradients():
+    receptance = torch.randn(1, 2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    value, projection = torch.randn(1, 2, 3, 8, requires_grad=True), torch.nn.Linear(8, 8, bias=False)
+    gate_linear(receptance, value, projection).sum().backward()
+    wide = receptance.detach().float().requires_grad_()
+    other = value.detach().clone().requires_grad_()
+    gate_linear(wide, other, projection).sum().backward()
+    torch.testing.assert_close(value.grad, other.grad, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(receptance.grad.float(), wide.grad, rtol=1e-2, atol=1e-2)
 
 
 def test_autocast_does_not_multiply_in_tiles(tiles):

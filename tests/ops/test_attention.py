@@ -111,6 +111,24 @@ def test_keys_that_are_all_the_same_weigh_the_same(path, score):
     torch.testing.assert_close(out, qkv[:, 66:, 32:].mean(1, keepdim=True).expand_as(out), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("score", [1e5, 3e6, 5e6, 1.5e9, 1e10, 1e11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512_bf16"])
+def test_scores_far_beyond_any_networks(switch, name, score, dtype):
+    """Where an integer near the maximum is no longer exact in float32."""
+    switch(name)
+    for size in (score, -score):
+        qkv = torch.zeros(1, 1, 3)
+        qkv[..., 0], qkv[..., 1], qkv[..., 2] = abs(size) ** 0.5, size / abs(size) ** 0.5, 1.0
+        assert torch.ops.sola.attention(qkv.to(dtype), 1)[0].item() == pytest.approx(1.0, abs=1e-6)
+    qkv, grad = inputs(1, 70, 1, 8, size=(score / 8) ** 0.5, dtype=dtype)
+    qkv[..., 16:] = torch.randn(70, 8, generator=torch.Generator().manual_seed(1))
+    out, _, found = both(qkv, grad, 8)
+    exact, theirs = (softmax.attention(x, 8) for x in (qkv.double(), qkv))
+    assert error(out, exact) <= 2e-2 + 2 * error(theirs, exact)
+    assert found.isfinite().all()
+
+
 def test_laws(path):
     qkv, _ = inputs(2, 77, 3, 32)
     run = torch.ops.sola.attention

@@ -251,6 +251,16 @@ def test_bits_do_not_depend_on_the_number_of_threads(instruction_set, size, key)
 
 
 @needs_kernel
+def test_gradients_that_overflow_beside_large_values(instruction_set):
+    """h = g / D fits float32, and h y does not."""
+    tensors = (torch.zeros(1), torch.full((1,), -20.0), torch.full((1, 3, 1), -44.0))
+    value, grad = torch.tensor([1000.0, 900.0, 1000.0]).view(1, 3, 1), torch.full((1, 3, 1), 1e17)
+    found = torch.ops.sola.wkv_backward(*tensors, value, grad)
+    exact = torch.ops.sola.wkv_backward(*(x.double() for x in (*tensors, value, grad)))
+    for got, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e13)
+
+
 def test_instruction_sets_agree():
     before, case = cpu.instruction_set(), inputs(2, 130, 20, key=(-3, 3))
     results = []

@@ -63,14 +63,18 @@ def plain(name: str) -> Text:
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name))
 
 
-def image_files(source: Path) -> list[Path]:
-    """The image, or all images of the folder and of the folders in it, by name; hidden ones are nobody's photos."""
+def image_files(source: Path, out: Path | None = None) -> list[Path]:
+    """The image, or all images of the folder and of the folders in it, by name; hidden ones are nobody's photos, and
+    those below `out` are what an earlier call has left there.
+    """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such image or folder")
     if source.is_file():
         return [source]
     found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     files = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(source).parts))
+    if out is not None and source.resolve() in out.resolve().parents:
+        files = [p for p in files if out.resolve() not in p.resolve().parents]
     if not files:
         raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
     return files

@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sola_vision.data import (
     CocoFolder,
     DetectionConfig,
     DetectionEvalTransform,
+    MissingMaskError,
     collate_lists,
     mask_library,
     read_truth,
@@ -139,9 +141,12 @@ def _score_checkpoint(options: Namespace) -> None:
         model.roi_heads.detections_per_img = options.max_dets
     max_dets = int(model.roi_heads.detections_per_img)
     masks = model.has_masks
-    dataset = CocoFolder(
-        options.data, options.split, DetectionEvalTransform(), checkpoint.classes, masks=None if masks else False
-    )
+    folder = partial(CocoFolder, options.data, options.split, DetectionEvalTransform(), checkpoint.classes)
+    try:
+        dataset = folder(masks=None if masks else False)
+    except MissingMaskError as error:
+        print(f"sola: {str(error).partition(': add')[0]}: only boxes are scored", file=sys.stderr)
+        dataset = folder(masks=False)
     # a detector with masks may be asked about data with boxes alone
     task = Detection(dataset, max_dets, masks=masks and dataset.masks)
     with distributed(options.device) as world:

@@ -44,7 +44,7 @@ class Prediction:
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
-    files = image_files(source)
+    files = image_files(source, out)
     mask_library()
     checkpoint = load_detector(options.checkpoint)
     checkpoint.model.transform.config = image_at(checkpoint.image, options.size)

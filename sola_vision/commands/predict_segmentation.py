@@ -43,7 +43,7 @@ class Prediction:
 def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
-    files = image_files(source)
+    files = image_files(source, out)
     checkpoint = load_segmenter(options.checkpoint)
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)

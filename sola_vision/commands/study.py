@@ -7,6 +7,7 @@ name `all`, those of every study in the folder.
 """
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -109,8 +110,12 @@ def _run(options: Namespace, folder: Path) -> int:
             done = (folder / "results" / f"{each.key}.json").exists()
             print(f"{each.key}  seed {each.seed}  {each.arm}{'  finished' if done else ''}")
         return 0
-    begin(folder, planned.description)
+    main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which train together
+    if main:
+        begin(folder, planned.description)
     busy = run_plan(planned, folder, lambda text: print(text, file=sys.stderr))
+    if not main:
+        return 0
     outcome = write_report(folder, study.name)
     if busy:
         print(f"{busy} runs are being done by other processes; repeat the command when they are", file=sys.stderr)

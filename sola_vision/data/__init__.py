@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
 
-from .coco import CocoFolder, Objects, is_finite, read_truth
+from .coco import CocoFolder, MissingMaskError, Objects, is_finite, read_truth
 from .detection_presets import (
     DetectionConfig,
     DetectionEvalTransform,
@@ -35,6 +35,7 @@ __all__ = [
     "ImageFolder",
     "LabelRule",
     "MemoryImages",
+    "MissingMaskError",
     "Objects",
     "Scene",
     "Scenes",

@@ -56,6 +56,10 @@ class Objects:
             raise ValueError(f"{self.names[index]}: its mask cannot be read: {error}") from None
 
 
+class MissingMaskError(ValueError):
+    """Some objects have a mask and some have not."""
+
+
 class CocoFolder(Dataset[Any]):
     """One split; `transform(image, objects)` makes a sample of a PIL image and its Objects.
 
@@ -170,9 +174,9 @@ class CocoFolder(Dataset[Any]):
         if wanted is False or (wanted is None and len(without) == len(objects)):
             return False
         if without:
-            raise ValueError(
+            raise MissingMaskError(
                 f"{self.file}: {len(without)} of {len(objects)} objects have no mask (the first: annotation "
-                f"{without[0]}): add them, or set masks to false to train on boxes alone"
+                f"{without[0]}): add them, or train on boxes alone (--image.masks false)"
             )
         return True
 

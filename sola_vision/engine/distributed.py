@@ -134,9 +134,11 @@ def parallel(model: nn.Module, strategy: str, world: World) -> nn.Module:
         return model
     if world.size == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=[world.device.index] if world.device.type == "cuda" else None
-    )
+    if world.device.type == "cuda":
+        return nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index])
+    # After its first step DDP puts gradients into other buckets, so that of three processes or more a run that goes on
+    # adds them in another order than one that was not interrupted. It does not where it looks for unused parameters.
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=world.size > 2)
 
 
 def _shard(model: nn.Module, world: World) -> None:

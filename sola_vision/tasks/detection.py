@@ -4,6 +4,7 @@
 Batches are (images, targets), lists of one entry an image (`data.detection_presets`).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,8 @@ class Detection:
 
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         scores = self.scores(self.find(model, batches))
-        return {name: value for one in scores for name, value in metrics(one).items()}
+        # what the best state is chosen by is there even if no readable image has an object
+        return {self.metric: math.nan} | {name: value for one in scores for name, value in metrics(one).items()}
 
     def find(self, model: nn.Module, batches: Iterable[Any]) -> Findings:
         """The results of this process's batches and of all others, in the order of the images' ids."""

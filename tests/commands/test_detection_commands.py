@@ -65,12 +65,12 @@ def _torchrun(*words):
     return python("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port, *words)
 
 
-def _only_boxes(scenes, root):
+def _only_boxes(scenes, root, all_but_first=False):
     """The same images with boxes alone."""
     shutil.copytree(scenes, root)
     for file in (root / "annotations").iterdir():
         document = json.loads(file.read_text())
-        for annotation in document["annotations"]:
+        for annotation in document["annotations"][1 if all_but_first else 0 :]:
             annotation["segmentation"] = []
         file.write_text(json.dumps(document))
     return root
@@ -112,7 +112,7 @@ def test_two_killed_processes_end_with_the_same_bits(tmp_path, scenes):
     assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
 
 
-def test_boxes_alone_train_by_the_same_command(sola, tmp_path, scenes):
+def test_boxes_alone_train_by_the_same_command(sola, tmp_path, scenes, detector):
     data = _only_boxes(scenes, tmp_path / "boxes")
     said = sola(*TINY, "--data", data, "--train.steps", 2, "--out", "run")
     assert said.code == 0, said.err
@@ -121,6 +121,12 @@ def test_boxes_alone_train_by_the_same_command(sola, tmp_path, scenes):
     assert "mask_ap" not in json.loads((tmp_path / "run" / "summary.json").read_text())
     assert sola("eval", "--checkpoint", "run", "--data", data).code == 0
     assert not (tmp_path / "run" / "eval" / "results.segm.json").exists()
+    # one that has learned masks is scored by boxes where an object has none
+    some = _only_boxes(scenes, tmp_path / "some", all_but_first=True)
+    said = sola("eval", "--checkpoint", detector, "--data", some, "--out", "some_eval")
+    assert said.code == 0, said.err
+    assert "objects have no mask" in said.err
+    assert "only boxes are scored" in said.err
     # a detector of boxes is no less one where there are masks
     assert sola("eval", "--checkpoint", "run", "--data", scenes).code == 0
 
@@ -207,6 +213,8 @@ def test_predict_draws_and_writes_results(sola, tmp_path, scenes, detector):
     assert "broken.jpg" in said.err
     document = json.loads(said.out)
     assert [image["image"] for image in document["images"]] == ["000001.png", "deep/[b].png"]
+    for _ in range(2):  # what a call leaves among the images is no image of the next
+        assert json.loads(sola(*words, "--out", "in/found", "--json").out)["images"][1]["image"] == "deep/[b].png"
     results = json.loads((tmp_path / "found" / "results.json").read_text())
     assert len(results) == 6
     assert {result["image_id"] for result in results} == {1, 2}

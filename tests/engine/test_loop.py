@@ -25,14 +25,14 @@ from sola_vision.engine.log import json_text
 TINY = Path(__file__).parent / "tiny.py"
 
 
-def start(*arguments, torchrun=False):
-    """One process, or two under torchrun, of tiny.py."""
+def start(*arguments, torchrun=0):
+    """One process, or so many under torchrun, of tiny.py."""
     launcher = []
     if torchrun:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={torchrun}", f"--master-port={port}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(
         [sys.executable, *launcher, str(TINY), *map(str, arguments)],
@@ -106,7 +106,7 @@ def test_a_killed_run_resumes_to_the_same_bits(whole_run, tmp_path):
 def test_two_processes_resume_to_the_same_bits(tmp_path):
     """DDP killed, FSDP stopped; few launches, since each of them takes seconds."""
     fsdp = ('strategy="fsdp"', "width=300", "plain=true", "lr=0.001")
-    killed = start(tmp_path / "killed", "die=17", torchrun=True)
+    killed = start(tmp_path / "killed", "die=17", torchrun=2)
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr
     assert len(metrics(tmp_path / "killed")) < 8
@@ -114,7 +114,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
         *(tmp_path / "killed", "resume=true", "--", tmp_path / "whole", "--"),
         *(tmp_path / "sharded", *fsdp, "--"),
         *(tmp_path / "stopped", *fsdp, "term=13", "--", tmp_path / "stopped", *fsdp, "resume=true"),
-        torchrun=True,
+        torchrun=2,
     )
     assert runs.returncode == 0, runs.stderr
     assert runs.stderr.count(f"resuming {tmp_path / 'killed'} at step 8 of 15") == 1  # only the first process speaks
@@ -129,6 +129,16 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_four_processes_resume_to_the_same_bits(tmp_path):
+    """From three on the order counts in which gradients are added."""
+    of = ("width=300", "lr=0.001", "batch_size=16")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    runs = start(whole, *of, "--", stopped, *of, "term=13", "--", stopped, *of, "resume=true", torchrun=4)
+    assert runs.returncode == 0, runs.stderr
+    assert "stopped at step" in runs.stderr
+    assert_same_run(whole, stopped)
 
 
 def test_a_request_to_stop_finishes_the_step_and_saves(whole_run, tmp_path):

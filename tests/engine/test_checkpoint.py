@@ -151,6 +151,23 @@ def test_files_are_flushed_through_handles_that_may_write(tmp_path, monkeypatch)
     assert flushed
 
 
+def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path, monkeypatch):
+    """Some shared folders; a file that cannot be is not written."""
+    fsync, of_files = os.fsync, False
+
+    def partly(handle):
+        if of_files or stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", partly)
+    save_weights(tmp_path / "a.safetensors", nn.Linear(2, 2))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    of_files = True
+    with pytest.raises(OSError, match="Invalid argument"):
+        save_weights(tmp_path / "b.safetensors", nn.Linear(2, 2))
+
+
 def test_what_a_killed_writer_left_behind_is_no_obstacle(tmp_path):
     (tmp_path / ".new").mkdir()
     (tmp_path / ".new" / ".tmp123").write_bytes(b"half")

@@ -3,6 +3,10 @@
 dtypes, strides, what is not finite, bad input.
 """
 
+import contextlib
+import threading
+import time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -245,6 +249,30 @@ def test_nothing(dtype, size):
         assert found[0].shape == x.shape
         assert all(each.eq(0).all() for each in found[4])
         assert sola.squared_relu_linear_backward(x, weights[0], grads[0])[1].eq(0).all()
+
+
+def test_another_thread_may_switch_the_instruction_set(switch):
+    """A call takes one set from its checks to its products; some sets refuse bfloat16."""
+    switch("avx512_bf16")
+    *first, weights = shift_arguments((1, 32, 32, 128, 128), 1, torch.bfloat16)
+    readout = torch.randn(1, 32, 32, 128).bfloat16()
+    expected = sola.spatial_mix(*first, weights[0], weights[0], readout)
+    ended = time.monotonic() + 0.5
+
+    def switching():
+        while time.monotonic() < ended:
+            cpu.instruction_set("avx2")
+            cpu.instruction_set("avx512_bf16")
+
+    thread = threading.Thread(target=switching)
+    thread.start()
+    computed = 0
+    while time.monotonic() < ended:
+        with contextlib.suppress(ValueError, RuntimeError):
+            assert torch.equal(sola.spatial_mix(*first, weights[0], weights[0], readout), expected)
+            computed += 1
+    thread.join()
+    assert computed
 
 
 def test_operators_are_registered_correctly():

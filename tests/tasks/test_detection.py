@@ -2,6 +2,7 @@
 """The task of detection: masks pasted into images, results in COCO's format, the same numbers from two processes."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -129,6 +130,13 @@ def evaluated(root, batch_size):
         batches = EvaluationBatches(held_out, world, batch_size=batch_size, collate=collate_lists)
         findings = task.find(model, batches)
         return [task.evaluate(model, batches), findings.results, findings.image_ids]
+
+
+def test_without_an_image_that_can_be_read_the_metric_is_no_number(scenes):
+    dataset = CocoFolder(scenes, "val", DetectionEvalTransform(), masks=True)
+    task = Detection(dataset, 100, masks=True)
+    found = task.evaluate(detector(), [])
+    assert math.isnan(found[task.metric])
 
 
 def test_two_processes_and_any_batch_give_the_numbers_of_one(scenes, tmp_path):

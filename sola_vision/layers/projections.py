@@ -139,7 +139,9 @@ def _linear(
     pays = not inputs[0].is_cuda and torch.is_grad_enabled()
     pays = pays and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and ops.pinned() in (None, "native")
     weights = [projection.weight for projection in projections] if pays and plain(*projections) else []
-    if weights and not ops.seen_through(*inputs, *parameters, *weights):
+    # weights of another dtype than what they multiply are autocast's to convert; without it `linear` refuses them
+    fit = torch.is_autocast_enabled(inputs[0].device.type) or all(w.dtype == inputs[0].dtype for w in weights)
+    if weights and fit and not ops.seen_through(*inputs, *parameters, *weights):
         return _Linear.apply(first, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = first.make(*inputs, *parameters)
     # a single part as a view: what is unbound has its gradients copied together

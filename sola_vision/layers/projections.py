@@ -21,7 +21,7 @@ from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, mult
 from sola_vision.layers.plain import affine, plain
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.ops.again import differentiable_backward
-from sola_vision.ops.autocast import autocast_dtype
+from sola_vision.ops.autocast import autocast_dtype, autocasts
 from sola_vision.ops.passes import gate_backward, interpolated, norm_shift_backward
 
 _LARGEST_SUMS = 1 << 18  # numbers of a weight's gradient that stay in a core's second-level cache while they are summed
@@ -140,7 +140,7 @@ def _linear(
     pays = pays and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and ops.pinned() in (None, "native")
     weights = [projection.weight for projection in projections] if pays and plain(*projections) else []
     # weights of another dtype than what they multiply are autocast's to convert; without it `linear` refuses them
-    fit = torch.is_autocast_enabled(inputs[0].device.type) or all(w.dtype == inputs[0].dtype for w in weights)
+    fit = all(w.dtype == inputs[0].dtype for w in weights) or autocasts(inputs[0])
     if weights and fit and not ops.seen_through(*inputs, *parameters, *weights):
         return _Linear.apply(first, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = first.make(*inputs, *parameters)

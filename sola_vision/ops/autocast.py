@@ -14,12 +14,14 @@ _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.Dis
 )
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether products of x are autocast's to convert."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Of a matrix product of x; float64 stays."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 and autocasts(x) else x.dtype
 
 
 @contextmanager

@@ -88,13 +88,14 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
     for (int64_t p = 0; p < panels; ++p) {
       score<T>(space, p, keys, h.dim, factor);
       for (int64_t d = 0; d < tall; d += rows) {
-        multiply_onto<typename Of::Kind>(space.results + (p * tall + d) * panel, panel, space.values + d, 1, tall, space.scores,
-                                         panel, Of::over(keys));
+        float* const results = space.results + (p * tall + d) * panel;
+        multiply_onto<typename Of::Kind>(results, panel, space.values + d, 1, tall, space.scores, panel, Of::over(keys));
       }
     }
   }
   // the factor is at most 1.5
-  if (!fits(of_queries, of_keys, h.dim, Of::scaled ? largest_score : largest_score / 1.5f) || !fits(of_values, largest)) return false;
+  const float most = Of::scaled ? largest_score : largest_score / 1.5f;
+  if (!fits(of_queries, of_keys, h.dim, most) || !fits(of_values, largest)) return false;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = first + p * panel, left = queries - p * panel;
     Lanes share[wide];

@@ -20,7 +20,7 @@ struct Attention {
   void* grad_qkv = nullptr;    // like qkv
 };
 
-// float32, bfloat16 and float16; computed in float32
+// float32, bfloat16 and float16; computed in float32, but that avx512_bf16 multiplies pairs of bfloat16 in the forward
 struct Attend {
   void (*forward)(const Attention&, Type, ParallelFor);
   void (*backward)(const Attention&, Type, ParallelFor);

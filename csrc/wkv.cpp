@@ -289,8 +289,8 @@ void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slo
 }
 
 // May this register stay in float32, as far as gradients tell? h = g / D and h y must not overflow: g exp(44) times the
-// largest y, the N terms of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below 1e-38 counts at most
-// D 1e-38 a token, which must be nothing beside g.
+// largest y, the N terms of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below
+// 1e-38 counts at most D 1e-38 a token, which must be nothing beside g.
 bool adjoint_within(const Problem& p, const Register& r) {
   const Lanes grads = largest(p, r, backward_slots, MAX_GRAD), dens = largest(p, r, backward_slots, MAX_DENOMINATOR);
   const double tokens = static_cast<double>(p.tokens);

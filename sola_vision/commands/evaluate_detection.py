@@ -145,7 +145,7 @@ def _score_checkpoint(options: Namespace) -> None:
     try:
         dataset = folder(masks=None if masks else False)
     except MissingMaskError as error:
-        print(f"sola: {str(error).partition(': add')[0]}: only boxes are scored", file=sys.stderr)
+        print(f"sola: {error.found}: only boxes are scored", file=sys.stderr)
         dataset = folder(masks=False)
     # a detector with masks may be asked about data with boxes alone
     task = Detection(dataset, max_dets, masks=masks and dataset.masks)

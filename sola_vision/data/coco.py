@@ -59,6 +59,10 @@ class Objects:
 class MissingMaskError(ValueError):
     """Some objects have a mask and some have not."""
 
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}: add them, or train on boxes alone (--image.masks false)")
+        self.found = found
+
 
 class CocoFolder(Dataset[Any]):
     """One split; `transform(image, objects)` makes a sample of a PIL image and its Objects.
@@ -174,10 +178,8 @@ class CocoFolder(Dataset[Any]):
         if wanted is False or (wanted is None and len(without) == len(objects)):
             return False
         if without:
-            raise MissingMaskError(
-                f"{self.file}: {len(without)} of {len(objects)} objects have no mask (the first: annotation "
-                f"{without[0]}): add them, or train on boxes alone (--image.masks false)"
-            )
+            first = f"the first: annotation {without[0]}"
+            raise MissingMaskError(f"{self.file}: {len(without)} of {len(objects)} objects have no mask ({first})")
         return True
 
     def _check_files(self, images: list[dict[str, Any]]) -> None:

@@ -214,7 +214,8 @@ def test_predict_draws_and_writes_results(sola, tmp_path, scenes, detector):
     document = json.loads(said.out)
     assert [image["image"] for image in document["images"]] == ["000001.png", "deep/[b].png"]
     for _ in range(2):  # what a call leaves among the images is no image of the next
-        assert json.loads(sola(*words, "--out", "in/found", "--json").out)["images"][1]["image"] == "deep/[b].png"
+        again = json.loads(sola(*words, "--out", "in/found", "--json").out)
+        assert [image["image"] for image in again["images"]] == ["000001.png", "deep/[b].png"]
     results = json.loads((tmp_path / "found" / "results.json").read_text())
     assert len(results) == 6
     assert {result["image_id"] for result in results} == {1, 2}

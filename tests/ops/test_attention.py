@@ -125,7 +125,8 @@ def test_scores_far_beyond_any_networks(switch, name, score, dtype):
     qkv[..., 16:] = torch.randn(70, 8, generator=torch.Generator().manual_seed(1))
     out, _, found = both(qkv, grad, 8)
     exact, theirs = (softmax.attention(x, 8) for x in (qkv.double(), qkv))
-    assert error(out, exact) <= 2e-2 + 2 * error(theirs, exact)
+    # 1e5 is within the bound of float32; from 3e6 on products of the largest numbers are not, and float64 has no error
+    assert error(out, exact) <= (ROUNDING[dtype] if score > 1e6 else 2e-2 + 2 * error(theirs, exact))
     assert found.isfinite().all()
 
 

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One register of elements of any type, in the arithmetic's precision: float32, and float64 for float64.
 #pragma once
-#include <cstdlib>
-
 #include "exponential.h"
+#include "memory.h"
 
 namespace sola::SOLA_ISA {
 namespace {
@@ -104,18 +103,6 @@ inline D sigmoid(D a) {
   const D result = 1.0 / (1.0 + exp_float64<D, DU>(D{} - a));
   return a == a ? result : a;
 }
-
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count)
-      : data(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64))) {
-    if (data == nullptr) std::abort();
-    memset(static_cast<void*>(data), 0, static_cast<size_t>(count) * sizeof(T));
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
 
 // max(a, 0) where NaN stays NaN
 template <class Vec>

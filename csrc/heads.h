@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "exponential.h"
+#include "memory.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -76,40 +77,31 @@ inline bool fits(U left, U right, int64_t dim, float most) {
 
 // zeros, for the plain loops
 class Doubles {
-  double *memory_, *next_;
+  Buffer<double> memory_;
+  double* next_;
 
  public:
-  explicit Doubles(int64_t count) : memory_(static_cast<double*>(calloc(static_cast<size_t>(count), sizeof(double)))) {
-    if (!memory_) abort();
-    next_ = memory_;
-  }
+  explicit Doubles(int64_t count) : memory_(count), next_(memory_.data) {}
   double* take(int64_t count) {
     double* const piece = next_;
     next_ += count;
     return piece;
   }
-  ~Doubles() { free(memory_); }
-  Doubles(const Doubles&) = delete;
 };
 
 // a thread's memory, in pieces that each begin at a cache line
 class Memory {
-  void* memory_;
+  Block memory_;
   float* next_;
 
  public:
-  explicit Memory(int64_t floats, int pieces) {
-    memory_ = malloc(static_cast<size_t>(floats + 16 * (pieces + 1)) * sizeof(float));
-    if (!memory_) abort();
-    next_ = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
-  }
+  explicit Memory(int64_t floats, int pieces)
+      : memory_(static_cast<size_t>(floats + 16 * pieces) * sizeof(float)), next_(memory_.begin<float>()) {}
   float* take(int64_t floats) {
     float* const piece = next_;
     next_ += up(floats, 16);
     return piece;
   }
-  ~Memory() { free(memory_); }
-  Memory(const Memory&) = delete;
 };
 
 }  // namespace

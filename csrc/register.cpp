@@ -210,6 +210,11 @@ void register_operators(bool define) {
 
 }  // namespace
 
+void out_of_memory(size_t bytes) {
+  throw std::runtime_error("sola: no memory for the " + std::to_string(bytes) +
+                           " bytes that a kernel works in; give it a smaller batch or image, or fewer threads");
+}
+
 const Passes& current_passes() { return *kernel.load()->passes; }
 const Attend& current_attend() { return *kernel.load()->attend; }
 const Linear& current_linear() { return *kernel.load()->linear; }

@@ -10,9 +10,8 @@
 //
 // States at the chunks' edges are kept, those between are computed again: no array of the inputs' size.
 #pragma once
-#include <cstdlib>
-
 #include "lanes.h"
+#include "memory.h"
 #include "wkv.h"
 
 namespace sola::SOLA_ISA::robust {
@@ -119,27 +118,14 @@ struct Channels {
   }
 };
 
-// memory for the states at the chunks' edges
-class Edges {
-  void* memory_;
-
- public:
-  State* at;
-  explicit Edges(int64_t count) : memory_(malloc(sizeof(State) * count + 64)) {
-    if (!memory_) abort();
-    at = reinterpret_cast<State*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
-  }
-  ~Edges() { free(memory_); }
-  Edges(const Edges&) = delete;
-};
-
 template <class T>
 void forward(const Problem& problem, int64_t image, int64_t channel, int n) {
   const FlushSubnormals keep(false);
   const Channels<T> x(problem, image, channel, n);
   const int64_t chunks = (problem.tokens + L - 1) / L;
-  const Edges right_edges(chunks);
-  x.right_edges(right_edges.at);
+  const Block memory(chunks * sizeof(State));
+  State* const right_edges = memory.begin<State>();
+  x.right_edges(right_edges);
   State left, right[L];
   Token tokens[L];
   Row row;
@@ -147,7 +133,7 @@ void forward(const Problem& problem, int64_t image, int64_t channel, int n) {
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t start = c * L;
     const int len = static_cast<int>(problem.tokens - start < L ? problem.tokens - start : L);
-    x.scan_right(right_edges.at[c], right, tokens, start, len);
+    x.scan_right(right_edges[c], right, tokens, start, len);
     for (int j = 0; j < len; ++j) {
       row.read(left, right[j], tokens[j].key, tokens[j].value, x.bonus);
       store(x.at(problem.output, start + j), row.y.at, n);
@@ -197,8 +183,8 @@ void backward(const Problem& problem, int64_t image, int64_t channel, int n) {
   const FlushSubnormals keep(false);
   const Channels<T> x(problem, image, channel, n);
   const int64_t chunks = (problem.tokens + L - 1) / L;
-  const Edges memory(3 * chunks);
-  State *right_edges = memory.at, *left_edges = right_edges + chunks, *before_edges = left_edges + chunks;
+  const Block memory(3 * chunks * sizeof(State));
+  State *right_edges = memory.begin<State>(), *left_edges = right_edges + chunks, *before_edges = left_edges + chunks;
   x.right_edges(right_edges);
 
   State left, before, after, lefts[L], rights[L], befores[L];

@@ -6,9 +6,8 @@
 // threads a thread takes its registers through all phases; else, and where long images are fewer than threads, phases are
 // parallel regions.
 #pragma once
-#include <cstdlib>
-
 #include "lanes.h"
+#include "memory.h"
 #include "parallel.h"
 #include "wkv.h"
 
@@ -18,20 +17,16 @@ namespace {
 // registers and their slots in one piece of memory
 template <class Register>
 class Workspace {
-  void* memory_;
+  Block memory_;
 
  public:
   Register* registers;
 
-  Workspace(int64_t count, int64_t slots) {
-    const size_t each = sizeof(Register) + sizeof(Lanes) * static_cast<size_t>(slots);
-    memory_ = malloc(each * static_cast<size_t>(count) + 64);
-    if (!memory_) abort();
-    registers = reinterpret_cast<Register*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
+  Workspace(int64_t count, int64_t slots)
+      : memory_((sizeof(Register) + sizeof(Lanes) * static_cast<size_t>(slots)) * static_cast<size_t>(count)),
+        registers(memory_.begin<Register>()) {
     for (int64_t i = 0; i < count; ++i) registers[i].slots = reinterpret_cast<Lanes*>(registers + count) + i * slots;
   }
-  ~Workspace() { free(memory_); }
-  Workspace(const Workspace&) = delete;
 };
 
 // A chunk that comes next is asked for a line at a time, in the order of memory, while another one is computed. The

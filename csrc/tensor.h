@@ -3,7 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
+#include <exception>
 #include <utility>
 #include <vector>
 
@@ -141,8 +143,24 @@ inline std::vector<double> parameter(const Tensor& tensor, const char* name) {
   return out;
 }
 
+// an error of a thread, the first, is thrown here as it was: torch would only say that there was one
 inline void parallel_for(int64_t count, int64_t grain, Body body, void* context) {
-  check(shim.torch_parallel_for(0, count, grain, body, context), "run in parallel");
+  struct Loop {
+    Body body;
+    void* context;
+    std::exception_ptr error;
+    std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  } loop{body, context, nullptr};
+  const torch::ParallelBody piece = [](int64_t begin, int64_t end, void* of_loop) {
+    Loop& loop = *static_cast<Loop*>(of_loop);
+    try {
+      loop.body(begin, end, loop.context);
+    } catch (...) {
+      if (!loop.failed.test_and_set()) loop.error = std::current_exception();
+    }
+  };
+  check(shim.torch_parallel_for(0, count, grain, piece, &loop), "run in parallel");
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace sola

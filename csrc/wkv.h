@@ -2,6 +2,7 @@
 // What the kernels and the registration with torch share: one problem, one parallel loop, one table of entry points for
 // each instruction set. Plain data only, so that files compiled for different machines can include it.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace sola {
@@ -25,6 +26,8 @@ struct Problem {
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);
+
+[[noreturn]] void out_of_memory(size_t bytes);  // throws, where nothing is compiled for one processor alone
 
 struct Passes;  // passes.h
 struct Attend;  // attention.h

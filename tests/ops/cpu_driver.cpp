@@ -2,11 +2,14 @@
 // Runs the operators of the CPU kernel over ugly shapes in exactly sized memory, without torch: a target for the address
 // and undefined-behaviour sanitizers. Compiled with the kernels as SOLA_ISA=generic.
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "attention.h"
 #include "lanes.h"
 #include "wkv.h"
+
+void sola::out_of_memory(size_t) { abort(); }
 
 namespace {
 

@@ -329,6 +329,34 @@ def test_the_library_works_without_the_package():
     assert done.returncode == 0, done.stderr
 
 
+SHORT_OF_MEMORY = """
+import resource, sys, torch
+from sola_vision import ops
+torch.set_num_threads(int(sys.argv[1]))
+key, zero = torch.ones(1, 4 << 20, 1), torch.zeros(1)  # a register of one channel: the work takes more than the result
+few = key[:, :3]
+ops.wkv(zero, zero, few, few)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (40 << 20), resource.RLIM_INFINITY))
+try:
+    ops.wkv(zero, zero, key, key)
+except RuntimeError as error:
+    print(error)
+assert torch.equal(ops.wkv(zero, zero, few, few), few)
+"""
+
+
+@needs_kernel
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size from /proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer reserves all addresses")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_memory_that_cannot_be_had_is_an_error_of_the_call(threads):
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sola: no memory for the " in done.stdout
+
+
 def build(folder, **environment):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)

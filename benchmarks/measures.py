@@ -123,10 +123,10 @@ def _accuracy(results: Results) -> Iterator[Measure]:
 
 def _networks(results: Results) -> Iterator[Measure]:
     for source, dtype in (("network_224_f32", "float32"), ("network_224_bf16", "bfloat16")):
-        find = _ratios(results, source, dtype=dtype)
+        find = ratios(results, source, dtype=dtype)
         rate = "gmacs_per_second"
         for model, baseline in ((TINY, DEIT_TINY), (SMALL, DEIT_SMALL)):
-            what = f"224 {dtype}: multiply-add rate, {model} over {_short(baseline)}"
+            what = f"224 {dtype}: multiply-add rate, {model} over {short(baseline)}"
             yield Measure(what, find(model, baseline, rate), 0.9, True, source)
         # channels last makes some convolutional networks twice as fast: held against both
         for model, baseline, target in (
@@ -135,11 +135,11 @@ def _networks(results: Results) -> Iterator[Measure]:
             (TINY, EFFICIENT, 0.9 if dtype == "float32" else 1.4),
         ):
             for layout, words in (("contiguous", ""), ("fastest", ", each in its faster layout")):
-                what = f"224 {dtype}: images/s, {model} over {_short(baseline)}{words}"
+                what = f"224 {dtype}: images/s, {model} over {short(baseline)}{words}"
                 yield Measure(what, find(model, baseline, layout=layout), target, True, source)
-    find = _ratios(results, "network_1024", dtype="float32")
+    find = ratios(results, "network_1024", dtype="float32")
     for model, baseline, target in ((SMALL, DEIT_SMALL, 1.7), (SMALL, SWIN, 1.6), (TINY, DEIT_TINY, 1.5)):
-        what = f"1024 float32: images/s, {model} over {_short(baseline)}"
+        what = f"1024 float32: images/s, {model} over {short(baseline)}"
         yield Measure(what, find(model, baseline), target, True, "network_1024")
 
 
@@ -157,7 +157,7 @@ def _growth(results: Results) -> Iterator[Measure]:
 
 
 def _training(results: Results) -> Iterator[Measure]:
-    rate = _ratios(results, "training", dtype="float32")(TINY, DEIT_TINY, "gmacs_per_second")
+    rate = ratios(results, "training", dtype="float32")(TINY, DEIT_TINY, "gmacs_per_second")
     yield Measure("training step: multiply-add rate, sola_tiny over deit_tiny", rate, 0.9, True, "training")
     rows = {row["model"]: row.get("added_mib") for row in results.get("training", {}).get("rows", [])}
     both = rows.get(TINY), rows.get(DEIT_TINY)
@@ -192,10 +192,10 @@ def _gpu_networks(results: Results) -> Iterator[Measure]:
     for direction in ("inference", "training"):
         mine, theirs = (rates.get((name, direction)) for name in (SMALL, SWIN))
         value = mine / theirs if mine and theirs else None
-        yield Measure(f"224 autocast: images/s in {direction}, {SMALL} over {_short(SWIN)}", value, 1.3, True, source)
+        yield Measure(f"224 autocast: images/s in {direction}, {SMALL} over {short(SWIN)}", value, 1.3, True, source)
 
 
-def _ratios(results: Results, source: str, **condition: Any) -> Callable[..., float | None]:
+def ratios(results: Results, source: str, **condition: Any) -> Callable[..., float | None]:
     rows = results.get(source, {}).get("ratios", [])
 
     def find(
@@ -208,5 +208,5 @@ def _ratios(results: Results, source: str, **condition: Any) -> Callable[..., fl
     return find
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return name.partition("_patch")[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md, from the stored results: no number there is typed by hand.
+"""The tables of docs/performance.md and the one of README.md, from the stored results: no number there is typed by hand.
 
     python benchmarks/report.py                              # print all tables as Markdown
-    python benchmarks/report.py --write docs/performance.md  # replace what stands between the marks of each table
+    python benchmarks/report.py --write docs/performance.md README.md    # replace what stands between a table's marks
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -14,7 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measures import ACCURACY, RESULTS, Results, gpu_measures, load, measures
+from measures import (
+    ACCURACY,
+    CONVNEXT,
+    DEIT_SMALL,
+    RESULTS,
+    SMALL,
+    SWIN,
+    Results,
+    gpu_measures,
+    load,
+    measures,
+    ratios,
+    short,
+)
 
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # folders of other machines' results: what their processors are, which call themselves by one name
@@ -35,14 +48,15 @@ _PARTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="fill the tables of this page")
+    parser.add_argument("--write", type=Path, nargs="+", metavar="FILE", help="fill the tables of these pages")
     options = parser.parse_args()
     results = load(options.results)
     if options.write is None:
         for name, table in TABLES.items():
             print(f"## {name}\n\n{table(results)}\n")
     else:
-        options.write.write_text(filled(options.write.read_text(), results))
+        for page in options.write:
+            page.write_text(filled(page.read_text(), results))
     return 0
 
 
@@ -78,6 +92,31 @@ def hardware(results: Results, processor: str) -> str:
     document = results.get("operator", {})
     what = f"{document.get('hardware', 'none')}, {document.get('kernel', 'no kernel')}"
     return f"{processor}: {what}" if processor else what
+
+
+def speed_table(results: Results) -> str:
+    """Images a second of sola_small over others', a column for each machine."""
+    conditions = {
+        "224, float32": ("network_224_f32", (SWIN, CONVNEXT, DEIT_SMALL)),
+        "224, bfloat16": ("network_224_bf16", (SWIN, CONVNEXT, DEIT_SMALL)),
+        "1024, float32": ("network_1024", (SWIN, DEIT_SMALL)),
+        "224, training": ("", (SWIN, CONVNEXT, DEIT_SMALL)),
+    }
+    machines = {"Intel Xeon, AMX": results} | {what: results.get(name, {}) for name, what in OTHER_MACHINES.items()}
+    card = {
+        (row["model"], row["direction"]): row["images_per_second"]
+        for row in results.get("gpu-models", {}).get("rows", [])
+    }
+    ways = {"224, bfloat16": "inference", "224, training": "training"}  # of the card
+    rows = []
+    for condition, (source, others) in conditions.items():
+        for other in others:
+            found = [ratios(machine, source)(SMALL, other) for machine in machines.values()]
+            mine, theirs = (card.get((name, ways.get(condition, ""))) for name in (SMALL, other))
+            found.append(mine / theirs if mine and theirs else None)
+            cells = ("" if value is None else f"{value:.2f}" for value in found)
+            rows.append((condition, f"`{short(other)}`", *cells))
+    return markdown(("size", "over", *machines, "H200"), rows)
 
 
 def startup_table(results: Results) -> str:
@@ -313,6 +352,7 @@ def provenance(document: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "speed": speed_table,
     "measures": measures_table,
     "products": products_table,
     "attention": attention_table,

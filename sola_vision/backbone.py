@@ -51,6 +51,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, states: States) -> tuple[Tensor, States]:
+        """The map of the stage before [B, H, W, C] -> this stage's [B, H', W', C'], and the states with its own."""
         x = self.merge(x)
         for number, layer in enumerate(self.layers):
             here = Layer(self.index, number)
@@ -73,6 +74,15 @@ class SolaVision(nn.Module):
     """A SoLA-Vision network as its config says; a classifier, and a backbone by timm's contract.
 
     image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes], or [B, C4] with num_classes=0.
+    Other images are a ValueError.
+
+        network = SolaVision(sola_vision.tiny(bridges="paper", num_classes=10))
+
+    Args:
+        config: what the network is.
+        global_pool: how the head pools: "avg", "max", "avgmax", "catavgmax"; "" leaves the map, with num_classes=0.
+        drop_rate: dropout before the head's projection.
+        device, dtype: of the parameters.
     """
 
     def __init__(
@@ -131,6 +141,7 @@ class SolaVision(nn.Module):
         return _nchw(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, C4, H/32, W/32] -> logits [B, num_classes]; pooled features [B, C4] with `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ class SolaVision(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the stages (timm's method): a list [B, C_i, H_i, W_i], and the final map before it unless
+        """timm's method: (final map, list of the stages' maps [B, C_i, H_i, W_i]), or the list alone with
         `intermediates_only`. indices: the last n stages, these stages, or all; norm: normalise the last stage's map.
         """
         if output_fmt not in ("NCHW", "NHWC"):

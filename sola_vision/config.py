@@ -17,9 +17,12 @@ class SolaConfig:
     Args:
         schedule: the layers, such as "LL/LL/LLSLLS/LS"; as many stages as `dims`.
         dims: channels of each stage.
-        bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6", or "paper" for Table 7's.
+        bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6", or "paper" for Table 7's, which the paper's networks
+            have. Without it there are none.
         patch_size: pixels a side of a stem patch; stage s has stride patch_size * 2^s.
         img_size: pixels a side that the position embedding is laid out for; other sizes interpolate it.
+        in_chans: channels of an image.
+        num_classes: numbers that the head puts out; 0 for a network without one.
         head_dim: channels of an attention head.
         token_shift: whether linear layers mix each token with its shifted neighbours.
         drop_path_rate: stochastic depth of the last layer; grows linearly with depth.
@@ -63,10 +66,12 @@ class SolaConfig:
 
     @property
     def parsed_schedule(self) -> Schedule:
+        """The schedule as stages of letters."""
         return parse_schedule(self.schedule)
 
     @property
     def parsed_bridges(self) -> Bridges:
+        """The bridges as pairs of layers."""
         return parse_bridges(self.bridges)
 
     @property
@@ -100,8 +105,8 @@ def _paper_bridges(schedule: str) -> str:
     return _BRIDGES[schedule]
 
 
-# Stochastic depth: the paper follows Swin's strategy without naming its rates.
-# not in the paper: 0.1 / 0.2 / 0.5; Swin has 0.2 / 0.3 / 0.5 for 28 to 88 M, and tiny is far smaller than Swin-T.
+# not in the paper: rates of stochastic depth, 0.1 / 0.2 / 0.5. It follows Swin's strategy without naming them; Swin has
+# 0.2 / 0.3 / 0.5 for 28 to 88 M parameters, and tiny is far smaller than Swin-T.
 # fmt: off
 def nano(**changes: Any) -> SolaConfig:
     """1.65 M parameters without head; not in the paper: for quick starts, tests and studies on two cores."""
@@ -109,16 +114,16 @@ def nano(**changes: Any) -> SolaConfig:
 
 
 def tiny(**changes: Any) -> SolaConfig:
-    """SoLA-T of Table 7: 6.2 M parameters, 1.9 GMACs at 224 x 224."""
+    """SoLA-T of Table 7, with its bridges by bridges="paper": 6.2 M parameters, 1.9 GMACs at 224 x 224."""
     return SolaConfig(schedule=_SOLA,      dims=(96, 128, 192, 256),   drop_path_rate=0.1).with_changes(**changes)
 
 
 def small(**changes: Any) -> SolaConfig:
-    """SoLA-S of Table 7: 31.1 M parameters, 4.9 GMACs at 224 x 224."""
+    """SoLA-S of Table 7, with its bridges by bridges="paper": 31.1 M parameters, 4.9 GMACs at 224 x 224."""
     return SolaConfig(schedule=_SOLA,      dims=(96, 192, 384, 768),   drop_path_rate=0.2).with_changes(**changes)
 
 
 def base(**changes: Any) -> SolaConfig:
-    """SoLA-B of Table 7: 88.4 M parameters, 15.4 GMACs at 224 x 224."""
+    """SoLA-B of Table 7, with its bridges by bridges="paper": 88.4 M parameters, 15.4 GMACs at 224 x 224."""
     return SolaConfig(schedule=_SOLA_BASE, dims=(128, 256, 512, 1024), drop_path_rate=0.5).with_changes(**changes)
 # fmt: on

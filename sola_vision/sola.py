@@ -105,17 +105,17 @@ def sola_nano(pretrained: bool = False, **kwargs: Any) -> SolaVision:
 
 @register_model
 def sola_tiny(pretrained: bool = False, **kwargs: Any) -> SolaVision:
-    """SoLA-T of Table 7; every field of SolaConfig is an argument."""
+    """SoLA-T of Table 7, with its bridges by bridges="paper"; every field of SolaConfig is an argument."""
     return _create("sola_tiny", config.tiny(), pretrained, **kwargs)
 
 
 @register_model
 def sola_small(pretrained: bool = False, **kwargs: Any) -> SolaVision:
-    """SoLA-S of Table 7; every field of SolaConfig is an argument."""
+    """SoLA-S of Table 7, with its bridges by bridges="paper"; every field of SolaConfig is an argument."""
     return _create("sola_small", config.small(), pretrained, **kwargs)
 
 
 @register_model
 def sola_base(pretrained: bool = False, **kwargs: Any) -> SolaVision:
-    """SoLA-B of Table 7; every field of SolaConfig is an argument."""
+    """SoLA-B of Table 7, with its bridges by bridges="paper"; every field of SolaConfig is an argument."""
     return _create("sola_base", config.base(), pretrained, **kwargs)

@@ -58,6 +58,12 @@ def test_any_image_size_gives_maps_at_strides_4_to_32(size, bridges):
         assert feature.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
 
 
+@pytest.mark.parametrize("size", [(3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3), (1, 2, 3, 64, 64)])
+def test_what_is_not_a_batch_of_images_is_refused(size):
+    with pytest.raises(ValueError, match=r"must be \[B, 3, H, W\]"):
+        SolaVision(nano())(torch.zeros(size))
+
+
 def test_an_image_does_not_see_its_neighbours_in_the_batch():
     model = build(bridges="paper")
     images = torch.randn(3, 3, 40, 56)

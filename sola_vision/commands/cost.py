@@ -43,7 +43,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--classes", type=int, default=1000, help="outputs of the head (0: the backbone alone)")
     parser.add_argument("--batch", type=int, default=1, help="images at once, for the activation memory")
     parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="timm names to count beside")
-    parser.add_argument("--by", choices=("network", "stage", "layer", "operator"), default="network", help="rows")
+    parser.add_argument(
+        "--by",
+        choices=("network", "stage", "layer", "operator"),
+        default="network",
+        help="what a row of the table stands for",
+    )
     parser.add_argument("--paper", action="store_true", help="the cost columns of the paper's tables beside ours")
     parser.add_argument("--figure-1b", action="store_true", help="Figure 1(b): MACs from 16 to 1280 pixels a side")
     parser.add_argument("--measure", action="store_true", help="with --figure-1b: time and memory too (minutes)")

@@ -59,7 +59,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--format", required=True, choices=get_args(Format), help="kind of file")
     parser.add_argument("--out", required=True, metavar="FILE", help="*.onnx, or *.pt2 for the other two")
     parser.add_argument("--features", action="store_true", help="feature maps instead of a classifier's logits")
-    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="of weights, with onnx")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="precision of the weights, onnx only (default: float32)",
+    )
     parser.add_argument("--schedule", help="with a name: layers of every stage, such as LL/LL/LLLLLL/LL")
     parser.add_argument("--bridges", help='with a name: Hidden State Bridges, such as "1.2>3.3", or the word paper')
     parser.add_argument("--classes", type=int, default=1000, help="with a name: outputs of the head")

@@ -21,7 +21,7 @@ _LONGEST = 8  # aspect ratio beyond which an image is cropped before it is resiz
 
 @dataclass(kw_only=True)
 class ImageConfig:
-    """Size, crop and augmentation. mixup, cutmix, mixup_prob and smoothing act on the batch, outside this file."""
+    """Size, crop and augmentation. mixup, cutmix, mixup_prob and smoothing act on whole batches in training."""
 
     size: int = 224  # of training crops and of evaluation
     crop_pct: float | None = None  # part of the shorter side that evaluation sees; None: 0.875, 1 up to 32 pixels
@@ -41,7 +41,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"size {self.size}: an image has at least one pixel; 224 is usual")
+            raise ValueError(f"image.size={self.size} must be at least 1; 224 is usual")
         if self.interpolation not in ("bicubic", "bilinear", "lanczos", "random"):
             raise ValueError(f"interpolation {self.interpolation!r}: use bicubic, bilinear, lanczos or random")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From pixels to tokens: the stem, the position embedding after it, and patch merging between stages (section 4.2).
+"""From pixels to tokens: the stem, the position embedding after it, and patch merging between stages (section 4.2)."""
 
 # not in the paper: the kinds of convolution. A plain patch stem and merging by a 3x3 stride-2 convolution are
 # the choice that fits the paper's parameter counts and MACs (docs/reconstruction.md).
-"""
 
 from collections.abc import Sequence
 
@@ -15,7 +14,10 @@ from sola_vision.ops.path import transformed
 
 
 class Stem(nn.Module):
-    """Non-overlapping patches: image [B, C_in, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C]."""
+    """Non-overlapping patches: image [B, C_in, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C].
+
+    Raises ValueError for an image of another rank or number of channels.
+    """
 
     def __init__(
         self,
@@ -27,6 +29,7 @@ class Stem(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
         self.norm: nn.Module = nn.LayerNorm(dim, device=device, dtype=dtype)
@@ -34,6 +37,12 @@ class Stem(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         # not in the paper: sizes that the patch does not divide are padded with zeros on the right and at the bottom
         height, width = image.shape[-2:]
+        # tracers, whose sizes may be symbols, need no word for people
+        if type(width) is int and (image.dim() != 4 or image.shape[1] != self.in_chans):
+            raise ValueError(
+                f"image {list(image.shape)} must be [B, {self.in_chans}, H, W]: a batch of images of as many channels as "
+                "in_chans says"
+            )
         right, bottom = self._missing(width), self._missing(height)
         # padding by nothing is a copy; tracers and compilers, whose sizes may be symbols, have it always
         if torch.compiler.is_compiling() or type(width) is not int or right or bottom:

@@ -15,6 +15,7 @@ from sola_vision.ops import cpu, portable, reference
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("cpu_driver.cpp")
 SETS = ("generic", "avx2", "avx512")
+KERNELS = ("wkv", "passes", "attention", "attention_backward", "linear", "linear_backward")
 
 reason = cpu.load()
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -387,7 +388,7 @@ def test_sanitizers_find_nothing(tmp_path, flags):
         "-ffp-contract=fast",
     ]
     options += ["-march=native"] if flags == "native" else flags.split()
-    kernels = [str(ROOT / f"csrc/{name}.cpp") for name in ("wkv", "passes", "attention", "attention_backward")]
+    kernels = [str(ROOT / f"csrc/{name}.cpp") for name in KERNELS]
     options += ["-DSOLA_ISA=generic", "-w", "-I", str(ROOT / "csrc")]
     subprocess.run([compiler, *options, *kernels, str(DRIVER), "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)

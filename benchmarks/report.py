@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md and the one of README.md, from the stored results: no number there is typed by hand.
+"""The tables of docs/performance.md and README.md, from the stored results: no number there is typed by hand.
 
     python benchmarks/report.py                              # print all tables as Markdown
     python benchmarks/report.py --write docs/performance.md README.md    # replace what stands between a table's marks

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products in registers, for attention: tiles of `rows` by `wide` registers, numbers of the left factor broadcast,
-// registers of the right one adjacent; and panels, which are rows of memory turned into columns of lanes.
+// Matrix products in registers, for attention and linear layers: tiles of `rows` by `wide` registers, numbers of the left
+// factor broadcast, registers of the right one adjacent; and panels, rows of memory turned into columns of lanes.
 #pragma once
 #include <cstdlib>
 

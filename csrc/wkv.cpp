@@ -340,18 +340,22 @@ void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot, 
   slot[SUM_BONUS] = gain * bonus;
 }
 
-void parameter_gradients(const Problem& p, const Register& r) {
+// False where a chunk's share of gw has overflowed: lam comes last, and what it multiplies, R F, may reach |g v| / lam.
+bool parameter_gradients(const Problem& p, const Register& r) {
   double decay[W] = {}, bonus[W] = {};
   for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) {
     const Lanes* slot = r.slots + c * backward_slots;
     for (int i = 0; i < W; ++i) decay[i] += slot[SUM_DECAY].at[i];
     for (int i = 0; i < W; ++i) bonus[i] += slot[SUM_BONUS].at[i];
   }
+  int outside = 0;
   for (int i = 0; i < r.n; ++i) {
     const int64_t at = r.image * p.channels + r.channel + i;
+    outside |= !(decay[i] - decay[i] == 0.0);
     p.grad_decay[at] = -decay[i] * r.lam[i] / static_cast<double>(p.tokens);
     p.grad_bonus[at] = bonus[i];
   }
+  return outside == 0;
 }
 
 // ---- the two operators as lists of phases; a phase has a part for each chunk, or one for the register
@@ -385,11 +389,11 @@ struct Backward {
       r.fast = r.fast && within(p, r, slots);
     } else if (!r.fast) {
       return;  // robust.h has written it already
-    } else if (phase == 3) {
-      r.fast = adjoint_within(p, r);
+    } else {
+      r.fast = phase == 3 ? adjoint_within(p, r) : parameter_gradients(p, r);
     }
     if (!r.fast) return robust::backward<T>(p, r.image, r.channel, r.n);
-    phase == 1 ? carry(p, r, slots, AX) : phase == 3 ? carry(p, r, slots, FH) : parameter_gradients(p, r);
+    if (phase < 5) carry(p, r, slots, phase == 1 ? AX : FH);
   }
   template <bool Whole, class Next>
   static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot, Next& next) {

@@ -162,7 +162,8 @@ def _parser(name: str, recipe: AnyRecipe) -> ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in that folder with the settings of its config.yaml; fields given here change them and are saved there",
+        help="continue the run in that folder with the settings of its config.yaml; fields given here change them and "
+        "are saved there",
     )
     parser.add_argument(
         "--init", type=str, default=recipe.init, help="checkpoint whose weights the network starts from"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sola_vision import ops
 from sola_vision.layers.plain import hooked_everywhere, plain
-from sola_vision.ops.again import differentiable_backward
+from sola_vision.ops.again import differentiable_backward, in_plain_steps
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 
 _op = torch.ops.sola
@@ -110,7 +110,7 @@ class _SpatialMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_mixed: Tensor | None, of_read: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, shift, decay, bonus, *others = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if in_plain_steps((of_mixed, of_read)):
             inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
             return None, None, *differentiable_backward(half, inputs, (of_mixed, of_read))
         last, readout, mixes, weights, shifted, receptance, key, value, gated = others[6:]
@@ -156,7 +156,7 @@ class _ChannelMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, *others = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if in_plain_steps((grad,)):
             inputs, half = (x, scale, shift, *others[:5]), partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual)
             return None, None, None, *differentiable_backward(half, inputs, (grad,))
         last, mixes, shifted, hidden, receptance, squared, value, *weights = others[4:]

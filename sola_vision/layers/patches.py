@@ -40,8 +40,7 @@ class Stem(nn.Module):
         # tracers, whose sizes may be symbols, need no word for people
         if type(width) is int and (image.dim() != 4 or image.shape[1] != self.in_chans):
             raise ValueError(
-                f"image {list(image.shape)} must be [B, {self.in_chans}, H, W]: a batch of images of as many channels as "
-                "in_chans says"
+                f"image {list(image.shape)} must be [B, {self.in_chans}, H, W]: a batch, its channels as in_chans says"
             )
         right, bottom = self._missing(width), self._missing(height)
         # padding by nothing is a copy; tracers and compilers, whose sizes may be symbols, have it always

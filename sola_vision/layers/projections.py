@@ -20,7 +20,7 @@ from sola_vision import ops
 from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles
 from sola_vision.layers.plain import affine, plain
 from sola_vision.layers.products import product, product_into, project, weight_gradient
-from sola_vision.ops.again import differentiable_backward
+from sola_vision.ops.again import differentiable_backward, in_plain_steps
 from sola_vision.ops.autocast import autocast_dtype, autocasts
 from sola_vision.ops.passes import gate_backward, interpolated, norm_shift_backward
 
@@ -140,7 +140,9 @@ def _linear(
     pays = pays and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and ops.pinned() in (None, "native")
     weights = [projection.weight for projection in projections] if pays and plain(*projections) else []
     # weights of another dtype than what they multiply are autocast's to convert; without it `linear` refuses them
-    fit = all(w.dtype == inputs[0].dtype for w in weights) or autocasts(inputs[0])
+    fit = all(w.dtype == inputs[0].dtype for w in weights) or (
+        autocasts(inputs[0]) and inputs[0].dtype != torch.float64
+    )
     if weights and fit and not ops.seen_through(*inputs, *parameters, *weights):
         return _Linear.apply(first, len(inputs), len(parameters), *inputs, *parameters, *weights)
     made = first.make(*inputs, *parameters)
@@ -189,7 +191,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing counts
-        if torch.is_grad_enabled():
+        if in_plain_steps(grads):
             computed = partial(_plain_linear, ctx.first, ctx.counts, grads[0].dtype)
             return None, None, None, *differentiable_backward(computed, tensors, grads)
         inputs, parameters, weights = _split(tensors, ctx.counts)

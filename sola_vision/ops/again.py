@@ -7,6 +7,14 @@ import torch
 from torch import Tensor
 
 
+def in_plain_steps(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward has to go back to them: it is differentiated again, or many gradients come as one
+    (`is_grads_batched` of `torch.autograd.grad`, vectorised jacobians), which only torch's own operators divide.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return torch.is_grad_enabled() or any(grad is not None and batched(grad) for grad in grads)
+
+
 def differentiable_backward(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:

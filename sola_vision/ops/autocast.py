@@ -32,13 +32,13 @@ def kernels_only() -> Iterator[None]:
 
 
 def register(library: torch.library.Library, name: str, operator: Any, positions: Sequence[int]) -> None:
-    """The arguments at `positions` are converted, unless the last of them is float64; the others stay as they are."""
+    """The arguments at `positions` are converted, unless one of them is float64; the others stay as they are."""
 
     def on(device: str) -> Any:
         def call(_: Any, *arguments: Any) -> Any:
             given = list(arguments)
             with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-                if given[positions[-1]].dtype != torch.float64:
+                if all(given[at].dtype != torch.float64 for at in positions):
                     for at in positions:
                         given[at] = given[at].to(torch.get_autocast_dtype(device))
                 return operator(*given)

@@ -16,7 +16,7 @@ from sola_vision.ops import register  # noqa: F401 - defines the operators that 
 # glibc gives the top of its heap back to the system when more is free than twice the largest block that was ever freed
 # in one piece, 32 MiB at most. Activations then cost page faults in every forward. Freeing one such block, untouched,
 # makes the process keep 64 MiB.
-torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
+torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 _LIBRARY = Path(__file__).with_name("_kernel.so")
 

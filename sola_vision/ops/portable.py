@@ -59,7 +59,7 @@ def wkv_backward(
 
     gd = torch.zeros_like(d)
     for (m, s), (bm, bs) in ((left, back_right), (right, back_left)):
-        gd -= (torch.exp(m + bm - d) * (s[:, 0] * bs[:, 0] - s[:, 1] * bs[:, 1])).sum((0, 1))
+        gd = gd - (torch.exp(m + bm - d) * (s[:, 0] * bs[:, 0] - s[:, 1] * bs[:, 1])).sum((0, 1))
 
     def shaped(gradient: Tensor, like: Tensor) -> Tensor:
         return gradient.transpose(0, 1).to(like.dtype).contiguous()

@@ -172,6 +172,21 @@ def test_node_under_autocast(device, half, dtype):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+def test_many_gradients_come_as_one(device, half):
+    made = layer(8, torch.float32, device)
+    x, *grads = torch.randn(3, 2, 3, 4, 8, device=device)
+    results = calls(made)[half][1](x.requires_grad_())
+    results = results if isinstance(results, tuple) else (results,)
+    grads = grads[: len(results)]
+    at_once = torch.autograd.grad(
+        results, x, [torch.stack((g, -2 * g)) for g in grads], is_grads_batched=True, retain_graph=True
+    )
+    single = torch.autograd.grad(results, x, grads)[0]
+    torch.testing.assert_close(at_once[0], torch.stack((single, -2 * single)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
 @pytest.mark.parametrize("by", [0, 1], ids=["modules", "node"])
 def test_backwards_are_differentiated_again(device, half, by):
     """Nobody is told half of a second derivative: `torch.autograd.grad` asks no node that has none."""

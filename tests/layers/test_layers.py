@@ -7,7 +7,16 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sola_vision import ops
-from sola_vision.layers import HiddenStateBridge, LinearLayer, PatchMerging, SoftmaxMixer, Stem, bands, projections
+from sola_vision.layers import (
+    HiddenStateBridge,
+    LinearLayer,
+    PatchMerging,
+    SoftmaxLayer,
+    SoftmaxMixer,
+    Stem,
+    bands,
+    projections,
+)
 from sola_vision.layers.bridge import sample
 from sola_vision.layers.projections import gate_linear
 from sola_vision.ops import cpu, reference
@@ -247,6 +256,18 @@ def test_autocast_leaves_a_float64_layer_alone(trained):
         with torch.autocast("cpu", torch.bfloat16):
             found, _ = layer(x)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [LinearLayer, SoftmaxLayer])
+def test_many_gradients_come_as_one(kind):
+    """torch's own batches of gradients divide none but torch's own operators."""
+    torch.manual_seed(0)
+    layer, x = kind(32), torch.randn(2, 3, 4, 32)
+    rows = [
+        torch.autograd.functional.jacobian(lambda x: layer(x)[0].sum((1, 2))[:, :3], x, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    torch.testing.assert_close(*rows)
 
 
 def test_softmax_mixer_is_eq_1_for_every_head():

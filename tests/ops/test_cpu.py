@@ -252,6 +252,17 @@ def test_bits_do_not_depend_on_the_number_of_threads(instruction_set, size, key)
 
 
 @needs_kernel
+def test_the_gradient_of_a_decay_that_leaves_neighbours_alone(instruction_set):
+    """Between a heavy token and a light one lies a third: what lam multiplies there is beyond float32."""
+    g = torch.Generator().manual_seed(0)
+    for num_tokens, step in ((3, 79.0), (3, 141.0), (25, 79.0), (32, 79.0), (40, 141.0)):
+        decay = torch.full((5,), step * num_tokens)
+        key = (torch.rand(1, num_tokens, 5, generator=g).round() * 2 - 1) * 43.5
+        value, grad = (torch.randn(1, num_tokens, 5, generator=g) * 300 for _ in range(2))
+        check((decay, torch.zeros(5), key, value, grad))
+
+
+@needs_kernel
 def test_gradients_that_overflow_beside_large_values(instruction_set):
     """h = g / D fits float32, and h y does not."""
     tensors = (torch.zeros(1), torch.full((1,), -20.0), torch.full((1, 3, 1), -44.0))

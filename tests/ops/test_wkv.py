@@ -193,6 +193,15 @@ def test_wkv_autocast_keeps_decay_in_float32():
     torch.testing.assert_close(out, wkv(decay, bonus, key.bfloat16(), value.bfloat16()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("wide", [2, 3])
+def test_autocast_rounds_nothing_that_is_float64(wide):
+    inputs = list(random_inputs(1, 20, 3, key_range=3.0)[:4])
+    inputs[wide] = inputs[wide].double() / 3
+    expected = wkv(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(wkv(*inputs), expected, rtol=0, atol=0)
+
+
 def test_wkv_does_not_depend_on_memory_layout():
     decay, bonus, key, value, grad = random_inputs(2, 50, 6)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value, grad)]

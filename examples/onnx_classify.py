@@ -15,7 +15,10 @@ from PIL import Image, ImageOps
 
 def prepare(picture, how):
     """The shorter side to `resize`, the square in the middle, minus mean, over std: [1, 3, crop, crop]."""
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.float32) / 65535 * 255).round().astype(np.uint8))
+    picture = picture.convert("RGB")
     short = min(picture.size)
     size = [how["resize"] * side // short for side in picture.size]
     picture = picture.resize(size, Image.Resampling[how["interpolation"].upper()])

@@ -231,6 +231,13 @@ def test_timm_schedule_and_dims_are_arguments():
     assert model.feature_info.reduction() == [16]
 
 
+def test_a_head_needs_pooled_features():
+    with pytest.raises(ValueError, match=r"global_pool='' leaves the feature map, .* give num_classes=0"):
+        timm.create_model("sola_nano", global_pool="", num_classes=10)
+    with pytest.raises(ValueError, match="num_classes=3"):
+        build().reset_classifier(3, "")
+
+
 def test_reset_classifier_keeps_the_backbone():
     model = build()
     image = torch.randn(1, 3, 32, 32)

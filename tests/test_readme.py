@@ -58,6 +58,8 @@ def test_what_compiles_the_networks():
     torch.testing.assert_close(torch.jit.trace(model, image)(image), model(image))
     with pytest.raises(RuntimeError):
         torch.jit.script(model)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(model)
 
 
 def test_the_recipes_are_those_that_exist():

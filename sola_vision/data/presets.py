@@ -41,7 +41,7 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"image.size={self.size} must be at least 1; 224 is usual")
+            raise ValueError(f"size={self.size} must be at least 1 pixel; 224 is usual")
         if self.interpolation not in ("bicubic", "bilinear", "lanczos", "random"):
             raise ValueError(f"interpolation {self.interpolation!r}: use bicubic, bilinear, lanczos or random")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import shutil
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -147,7 +149,7 @@ def save_state(
 def load_progress(folder: Path, total: int | None = None, optimizer: str | None = None) -> Progress | None:
     """The `progress` of the folder's resumable state, None if there is no such state yet.
 
-    A state behind the `total` steps of the run that wants to go on, or of another `optimizer`, is a ValueError.
+    A state beyond the `total` steps of the run that wants to go on, or of another `optimizer`, is a ValueError.
     """
     path = folder / STATE
     if not path.exists():
@@ -158,7 +160,7 @@ def load_progress(folder: Path, total: int | None = None, optimizer: str | None 
         raise ValueError(f"{path} is not a state that this version wrote: resume with the version that did") from None
     if total is not None and progress.step > total:
         raise ValueError(
-            f"{folder} is at step {progress.step}, behind the {total} steps that this run has: it was begun with more "
+            f"{folder} is at step {progress.step}, past the {total} steps that this run has: it was begun with more "
             "images or epochs; resume it with these, or choose another folder"
         )
     before = progress.config.get("optimizer")
@@ -283,25 +285,37 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in (".pt", ".pth", ".bin"):
+    """Tensors by name, of a safetensors file or of one of torch.save: a state_dict, or what timm's training leaves, the
+    moving average first. Nothing with code in it is opened.
+    """
+    if not _is_pickle(path):
         with _open(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a mapping
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: name a file of weights") from None
+        with torch.serialization.safe_globals([Namespace]):  # the options of timm's training
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds code or objects beside tensors (or is damaged) and is not opened: save a state_dict"
         ) from None
     except Exception:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is not a complete file of torch.save: fetch it again") from None
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state_dict (a dict from names to tensors): save model.state_dict()")
-    return content
+    return clean_state_dict(content)  # without the prefixes of DDP and torch.compile
+
+
+def _is_pickle(path: Path) -> bool:
+    """By what it begins with: names say little (`model_best.pth.tar`)."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(9)
+    safetensors = head[8:] == b"{"  # after the header's length, which may read like anything
+    return not safetensors and (path.suffix in (".pt", ".pth", ".bin") or head.startswith((b"PK", b"\x80")))
 
 
 def _open(path: Path) -> Any:

@@ -35,6 +35,8 @@ def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
     if scores:
         right = left.twinx()
         right.plot(*zip(*scores, strict=True), color=VERMILION, marker="o", markersize=3)
+        low, high = right.get_ylim()
+        right.set_ylim(max(low, 0.0), min(high, 100.5))  # room for a mark at 100 %, and no more
         right.set_ylabel(f"{metric} on the held-out images, %", color=VERMILION)
         best = max(score for _, score in scores)
         right.set_title(f"best {metric} {best:.2f}", loc="right", fontsize=10)

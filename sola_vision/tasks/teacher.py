@@ -14,12 +14,11 @@ import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sola_vision.data import ImageConfig
-from sola_vision.engine import LoadReport, read_metadata
+from sola_vision.engine import LoadReport, read_metadata, read_weights
 from sola_vision.tasks.model import create_network, takes_one_size
 from sola_vision.tasks.weights import load_checkpoint
 
@@ -174,7 +173,7 @@ def _published(name: str) -> Any:
 def _stored(name: str, path: Path) -> Any:
     if name.startswith(_ELSEWHERE):
         raise ValueError(f"{name} brings its own weights: leave --teacher.checkpoint {path} out, or give timm's name")
-    stored = _read_weights(path)
+    stored = read_weights(path)
     cfg = timm.get_pretrained_cfg(name)
     head = cfg.classifier if cfg else None
     weight = stored.get(f"{head[0] if isinstance(head, tuple | list) else head}.weight")
@@ -191,24 +190,6 @@ def _size(config: TeacherConfig, name: str, only: int | None) -> int | None:
     if only is not None and config.size not in (None, only):
         raise ValueError(f"the teacher {name} takes images of {only} pixels only: leave --teacher.size out")
     return only or config.size
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """timm's own reading: a state_dict, or what its training leaves, the moving average first; nothing is unpickled."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: --teacher.checkpoint names a file of weights or a run's folder"
-        )
-    try:
-        stored = load_state_dict(str(path), weights_only=True)
-        if all(isinstance(value, Tensor) for value in stored.values()):
-            return stored
-    except Exception as error:  # a damaged pickle may raise anything
-        why = "code or objects beside tensors" if "weights_only" in str(error) else "nothing that can be read"
-        raise ValueError(
-            f"{path} holds {why} and is not opened: save the teacher's state_dict as safetensors"
-        ) from None
-    raise ValueError(f"{path} holds no state_dict (a dict from names to tensors): save the teacher's state_dict")
 
 
 def _class_names(network: Any) -> list[str] | None:

@@ -68,7 +68,10 @@ def save_pretrained(
     _check_whole(model)
     arguments = network_arguments(model)
     count: int = getattr(model, "num_classes", 0)
-    names = list(classes if classes is not None else cfg.get("label_names") or map(str, range(count)))
+    known = cfg.get("label_names") or ()
+    if len(known) != count:  # of a head that was replaced
+        known = map(str, range(count))
+    names = list(known if classes is None else classes)
     if len(names) != count or len(set(names)) != count or not all(isinstance(label, str) for label in names):
         raise ValueError(f"classes: {count} different names are needed, one for each output, not {names!r:.80}")
     image = image or _image(model, cfg)

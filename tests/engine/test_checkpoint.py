@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import stat
+from argparse import Namespace
 
 import pytest
 import torch
@@ -24,14 +25,21 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "nested.pth"])
+def averaged(model):
+    """What timm's training leaves: options, weights, and their moving average as DDP names it."""
+    average = {f"module.{key}": value for key, value in model.state_dict().items()}
+    return {"args": Namespace(lr=1.0), "state_dict": net().state_dict(), "state_dict_ema": average}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "nested.pth", "pth.tar", "safetensors.pth"])
 def test_load_weights_restores_every_bit(tmp_path, kind):
     path, source, target = tmp_path / f"w.{kind}", net(), net()
-    if kind == "safetensors":
+    if "safetensors" in kind:
         save_weights(path, source, {"classes": "cat dog"})
         assert read_metadata(path) == {"classes": "cat dog"}
     else:
-        torch.save({"model": source.state_dict()} if kind == "nested.pth" else source.state_dict(), path)
+        state = source.state_dict()
+        torch.save({"nested.pth": {"model": state}, "pth.tar": averaged(source)}.get(kind, state), path)
     report = load_weights(target, path)
     assert not report
     assert equal(source, target)

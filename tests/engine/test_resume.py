@@ -62,7 +62,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, resume
 def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):
     """As with fewer images than it was begun with."""
     folder = shutil.copytree(whole_run, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"is at step \d+, behind the \d+ steps .* more images or epochs"):
+    with pytest.raises(ValueError, match=r"is at step \d+, past the \d+ steps .* more images or epochs"):
         train(folder, resume=True, epochs=2)
     assert metrics(folder) == metrics(whole_run)
 

@@ -162,6 +162,14 @@ def test_channels_are_adapted_as_timm_does(tmp_path, model, channels):
     assert torch.equal(sola_vision.load(tmp_path / "g")(image), ours(image))
 
 
+def test_names_go_with_the_head_that_they_are_of(tmp_path, sola):
+    sola_vision.save_pretrained(sola, tmp_path / "f", classes=["a", "b", "c"])
+    loaded = sola_vision.load(tmp_path / "f")
+    loaded.reset_classifier(2)
+    sola_vision.save_pretrained(loaded, tmp_path / "g")
+    assert sola_vision.load(tmp_path / "g").pretrained_cfg["label_names"] == ["0", "1"]
+
+
 @pytest.mark.parametrize("name", ["sola", "vrwkv"])
 def test_another_size_is_what_the_network_would_interpolate(tmp_path, name):
     model = stirred(MODELS[name]())
@@ -203,7 +211,7 @@ def test_requests_that_contradict_themselves(tmp_path, sola):
         sola_vision.load(tmp_path / "f", num_classes=2, classes=["a"])
     with pytest.raises(ValueError, match="num_classes=-1"):
         sola_vision.load(tmp_path / "f", num_classes=-1)
-    with pytest.raises(ValueError, match=r"img_size=0|size 0"):
+    with pytest.raises(ValueError, match=r"size=0 must be at least 1"):
         sola_vision.load(tmp_path / "f", img_size=0)
 
 

@@ -15,7 +15,8 @@ struct Weight {
   void* packed = nullptr;
 };
 constexpr int64_t outputs_of_panel = 32;  // or a divisor of it
-inline int64_t packed_size(int64_t outputs, int64_t inputs) {
+// static: each file its own copy, see lanes.h
+static inline int64_t packed_size(int64_t outputs, int64_t inputs) {
   return (outputs + outputs_of_panel - 1) / outputs_of_panel * outputs_of_panel * ((inputs + 31) / 32 * 32);
 }
 

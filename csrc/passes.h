@@ -22,8 +22,9 @@ struct Shift {
 };
 
 // Images are cut into bands of rows, whatever the number of threads, so that sums over tokens always add up alike.
+// static: each file its own copy, see lanes.h
 constexpr int64_t band_rows = 16;
-inline int64_t bands(const Shift& s) { return s.images * ((s.height - s.top - s.bottom + band_rows - 1) / band_rows); }
+static inline int64_t bands(const Shift& s) { return s.images * ((s.height - s.top - s.bottom + band_rows - 1) / band_rows); }
 
 // flat arrays; what a pass does not have is null
 struct Pointwise {

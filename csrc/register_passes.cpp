@@ -49,7 +49,7 @@ struct Flat {
   }
   const void* operator[](size_t i) { return flat(tensors[i], "sola: pass", type); }
   // not to be overwritten by what is written to `out` for another element
-  const void* beside(void* out, size_t i) {
+  const void* apart_from(void* out, size_t i) {
     const uintptr_t data = reinterpret_cast<uintptr_t>((*this)[i]), to = reinterpret_cast<uintptr_t>(out);
     const uintptr_t size = static_cast<uintptr_t>(bytes(pass.count, type));
     if (data != to && data < to + size && to < data + size) tensors[i] = tensors[i].copy(type);
@@ -91,8 +91,8 @@ void gated_sum_(Value* stack, uint64_t, uint64_t) {
                     "sola::gated_sum_: out"});
   if (!call.tensors[3].contiguous()) throw std::invalid_argument("sola::gated_sum_: out must be contiguous");
   void* out = call.pass.out = call.tensors[3].write();
-  call.pass.residual = call.beside(out, 0), call.pass.receptance = call.beside(out, 1);
-  call.pass.value = call.beside(out, 2);
+  call.pass.residual = call.apart_from(out, 0), call.pass.receptance = call.apart_from(out, 1);
+  call.pass.value = call.apart_from(out, 2);
   current_passes().gate(call.pass, call.type, parallel_for);
 }
 

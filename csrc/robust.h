@@ -55,7 +55,8 @@ struct Row {
       const double self = key.at[i] + bonus.at[i], side = left.m.at[i] > right.m.at[i] ? left.m.at[i] : right.m.at[i];
       const double top = self > side ? self : side;
       const double a = exp(left.m.at[i] - top), r = exp(right.m.at[i] - top), s = exp(self - top);
-      const double d = a * left.q.at[i] + r * right.q.at[i] + s;
+      const double sum = a * left.q.at[i] + r * right.q.at[i] + s;
+      const double d = top > lowest / 2 ? sum : __builtin_nan("");  // all keys are -inf: 0 / 0, as in the definition
       m.at[i] = top;
       denominator.at[i] = d;
       y.at[i] = (a * left.p.at[i] + r * right.p.at[i] + s * value.at[i]) / d;

@@ -252,6 +252,19 @@ def test_bits_do_not_depend_on_the_number_of_threads(instruction_set, size, key)
 
 
 @needs_kernel
+@pytest.mark.parametrize("num_tokens", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mean_of_nothing_is_no_number(instruction_set, num_tokens, dtype):
+    decay, bonus, key, value, grad = inputs(2, num_tokens, 5, key=(-3, 3), dtype=dtype)
+    key[0, :, 2] = -torch.inf
+    out, (*_, grad_key, grad_value) = kernel(decay, bonus, key, value, grad)
+    for x in (out, grad_key, grad_value):
+        assert x[0, :, 2].isnan().all()
+        x[0, :, 2] = 0
+        assert x.isfinite().all()
+
+
+@needs_kernel
 def test_the_gradient_of_a_decay_that_leaves_neighbours_alone(instruction_set):
     """Between a heavy token and a light one lies a third: what lam multiplies there is beyond float32."""
     g = torch.Generator().manual_seed(0)

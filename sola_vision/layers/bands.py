@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sola_vision.layers.plain import hooked_everywhere, plain
+from sola_vision.layers.plain import hooked_everywhere, is_plain
 from sola_vision.layers.products import matrices_stay_narrow
 from sola_vision.ops import cpu, pinned, seen_through, tangents
 
@@ -56,7 +56,7 @@ def _values_only(x: Tensor, *modules: nn.Module) -> bool:
         and pinned() in (None, "native")
         and not (torch.jit.is_tracing() or seen_through(x) or tangents())
         and not hooked_everywhere()
-        and plain(*modules)
+        and is_plain(*modules)
     )
 
 

@@ -11,11 +11,9 @@ from sola_vision.layers.products import project
 
 
 def sample(state: Tensor, height: int, width: int) -> Tensor:
-    """Equidistant tokens of a finer grid: [B, H_s, W_s, C] -> [B, height, width, C], without parameters.
-
+    """Equidistant tokens of a finer grid: [B, H_s, W_s, C] -> [B, height, width, C], without parameters."""
     # not in the paper: eq. 10's Samp is "parameter-free, equidistant"; here the index along each axis is that of the
-    # source token at the target token's centre, floor((i + 0.5) * source / target).
-    """
+    # source token at the target token's centre, floor((i + 0.5) * source / target)
     rows = _centres(state.shape[1], height, state.device)
     columns = _centres(state.shape[2], width, state.device)
     return state.index_select(1, rows).index_select(2, columns)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sola_vision import ops
-from sola_vision.layers.plain import hooked_everywhere, plain
+from sola_vision.layers.plain import hooked_everywhere, is_plain
 from sola_vision.ops.again import differentiable_backward, in_plain_steps
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 
@@ -34,7 +34,7 @@ def in_one_node(x: Tensor, norm: nn.LayerNorm, *projections: nn.Linear) -> bool:
         and ops.missing_kernel("cuda") is None
         and ops.pinned() in (None, "native")
         and not (ops.seen_through(x) or ops.tangents())
-        and plain(norm, *projections)
+        and is_plain(norm, *projections)
         and not hooked_everywhere()
         and (torch.is_autocast_enabled("cuda") or all(projection.weight.dtype == x.dtype for projection in projections))
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sola_vision.layers.bands import bands, in_bands, in_tiles
 from sola_vision.layers.halves import channel_mix, in_one_node, spatial_mix
-from sola_vision.layers.plain import exactly
+from sola_vision.layers.plain import is_exactly
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
 from sola_vision.ops import gate, gated_sum, wkv
 
@@ -66,7 +66,10 @@ class LinearMixer(nn.Module):
         self.bonus.copy_(-1.2 + 0.5 * zigzag)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] before its norm -> the same, and the read-out wkv_t before the gate [B, H, W, C]."""
+        """x [B, H, W, C] before its norm -> the same, and the read-out wkv_t before the gate [B, H, W, C].
+
+        The norm comes along because kernels compute it with the token shift and the products in one pass.
+        """
         projections = (self.receptance, self.key, self.value)
         if self.token_shift and in_one_node(x, norm, *projections, self.output):
             parts = (self.mix_receptance, self.mix_key, self.mix_value)
@@ -157,11 +160,11 @@ class ChannelMix(nn.Module):
         return out
 
 
-def _idle(drop_path: nn.Module) -> bool:
+def _drops_nothing(drop_path: nn.Module) -> bool:
     """Whether it lets everything through, and nobody watches it do so."""
     if type(drop_path) is nn.Identity:
-        return exactly(drop_path, nn.Identity)
-    return exactly(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
+        return is_exactly(drop_path, nn.Identity)
+    return is_exactly(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
 
 
 class LinearLayer(nn.Module):
@@ -186,12 +189,12 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the same, and the hidden state's read-out [B, H, W, C] for bridges."""
-        kept = _idle(self.drop_path)
-        if kept and exactly(self.mixer, LinearMixer):
+        undropped = _drops_nothing(self.drop_path)
+        if undropped and is_exactly(self.mixer, LinearMixer):
             x, readout = self.mixer.add_to(x, self.norm1)
         else:
             mixed, readout = self.mixer(x, self.norm1)
             x = x + self.drop_path(mixed)
-        if kept and exactly(self.channel_mix, ChannelMix):
+        if undropped and is_exactly(self.channel_mix, ChannelMix):
             return self.channel_mix.add_to(x, self.norm2), readout
         return x + self.drop_path(self.channel_mix(x, self.norm2)), readout

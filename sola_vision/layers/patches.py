@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sola_vision.layers.plain import exactly
+from sola_vision.layers.plain import is_exactly
 from sola_vision.ops.path import transformed
 
 
@@ -122,7 +122,7 @@ class PatchMerging(nn.Module):
         x = x.permute(0, 3, 1, 2)
         width = x.shape[3]
         column = type(width) is int and width == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
-        if column and exactly(self.reduction, nn.Conv2d):
+        if column and is_exactly(self.reduction, nn.Conv2d):
             # In bfloat16 torch 2.14 leaves the gradient of outer columns, which see nothing but padding, unwritten on a
             # CPU. The middle one alone gives the same.
             reduced = nn.functional.conv2d(x, self.reduction.weight[..., 1:2], stride=2, padding=(1, 0))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 _TENSORS = (nn.Parameter, Tensor)
 
 
-def plain(*modules: nn.Module) -> bool:
+def is_plain(*modules: nn.Module) -> bool:
     """Whether kernels may be given the parameters of each: a projection without a bias, a layer norm that has one."""
     for module in modules:  # a plain loop: every layer asks in every forward
-        if not unchanged(module):
+        if not is_untouched(module):
             return False
         bias = _parameter(module, "bias")
         if (type(bias) not in _TENSORS) if type(module) is nn.LayerNorm else bias is not None:
@@ -20,12 +20,12 @@ def plain(*modules: nn.Module) -> bool:
     return True
 
 
-def unchanged(module: nn.Module) -> bool:
+def is_untouched(module: nn.Module) -> bool:
     """Whether it is a linear layer or a layer norm that does what its parameters say. A low-rank adapter, a quantised
     module or weight, and one that is hooked or whose forward was replaced does more.
     """
     kind = nn.LayerNorm if type(module) is nn.LayerNorm else nn.Linear
-    return _itself(module, kind) and type(_parameter(module, "weight")) in _TENSORS
+    return _is_itself(module, kind) and type(_parameter(module, "weight")) in _TENSORS
 
 
 def _parameter(module: nn.Module, name: str) -> object:
@@ -34,17 +34,17 @@ def _parameter(module: nn.Module, name: str) -> object:
     return getattr(module, name) if found is None else found
 
 
-def affine(norm: nn.Module) -> bool:
+def is_affine(norm: nn.Module) -> bool:
     """Whether a norm is a layer norm with weight and bias and nothing else, so that these and its eps say it all. What
     kind of tensors they are is open: exporters have their own.
     """
     watched = not torch.is_grad_enabled() and hooked_everywhere()
-    return _itself(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None and not watched
+    return _is_itself(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None and not watched
 
 
-def exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says, and nobody watches all calls."""
-    return _itself(module, kind) and not hooked_everywhere()
+    return _is_itself(module, kind) and not hooked_everywhere()
 
 
 def hooked_everywhere() -> bool:
@@ -54,7 +54,7 @@ def hooked_everywhere() -> bool:
     return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
 
 
-def _itself(module: nn.Module, kind: type[nn.Module]) -> bool:
+def _is_itself(module: nn.Module, kind: type[nn.Module]) -> bool:
     """No subclass, no wrapper, no hook of its own, no other forward."""
     return (
         type(module) is kind

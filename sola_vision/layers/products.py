@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_weight
 
-from sola_vision.layers.plain import hooked_everywhere, unchanged
+from sola_vision.layers.plain import hooked_everywhere, is_untouched
 from sola_vision.ops import pinned, seen_through
 
 _FEWEST_VALUES = 1 << 15  # torch itself leaves small convolutions to another library
@@ -31,7 +31,7 @@ def project(x: Tensor, projection: nn.Linear) -> Tensor:
     """projection(x): [..., K] -> [..., D]."""
     convolves = (
         type(x) is Tensor  # not what torch.fx traces with
-        and unchanged(projection)
+        and is_untouched(projection)
         and _convolves(x, projection.weight)
         and x.shape[-1] == projection.in_features
         and not hooked_everywhere()

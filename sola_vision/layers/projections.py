@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from sola_vision import ops
 from sola_vision.layers.bands import BAND_BYTES, bands, in_bands, in_tiles, multiplied_in_tiles
-from sola_vision.layers.plain import affine, plain
+from sola_vision.layers.plain import is_affine, is_plain
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.ops.again import differentiable_backward, in_plain_steps
 from sola_vision.ops.autocast import autocast_dtype, autocasts
@@ -50,7 +50,7 @@ def shift_linear(
     """Layer norm, token shift and a projection without bias for each of mixes [M, C]: x [B, H, W, C] -> M results
     [B, H - top - bottom, W, D] (see ops.norm_shift).
     """
-    if not affine(norm):
+    if not is_affine(norm):
         shifted = interpolated(norm(x), mixes, top, bottom)
         return tuple(project(part, projection) for part, projection in zip(shifted, projections, strict=True))
     weight, bias, eps = norm.weight, norm.bias, norm.eps
@@ -138,7 +138,7 @@ def _linear(
     # tracers and exporters, and by transforms such as torch.func's
     pays = not inputs[0].is_cuda and torch.is_grad_enabled()
     pays = pays and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and ops.pinned() in (None, "native")
-    weights = [projection.weight for projection in projections] if pays and plain(*projections) else []
+    weights = [projection.weight for projection in projections] if pays and is_plain(*projections) else []
     # weights of another dtype than what they multiply are autocast's to convert; without it `linear` refuses them
     fit = all(w.dtype == inputs[0].dtype for w in weights) or (
         autocasts(inputs[0]) and inputs[0].dtype != torch.float64

@@ -98,10 +98,9 @@ def quad_shift(x: Tensor) -> Tensor:
     """Each quarter of the channels comes from another neighbour: left, right, above, below; zero outside the image.
 
     x [B, H, W, C] -> [B, H, W, C]. Channels beyond four times C // 4 stay where they are.
-
+    """
     # not in the paper: Vision-RWKV's mixes begin with it (Q-Shift, worth 3.6 points there) and SoLA-Vision takes its
     # linear layer from Vision-RWKV, while its own text never names the shift. One argument of the network turns it off.
-    """
     quarter = x.shape[-1] // 4
     left, right, above, below, rest = x.split([quarter] * 4 + [x.shape[-1] - 4 * quarter], dim=-1)
     pad = torch.nn.functional.pad

@@ -24,7 +24,6 @@ from sola_vision.data import DetectionConfig
 from sola_vision.engine import LoadReport, load_weights, read_weights
 from sola_vision.tasks.model import (
     ModelConfig,
-    create_network,
     foreign_metadata,
     network_changes,
     read_description,
@@ -32,7 +31,7 @@ from sola_vision.tasks.model import (
     read_settings,
     weights_file,
 )
-from sola_vision.tasks.pyramid import Pyramid
+from sola_vision.tasks.pyramid import Pyramid, create_body
 from sola_vision.tasks.rcnn import (
     AlignedRoIAlign,
     FixedAnchors,
@@ -44,6 +43,7 @@ from sola_vision.tasks.rcnn import (
 
 _STRIDES = (4, 8, 16, 32)
 _GRID = 224  # pixels a side of the position embedding, that of the classifiers; other sizes interpolate it
+_PADDED = (64, 96)  # images come as multiples of 32 pixels
 
 
 @dataclass(kw_only=True)
@@ -188,11 +188,8 @@ def _create(
     name: str, changes: dict[str, Any], detector: DetectorConfig, image: DetectionConfig, num_classes: int
 ) -> Detector:
     try:
-        return Detector(
-            create_network(name, None, _GRID, {**changes, "features_only": True}), num_classes, detector, image
-        )
-    # networks of timm that have no feature maps, or whose classes take other arguments
-    except (AttributeError, RuntimeError, ValueError) as error:
+        return Detector(create_body(name, changes, _PADDED), num_classes, detector, image)
+    except ValueError as error:
         raise ValueError(f"{name} cannot be the backbone of a detector: {error}") from None
 
 
@@ -249,9 +246,7 @@ def _group_norm(channels: int) -> nn.Module:
 
 def backbone_of(model: Detector) -> nn.Module:
     """timm's network inside, whose configuration a checkpoint carries."""
-    inner = getattr(model.pyramid.body, "model", model.pyramid.body)
-    assert isinstance(inner, nn.Module)
-    return inner
+    return model.pyramid.network
 
 
 @torch.inference_mode()

@@ -83,14 +83,18 @@ def own_fields(name: str) -> set[str]:
     return {field.name for prefix, kind in kinds.items() if name.startswith(prefix) for field in fields(kind)}
 
 
-def create_network(name: str, num_classes: int | None, image_size: int, changes: dict[str, Any]) -> Any:
-    """A network of timm's registry; num_classes None: no head. What it refuses is a ValueError."""
-    if not own_fields(name) and takes_one_size(name):
+def create_network(name: str, num_classes: int | None, image_size: int | None, changes: dict[str, Any]) -> Any:
+    """A network of timm's registry; num_classes None: no head, image_size None: the size that its name is made for.
+
+    What it refuses is a ValueError.
+    """
+    if image_size and not own_fields(name) and takes_one_size(name):
         changes = {**changes, "img_size": image_size}
     try:
         return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes}), **changes)
-    # timm's networks refuse with a TypeError what they have no argument for, and sizes with an assertion
-    except (TypeError, AssertionError, RuntimeError) as error:
+    # timm's networks refuse what they have no argument for with a TypeError, sizes with an assertion, and feature maps
+    # that they have not with a RuntimeError or an AttributeError
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
         hint = "; --model.drop_path_rate null leaves it out" if "'drop_path_rate'" in str(error) else ""
         raise ValueError(f"{name} cannot be built with {changes}: {error}{hint}") from None
 

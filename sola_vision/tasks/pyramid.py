@@ -7,14 +7,17 @@ groups (layer-wise decay, no weight decay) are the backbone's own, found below a
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from timm.layers import LayerNorm2d
+import torch
+from timm.layers import LayerNorm2d, PatchEmbed
 from torch import Tensor, nn
 
 from sola_vision.engine import LoadReport
 from sola_vision.layers import resize_position
+from sola_vision.tasks.model import create_network, own_fields
 
 _LEVELS = 4
 
@@ -24,25 +27,24 @@ class Pyramid(nn.Module):
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        info: Any = body.feature_info
-        channels, strides = list(info.channels()), list(info.reduction())
-        # networks of timm that begin at stride 2 have a fifth map, which no head here asks for
-        self.channels: list[int] = channels[-_LEVELS:]
-        self.strides: list[int] = strides[-_LEVELS:]
-        if any(after != 2 * before for before, after in zip(self.strides, self.strides[1:], strict=False)) or (
-            len(self.strides) < _LEVELS
-        ):
-            raise ValueError(
-                f"its feature maps have strides {', '.join(map(str, strides))}: dense tasks need four, "
-                "each twice the one before; choose a hierarchical network such as sola_tiny"
-            )
+        self.channels, self.strides = _levels(body)
         self.body = body
+        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"  # Swin's and MambaOut's are
         # not in the paper: residual stages end unnormalised, so every map gets a LayerNorm, as Swin's dense models have
         self.norms = nn.ModuleList(LayerNorm2d(count) for count in self.channels)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.body(image)[-_LEVELS:]
+        if self.channels_last:
+            maps = [x.movedim(-1, 1) for x in maps]
         return [norm(x) for norm, x in zip(self.norms, maps, strict=True)]
+
+    @property
+    def network(self) -> nn.Module:
+        """timm's network inside, whose configuration a checkpoint carries."""
+        inner = getattr(self.body, "model", self.body)
+        assert isinstance(inner, nn.Module)
+        return inner
 
     def start_from(self, stored: Mapping[str, Tensor], path: Path, drop_bridges: bool = False) -> str:
         """Take over a classifier's weights but for its head; returns what happened, in one line.
@@ -106,6 +108,45 @@ class Pyramid(nn.Module):
         if not hasattr(self.body, "model"):
             raise ValueError(f"{option} needs a backbone that stays whole, which {type(self.body).__name__} does not")
         return self.body.model
+
+
+def _levels(body: nn.Module) -> tuple[list[int], list[int]]:
+    """Channels and strides of the last four maps."""
+    info: Any = body.feature_info
+    channels, strides = list(info.channels()), list(info.reduction())
+    # networks of timm that begin at stride 2 have a fifth map, which no head here asks for
+    last = strides[-_LEVELS:]
+    if len(last) < _LEVELS or any(after != 2 * before for before, after in pairwise(last)):
+        raise ValueError(
+            f"its feature maps have strides {', '.join(map(str, strides))}: dense tasks need four, "
+            "each twice the one before; choose a hierarchical network such as sola_tiny"
+        )
+    return channels[-_LEVELS:], last
+
+
+def create_body(name: str, changes: dict[str, Any], size: tuple[int, int]) -> nn.Module:
+    """A network of timm's registry as its feature maps. ValueError if it has none, or not of images of `size` (H, W),
+    which stands for all the sizes that it will see.
+    """
+    any_size = {"strict_img_size": False} if name.startswith("swin") else {}
+    body: nn.Module = create_network(name, None, None, {**changes, **any_size, "features_only": True})
+    if own_fields(name):
+        return body
+    _levels(body)
+    for part in body.modules():
+        if isinstance(part, PatchEmbed):
+            part.dynamic_img_pad = True  # Swin's takes whole patches alone, and has no argument for this
+    body.eval()  # the statistics of batch normalisation stay as they are
+    try:
+        with torch.no_grad():
+            body(torch.zeros(1, 3, *size))
+    # whatever a layer says that meets a size it was not made for
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"it takes no image of {size[0]}x{size[1]} pixels ({error}): choose a network for images of any size, "
+            "such as sola_tiny, convnext_tiny or swin_tiny_patch4_window7_224"
+        ) from None
+    return body.train()
 
 
 def below(prefix: str, what: Any) -> Any:

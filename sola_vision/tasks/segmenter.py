@@ -2,11 +2,10 @@
 """A segmentation network from its configuration, from a classifier's checkpoint, or from its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
 from sola_vision.data import LabelRule, SegmentationConfig
@@ -14,12 +13,16 @@ from sola_vision.engine import LoadReport, load_weights, read_weights
 from sola_vision.tasks.model import (
     ModelConfig,
     foreign_metadata,
+    network_changes,
     read_description,
     read_network,
     read_settings,
     weights_file,
 )
+from sola_vision.tasks.pyramid import create_body
 from sola_vision.tasks.upernet import UPerNet, UPerNetConfig
+
+_ANY = (45, 67)  # pixels that no stride divides: images are evaluated at their own size
 
 
 @dataclass(frozen=True)
@@ -38,32 +41,19 @@ class SegmentationCheckpoint:
 
 def build_segmenter(model: ModelConfig, head: UPerNetConfig, num_classes: int, image_size: int) -> UPerNet:
     """The network with fresh weights, the backbone's position grid laid out for `image_size`."""
-    changes: dict[str, Any] = {
-        field.name: getattr(model, field.name)
-        for field in fields(model)
-        if field.name != "name" and getattr(model, field.name) is not None
-    }
-    if model.name.startswith("sola_"):
-        changes["img_size"] = image_size
-    elif unknown := sorted(set(changes) - {"drop_path_rate"}):
-        raise ValueError(f"{model.name} has no {', '.join(unknown)}: these belong to the sola_* networks")
-    return _create(model.name, head, num_classes, changes)
+    return _create(model.name, head, num_classes, network_changes(model, image_size))
 
 
 def _create(name: str, head: UPerNetConfig, num_classes: int, changes: dict[str, Any]) -> UPerNet:
     try:
-        body = timm.create_model(name, features_only=True, **changes)
-        return UPerNet(body, num_classes, head)
-    # timm's networks refuse with a TypeError what they have no argument for, and features with a RuntimeError
-    except (TypeError, AssertionError, RuntimeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be built as a backbone with {changes}: {error}") from None
+        return UPerNet(create_body(name, changes, _ANY), num_classes, head)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be the backbone of UPerNet: {error}") from None
 
 
 def backbone_of(model: UPerNet) -> nn.Module:
     """timm's network inside, whose configuration a checkpoint carries."""
-    inner = getattr(model.backbone.body, "model", model.backbone.body)
-    assert isinstance(inner, nn.Module)
-    return inner
+    return model.backbone.network
 
 
 def load_segmenter(path: str | Path) -> SegmentationCheckpoint:

@@ -311,8 +311,14 @@ def test_bad_input_of_train(refused, tmp_path, scenes):
     refused(*words, "--data", "data", names=["00000.png", "no label"])
 
 
-def test_other_networks_of_timm_train_and_are_read_again(sola, scenes):
-    words = [*TINY, "--data", scenes, "--out", "r", "--model.name", "resnet18", "--train.steps", 1]
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_other_networks_of_timm_train_and_are_read_again(sola, scenes, name):
+    words = [*TINY, "--data", scenes, "--out", "r", "--model.name", name, "--train.steps", 1]
     assert sola(*words, "--model.dims", "null", "--model.head_dim", "null", "--train.warmup_steps", 0).code == 0
     said = sola("predict", scenes / "images" / "val" / "00000.png", "--checkpoint", "r", "--json")
-    assert json.loads(said.out)["model"] == "resnet18"
+    assert json.loads(said.out)["model"] == name
+
+
+def test_a_network_for_one_size_is_refused_before_anything_is_written(refused, scenes):
+    words = [*TINY, "--data", scenes, "--out", "run", "--model.dims", "null", "--model.head_dim", "null"]
+    refused(*words, "--model.name", "hiera_tiny_224", names=["hiera_tiny_224", "no image of 45x67 pixels"])

@@ -8,7 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import sola_vision  # noqa: F401 - registers the names
-from sola_vision.tasks.pyramid import Pyramid
+from sola_vision.tasks.pyramid import Pyramid, create_body
 from sola_vision.tasks.upernet import FCNHead, UPerHead, UPerNet, UPerNetConfig
 
 SMALL = {"dims": (8, 16, 24, 32), "head_dim": 8}
@@ -130,6 +130,41 @@ def test_a_pyramid_needs_four_levels_of_doubling_strides():
         UPerNet(timm.create_model("resnet18", features_only=True), 5, UPerNetConfig(channels=8)).group_matcher()
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "finest"),
+    [
+        ("swin_tiny_patch4_window7_224", (45, 67), (12, 17)),
+        ("swinv2_cr_tiny_ns_224", (64, 96), (16, 24)),
+        ("mambaout_femto", (45, 67), (12, 17)),
+    ],
+)
+def test_networks_whose_maps_are_channels_last_or_whose_size_was_fixed(name, size, finest):
+    pyramid = Pyramid(create_body(name, {}, size))
+    for height, width in (size, (224, 224)):
+        maps = pyramid(torch.randn(1, 3, height, width))
+        assert [x.shape[1] for x in maps] == pyramid.channels
+    assert maps[0].shape[2:] == (56, 56)
+    assert pyramid(torch.randn(1, 3, *size))[0].shape[2:] == finest
+
+
+def test_a_network_for_one_size_is_refused_when_it_is_built():
+    with pytest.raises(
+        ValueError, match=r"it takes no image of 64x96 pixels .*choose a network for images of any size"
+    ):
+        create_body("hiera_tiny_224", {}, (64, 96))
+    with pytest.raises(ValueError, match="strides 16, 16, 16"):
+        create_body("vit_tiny_patch16_224", {}, (64, 96))
+
+
+def test_looking_whether_a_size_fits_leaves_no_trace():
+    torch.manual_seed(0)
+    tried = create_body("resnet18", {}, (45, 67))
+    torch.manual_seed(0)
+    fresh = timm.create_model("resnet18", features_only=True)
+    assert all(module.training for module in tried.modules())
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in tried.state_dict().items())
+
+
 # starting from a classifier ---------------------------------------------------------------------------------------
 def test_a_classifiers_weights_start_the_backbone(tmp_path):
     classifier = timm.create_model("sola_nano", num_classes=3, **SMALL, img_size=32)
@@ -149,6 +184,15 @@ def test_any_classifier_of_timm_starts_its_backbone(tmp_path, name):
     image = torch.randn(1, 3, 64, 64)
     expected = classifier.eval().forward_features(image)
     assert torch.equal(pyramid.eval().body(image)[-1], expected)
+
+
+def test_a_swin_of_its_own_size_starts_one_of_any_size(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    classifier = timm.create_model(name, num_classes=3).eval()
+    pyramid = Pyramid(create_body(name, {}, (45, 67))).eval()
+    pyramid.start_from(classifier.state_dict(), tmp_path / "c")
+    image = torch.randn(1, 3, 224, 224)
+    assert torch.allclose(classifier.norm(pyramid.body(image)[-1]), classifier.forward_features(image), atol=1e-5)
 
 
 def test_links_are_dropped_only_when_asked_for(tmp_path):

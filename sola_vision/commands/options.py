@@ -50,13 +50,14 @@ def parse_run(arguments: Sequence[str]) -> Run:
     words = list(arguments)
     named = words.pop(0) if words and not words[0].startswith("-") else None
     files, words = _take(words, "--config")
-    if "--resume" in words:
-        folder = (_take(words, "--out")[0] or [f"runs/{named}"])[-1]
+    stored = [(file, _read_yaml(Path(file))) for file in files]
+    recipe = named or _stored_recipe(stored)
+    if "--resume" in words or _last(stored, "resume"):
+        folder = (_take(words, "--out")[0] or [_last(stored, "out") or f"runs/{recipe}"])[-1]
         # a run goes on as it began, whatever the recipe says by now
         if (kept := Path(folder) / "config.yaml").is_file():
-            files.insert(0, str(kept))
-    stored = {file: _read_yaml(Path(file)) for file in files}
-    recipe = named or _stored_recipe(list(stored.values()))
+            stored.insert(0, (str(kept), _read_yaml(kept)))
+            recipe = named or _stored_recipe(stored)
     if recipe is None:
         if not any(word in ("-h", "--help") or word.startswith("--print_config") for word in words):
             raise ValueError(
@@ -65,12 +66,12 @@ def parse_run(arguments: Sequence[str]) -> Run:
         recipe = _FIRST
     begun = get_recipe(recipe)
     sections = sections_of(begun)
-    for file, content in stored.items():
+    for file, content in stored:
         _check_names(file, content, sections)
     parser = _parser(recipe, begun)
     try:
         # files first, so that the command line wins wherever --config stands in it
-        values = parser.parse_args([recipe, *(f"--config={file}" for file in files), *words])
+        values = parser.parse_args([recipe, *(f"--config={file}" for file, _ in stored), *words])
     except argparse.ArgumentError as error:
         raise ValueError(_one_line(str(error), sections)) from None
     if values.data is None:
@@ -137,10 +138,15 @@ def _check_names(path: str, stored: dict[str, Any], sections: dict[str, type]) -
             raise ValueError(f"--config {path}: '{name}.{unknown}' is no field; {name} has {', '.join(known)}")
 
 
-def _stored_recipe(stored: list[dict[str, Any]]) -> str | None:
+def _last(stored: Sequence[tuple[str, dict[str, Any]]], name: str) -> Any:
+    """What the files say of an option, the last that names it; None if no file does."""
+    return next((values[name] for _, values in reversed(stored) if name in values), None)
+
+
+def _stored_recipe(stored: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
     if not stored:
         return None
-    return next((str(values["recipe"]) for values in reversed(stored) if values.get("recipe")), _FIRST)
+    return next((str(values["recipe"]) for _, values in reversed(stored) if values.get("recipe")), _FIRST)
 
 
 def _parser(name: str, recipe: AnyRecipe) -> ArgumentParser:

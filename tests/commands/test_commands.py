@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import CLASSES, TINY, python, write_images
 
+from sola_vision.commands.options import parse_run
 from sola_vision.tasks import load_checkpoint
 
 VAL = {name: 1 + label % 4 for label, name in enumerate(CLASSES)}
@@ -202,6 +203,25 @@ def test_what_a_resumed_run_was_asked_for_is_kept(sola, tmp_path, trained):
     said = sola("train", "--resume", "--out", "run")
     assert said.code == 0
     assert "another configuration" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("yaml_file", "words", "out"),
+    [
+        ("recipe: digits\ntrain:\n  epochs: 7\n", ["--resume"], "runs/digits"),
+        ("recipe: digits\nout: mine\n", ["--resume"], "mine"),
+        ("recipe: digits\nresume: true\n", [], "runs/digits"),
+        ("out: mine\nresume: true\n", ["--out", "other"], "other"),
+    ],
+)
+def test_a_run_goes_on_as_it_began_wherever_recipe_folder_and_resume_are_said(tmp_path, yaml_file, words, out):
+    first = parse_run(["digits", "--train.lr", "0.125"])
+    (tmp_path / out).mkdir(parents=True)
+    (tmp_path / out / "config.yaml").write_text(first.text)
+    (tmp_path / "my.yaml").write_text(yaml_file)
+    again = parse_run(["--config", "my.yaml", *words])
+    assert (again.resume, again.out, again.configuration.train.lr) == (True, Path(out), 0.125)
+    assert again.configuration.train.epochs == (7 if "epochs" in yaml_file else first.configuration.train.epochs)
 
 
 # eval ----------------------------------------------------------------------------------------------------------------

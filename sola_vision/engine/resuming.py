@@ -17,9 +17,14 @@ def check_folder(folder: Path, resume: bool) -> None:
     What ended before its first checkpoint has left nothing that is worth keeping.
     """
     check_untaken(folder)
-    kept = any((folder / name).exists() for name in (SUMMARY, STATE, BEST))
+    kept = [name for name in (STATE, BEST, SUMMARY) if (folder / name).exists()]
     if kept and not resume:
         raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+    if kept and STATE not in kept:  # it would begin anew, over the results
+        raise ValueError(
+            f"{folder} holds {kept[0]} but no {STATE}, so that nothing can go on: choose another folder (--out), "
+            f"and --init {folder} to start from these weights"
+        )
     if resume and not kept and not (folder / METRICS).exists():
         raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
 

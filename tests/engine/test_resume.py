@@ -34,6 +34,15 @@ def test_a_folder_with_any_result_does_not(whole_run, tmp_path, kept):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_finished_run_without_its_state_is_not_begun_anew(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(folder / "last")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"run holds best\.safetensors but no last.state\.safetensors.* --init"):
+        train(folder, resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, resume):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola eval --checkpoint FILE --data FOLDER` of a classifier: how good it is, and where it fails."""
+"""`sola eval --checkpoint FILE --data FOLDER` of a classifier: how good it is on labelled images, where it fails."""
 
 import csv
 import json

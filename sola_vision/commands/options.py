@@ -44,6 +44,12 @@ class Run:
         values = {"recipe": self.recipe, "data": self.data, **asdict(self.configuration)}
         return yaml.safe_dump(values, sort_keys=False)
 
+    def changes(self, before: str) -> list[str]:
+        """What is not as in an earlier `text`, for people, but for training's numbers, which the engine names."""
+        then = _flat(before)
+        now = {name: value for name, value in _flat(self.text).items() if not name.startswith("train.")}
+        return [f"{k}={v} (was {then[k]})" for k, v in now.items() if k in then and v != then[k]]
+
 
 def parse_run(arguments: Sequence[str]) -> Run:
     """The command line of `sola train`; prints and exits for --help and --print_config."""
@@ -122,6 +128,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise ValueError(f"--config {path} must hold sections (model, image, train), it holds {stored!r:.40}")
     return stored
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """The fields of a configuration by the names of their options."""
+    flat: dict[str, Any] = {}
+    for name, value in yaml.safe_load(text).items():
+        flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _check_names(path: str, stored: dict[str, Any], sections: dict[str, type]) -> None:

@@ -65,9 +65,12 @@ def _run(asked: Run, world: World) -> None:
 
 
 def _keep(asked: Run) -> None:
-    """What the run was asked for, which the next --resume goes by."""
+    """What the run was asked for, which the next --resume goes by; what this one changes is said."""
     asked.out.mkdir(parents=True, exist_ok=True)
-    write_text(asked.out / "config.yaml", asked.text)
+    config = asked.out / "config.yaml"
+    if asked.resume and config.is_file() and (changed := asked.changes(config.read_text(encoding="utf-8"))):
+        print(f"the run goes on with another configuration: {', '.join(changed)}", file=sys.stderr)
+    write_text(config, asked.text)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -205,6 +205,20 @@ def test_what_a_resumed_run_was_asked_for_is_kept(sola, tmp_path, trained):
     assert "another configuration" not in said.err
 
 
+def test_every_field_that_a_resumed_run_changes_is_named_once(sola, tmp_path, data, trained):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(data, tmp_path / "moved")
+    words = ["--data", "moved", "--image.hflip", 0.25, "--train.epochs", 2, "--train.workers", 1]
+    said = sola("train", "--resume", "--out", "run", *words)
+    assert said.code == 0
+    named = [line for line in said.err.splitlines() if "another configuration" in line]
+    assert [line.partition(": ")[2] for line in named] == [
+        f"data=moved (was {data}), image.hflip=0.25 (was 0.0)",
+        "epochs=2 (was 1)",
+    ]
+    assert "another configuration" not in sola("train", "--resume", "--out", "run").err
+
+
 @pytest.mark.parametrize(
     ("yaml_file", "words", "out"),
     [

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `sola VERB ...`. A verb is a module of `commands` with `add_arguments` and `run`.
 
-What a user can get wrong ends in one line on standard error and exit code 2; SOLA_TRACEBACK=1 shows where it came from.
+What a user can get wrong ends in one line on standard error and exit code 2, a training that diverges in one and exit
+code 1; SOLA_TRACEBACK=1 shows where it came from.
 Standard output carries results only, and with --json one JSON document and nothing else.
 """
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
     if empty := _empty(arguments[1:]):
         return _refuse(empty)
-    from sola_vision.engine import keep_heap
+    from sola_vision.engine import TrainingStopped, keep_heap
     from sola_vision.startup import uncollected
 
     keep_heap()
@@ -54,16 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
-    except _input_errors() as error:
+    except (ValueError, OSError, ImportError, TrainingStopped) as error:
         if os.environ.get("SOLA_TRACEBACK"):
             raise
-        return _refuse(_plain(error, arguments[1:]) if isinstance(error, OSError) else str(error))
-
-
-def _input_errors() -> tuple[type[BaseException], ...]:
-    from sola_vision.engine import TrainingStopped
-
-    return (ValueError, OSError, ImportError, TrainingStopped)
+        message = _plain(error, arguments[1:]) if isinstance(error, OSError) else str(error)
+        return _refuse(message, 1 if isinstance(error, TrainingStopped) else 2)
 
 
 def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -109,9 +105,9 @@ def _plain(error: OSError, words: Sequence[str]) -> str:
     return f"{place}: {error.strerror.lower()}"
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, code: int = 2) -> int:
     print(f"sola: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _help() -> str:

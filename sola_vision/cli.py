@@ -106,7 +106,7 @@ def _plain(error: OSError, words: Sequence[str]) -> str:
 
 
 def _refuse(message: str, code: int = 2) -> int:
-    print(f"sola: {' '.join(message.split())}", file=sys.stderr)
+    print(f"sola: {' '.join(message.split()).removeprefix('sola ')}", file=sys.stderr)
     return code
 
 

@@ -86,7 +86,8 @@ def parse_run(arguments: Sequence[str]) -> Run:
         name: {field.name: getattr(values[name], field.name) for field in fields(kind)}
         for name, kind in sections.items()
     }
-    configuration = type(begun)(**{name: sections[name](**part) for name, part in parts.items()}, init=values.init)
+    made = {name: _section(name, sections[name], part) for name, part in parts.items()}
+    configuration = type(begun)(**made, init=values.init)
     out = Path(values.out) if values.out else Path("runs") / recipe
     return Run(
         recipe=recipe,
@@ -96,6 +97,17 @@ def parse_run(arguments: Sequence[str]) -> Run:
         resume=values.resume,
         json=values.json,
     )
+
+
+def _section(name: str, kind: type, values: dict[str, Any]) -> Any:
+    """A section of a recipe. What it refuses begins with the field's name, of which the option is made here."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        text = str(error).removeprefix(f"{name}.")
+        field = re.match(r"\w*", text)
+        named = field is not None and field[0] in values
+        raise ValueError(f"--{name}.{text}" if named else str(error)) from None
 
 
 def _take(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
@@ -208,7 +220,7 @@ def _one_line(message: str, sections: dict[str, type]) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if key is None or value is None:
-        return " ".join(message.split())
+        return f"{' '.join(message.split())}; `sola train RECIPE --help` lists what there is"
     kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.*?)\. Got", message)
     wanted = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]).replace("NoneType", "null") if kinds else "another type"
     wanted = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " or "), wanted)

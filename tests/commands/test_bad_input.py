@@ -38,10 +38,10 @@ def _train(data, *words):
 # commands and options ------------------------------------------------------------------------------------------------
 FIELDS = [
     (["--train.lr", "x"], ["--train.lr", "'x'", "float"]),
-    (["--train.lrr", "1"], ["--train.lrr"]),
+    (["--train.lrr", "1"], ["--train.lrr", "`sola train RECIPE --help` lists"]),
     (["--trian.lr", "1"], ["--trian.lr"]),
     (["--train.lr", "nan"], ["--train.lr", "nan"]),
-    (["--train.lr", "-1"], ["lr=-1"]),
+    (["--train.lr", "-1"], ["--train.lr=-1"]),
     (["--train.epochs", "1.5"], ["--train.epochs", "1.5", "int"]),
     (["--train.epochs", "0"], ["epochs=0"]),
     (["--train.amp", "fp8"], ["--train.amp", "fp8", "bf16"]),
@@ -51,7 +51,8 @@ FIELDS = [
     (["--train.warmup_epochs", "70"], ["warm-up", "420"]),
     (["--train.strategy", "fsdp"], ["fsdp", "torchrun"]),
     (["--image.mixup", "0.5"], ["batch of 7", "image.mixup 0"]),
-    (["--image.size", "0"], ["size 0"]),
+    (["--image.size", "0"], [": --image.size=0"]),
+    (["--image.scale", "[0.5,0.2]"], ["--image.scale (0.5, 0.2)"]),
     (["--image.mean", "[1,2]"], ["--image.mean", "3 elements"]),
     (["--image.auto_augment", "strong"], ["auto_augment strong"]),
     (["--model.dims", "1,2"], ["--model.dims", "1,2", "[int, int, ...]"]),
@@ -81,7 +82,7 @@ def test_unknown_command_and_recipe_list_the_known_ones(refused, data):
     refused("trian", names=["'trian'", "train", "eval", "predict"])
     refused("train", "imagenet_huge", "--data", data, names=["'imagenet_huge'", "imagenet_tiny", "digits"])
     refused("train", names=["recipe", "digits"])
-    refused("train", "imagenet_tiny", names=["--data"])
+    refused("train", "imagenet_tiny", names=["sola: train imagenet_tiny needs --data"])
 
 
 CONFIGS = {
@@ -108,7 +109,7 @@ ARGUMENTS = [
     (["eval"], ["--checkpoint", "--data"]),
     (["eval", "--checkpoint", "RUN"], ["--data"]),
     (["eval", "--checkpoint", "RUN", "--data", "DATA", "--size", "big"], ["--size", "'big'"]),
-    (["eval", "--checkpoint", "RUN", "--data", "DATA", "--size", "0"], ["size 0"]),
+    (["eval", "--checkpoint", "RUN", "--data", "DATA", "--size", "0"], ["size=0"]),
     (["eval", "--checkpoint", "RUN", "--data", "DATA", "--siz", "32"], ["--siz"]),
     (["eval", "--checkpoint", "RUN", "--data", "DATA", "--batch-size", "0"], ["--batch-size 0"]),
     (["eval", "--checkpoint", "RUN", "--data", "DATA", "--split", "dev"], ["dev/"]),

@@ -89,7 +89,7 @@ class Skipped:
                 raise ValueError(f"none of the {self.size} {self.what} images can be read: {first}")
             raise ValueError(
                 f"{len(bad)} of the {self.size} {self.what} images cannot be read, more than the {self.limit} that "
-                f"max_corrupt={self.max_corrupt} allows: {first}"
+                f"may be left out ({self.max_corrupt:g} of a set, which only train.max_corrupt changes): {first}"
             )
 
 

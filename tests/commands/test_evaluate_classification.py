@@ -52,6 +52,18 @@ def test_examples_are_of_the_images_that_could_be_read(sola, tmp_path, data, tra
     assert found == {file: again[read_image(file).tobytes()] for file in files}
 
 
+def test_too_many_unreadable_images_are_to_be_repaired(sola, tmp_path, data, trained):
+    shutil.copytree(data, "images")
+    for name in ("bee", "cat"):
+        (tmp_path / "images" / "val" / name / "0.png").write_text("no image")
+    said = sola("eval", "--checkpoint", trained, "--data", "images", "--out", "out", "--workers", 0)
+    assert said.code == 2
+    last = said.err.splitlines()[-1]
+    assert "2 of the 16 evaluation images cannot be read, more than the 1 that may be left out" in last
+    # eval has no option for it
+    assert "only train.max_corrupt changes): repair or remove them; the first: " in last
+
+
 def test_the_split_is_said(sola, data, trained):
     said = sola("eval", "--checkpoint", trained, "--data", data, "--split", "train", "--out", "out", "--workers", 0)
     assert said.out.endswith("predictions.png of train are in out\n")

@@ -46,7 +46,9 @@ def refuse_unused(options: Namespace, file: str, names: Sequence[str]) -> None:
     """Refuses what would have no effect beside --results or --predictions, which need no network."""
     for name in names:
         if (value := getattr(options, name)) is not None:
-            raise ValueError(f"--{name} {value} has no use beside --{file}, which is scored as it is: leave one out")
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            given = " ".join([f"--{name}", *map(str, values)])
+            raise ValueError(f"{given} has no use beside --{file}, which is scored as it is: leave one out")
 
 
 def image_settings(checkpoint: Checkpoint, size: int | None) -> ImageConfig:

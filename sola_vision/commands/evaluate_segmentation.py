@@ -47,8 +47,9 @@ def add_inference(parser: Arguments) -> None:
     parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
     parser.add_argument("--slide", type=int, help="side of sliding windows; 0 = the whole image (default: as trained)")
     parser.add_argument("--stride", type=int, help="distance of the windows (default: two thirds of their side)")
-    parser.add_argument("--flip", action="store_true", help="look at the mirrored image as well")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="sizes to look at, such as 0.5 1 1.5")
+    # None where it is not asked for: --predictions refuses it
+    parser.add_argument("--flip", action="store_true", default=None, help="look at the mirrored image as well")
+    parser.add_argument("--scales", type=float, nargs="+", help="sizes to look at, such as 0.5 1 1.5 (default: 1)")
 
 
 def inference_of(image: SegmentationConfig, options: Namespace) -> tuple[SegmentationConfig, Inference]:
@@ -59,7 +60,7 @@ def inference_of(image: SegmentationConfig, options: Namespace) -> tuple[Segment
         slide, stride = image.slide, image.stride if options.stride is None else options.stride
     else:
         slide, stride = options.slide or None, options.stride
-    return image, Inference(slide=slide, stride=stride, flip=options.flip, scales=tuple(options.scales))
+    return image, Inference(slide=slide, stride=stride, flip=bool(options.flip), scales=tuple(options.scales or (1.0,)))
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
@@ -86,10 +87,10 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     needed = ("annotations", "classes", "ignore") if options.predictions else ("checkpoint", "data")
     missing = [f"--{name}" for name in needed if getattr(options, name) is None]
     if missing:
-        given = "--predictions" if options.predictions else "segmentation"
-        raise ValueError(f"{' and '.join(missing)} missing: sola eval for {given} needs --{', --'.join(needed)}")
+        beside = "eval --predictions" if options.predictions else "eval of a segmenter"
+        raise ValueError(f"sola {beside} also needs {' and '.join(missing)}")
     if options.predictions:
-        refuse_unused(options, "predictions", ("checkpoint", "data", "size", "slide", "stride"))
+        refuse_unused(options, "predictions", ("checkpoint", "data", "size", "slide", "stride", "flip", "scales"))
     if options.workers < 0:
         raise ValueError(f"--workers {options.workers} is too small")
     return options

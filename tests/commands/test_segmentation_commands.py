@@ -268,9 +268,11 @@ def test_bad_input_of_eval_and_predict(refused, tmp_path, scenes, segmenter):
         names=["nameless/0000", "label 4", "labels 0..2 are classes"],
     )
     folders = ["eval", "--predictions", truth, "--annotations", truth]
-    refused(*folders, names=["--classes", "--ignore"])
-    for words in (["--checkpoint", segmenter], ["--data", scenes], ["--slide", 32]):
-        refused(*folders, "--classes", 5, "--ignore", 255, *words, names=[*words, "--predictions", "leave one out"])
+    refused(*folders, names=["sola: eval --predictions also needs --classes and --ignore\n"])
+    looks = (["--slide", 32], ["--stride", 9], ["--size", 64], ["--flip"], ["--scales", 0.5, 1.0])
+    for words in (["--checkpoint", segmenter], ["--data", scenes], *looks):
+        refused(*folders, "--classes", 5, "--ignore", 255, *words,
+                names=[" ".join(map(str, words)), "--predictions", "leave one out"])  # fmt: skip
     refused(*folders, "--classes", 3, "--ignore", 255, names=["classes.txt names 5 classes", "3"])
     refused(*folders, "--classes", 5, "--ignore", 2, names=["ignore 2"])
     refused("eval", "--checkpoint", segmenter, names=["--data"])

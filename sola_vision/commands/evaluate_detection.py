@@ -162,7 +162,7 @@ def _score_checkpoint(options: Namespace) -> None:
         if not world.is_main:
             return
     for kind in task.kinds:
-        (out / f"results.{kind}.json").write_text(json.dumps(findings.of(kind)) + "\n")
+        (out / f"results.{kind}.json").write_text(json.dumps(task.known(findings).of(kind)) + "\n")
     result = {
         "checkpoint": str(options.checkpoint),
         "data": options.data,

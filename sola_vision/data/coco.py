@@ -95,7 +95,7 @@ class CocoFolder(Dataset[Any]):
                 "rename or remove it, or train with it"
             )
         ids = {name: number for number, name in self.categories}
-        # a class that this split lacks still needs an id in results; none of its own may be taken
+        # a class that this split lacks still needs an id while results are gathered; none of its own may be taken
         spare = max(ids.values(), default=0) + 1
         self.category_ids = [ids.get(name, spare + label) for label, name in enumerate(self.classes)]
         labels = {ids[name]: label for label, name in enumerate(self.classes, start=1) if name in ids}

@@ -6,7 +6,7 @@ Batches are (images, targets), lists of one entry an image (`data.detection_pres
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,11 +71,14 @@ class Detection:
         results, seen = gather_objects(results), gather_objects(seen)
         return Findings(sorted(results, key=lambda result: result["image_id"]), sorted(seen))
 
+    def known(self, findings: Findings) -> Findings:
+        """Without the classes that the held-out set lacks: they are no mistake in it, and their ids are our own."""
+        ids = {category["id"] for category in self.truth["categories"]}
+        return replace(findings, results=[result for result in findings.results if result["category_id"] in ids])
+
     def scores(self, findings: Findings) -> list[Score]:
         """COCO's numbers of boxes and, if they are learned, of masks; the first process computes them for all."""
-        known = {category["id"] for category in self.truth["categories"]}
-        # a class that the held-out set lacks is not a mistake in it
-        own = [result for result in findings.results if result["category_id"] in known]
+        own = self.known(findings).results
         return on_main(
             lambda: [
                 score(self.truth, own, kind, max_dets=self.max_dets, image_ids=findings.image_ids)

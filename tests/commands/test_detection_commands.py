@@ -155,6 +155,24 @@ def test_eval_has_the_numbers_of_the_run_and_its_results_score_the_same(sola, tm
         assert json.loads(again.out)[kind] == result[kind]
 
 
+def test_results_hold_no_class_that_the_annotations_lack(sola, tmp_path, scenes, detector):
+    shutil.copytree(scenes, tmp_path / "fewer")
+    file = tmp_path / "fewer" / "annotations" / "instances_val.json"
+    document = json.loads(file.read_text())
+    (square,) = [category["id"] for category in document["categories"] if category["name"] == "square"]
+    for part, field in (("categories", "id"), ("annotations", "category_id")):
+        document[part] = [entry for entry in document[part] if entry[field] != square]
+    file.write_text(json.dumps(document))
+    said = sola("eval", "--checkpoint", detector, "--data", "fewer", "--out", "eval", "--json")
+    assert said.code == 0, said.err
+    results = tmp_path / "eval" / "results.bbox.json"
+    known = {category["id"] for category in document["categories"]}
+    assert {result["category_id"] for result in json.loads(results.read_text())} == known
+    again = sola("eval", "--results", results, "--annotations", file, "--out", "again", "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["bbox"] == json.loads(said.out)["bbox"]
+
+
 def test_masks_that_are_unusable_are_said_and_cost_boxes_nothing(sola, caplog, tmp_path, scenes, detector):
     assert sola("eval", "--checkpoint", detector, "--data", scenes, "--out", "eval").code == 0
     document = json.loads((scenes / "annotations" / "instances_val.json").read_text())

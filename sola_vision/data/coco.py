@@ -266,14 +266,18 @@ def _images(document: dict[str, Any], file: Path) -> dict[int, dict[str, Any]]:
         sizes = [image.get("height"), image.get("width")] if isinstance(image, dict) else []
         if not sizes or not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
             raise ValueError(f"{file}: an image needs an integer id and a file_name, found {image!r:.80}")
-        if not all(isinstance(side, int) and side > 0 for side in sizes):
-            raise ValueError(f"{file}: image {image['id']} needs height and width above 0, found {sizes}")
+        # some programs write 640.0
+        whole = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sizes]
+        if not all(isinstance(side, int) and side > 0 for side in whole):
+            raise ValueError(
+                f"{file}: image {image['id']} needs whole numbers above 0 as height and width, found {sizes}"
+            )
         path = Path(image["file_name"])
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"{file}: image {image['id']} is {path}: a file_name must lie below the images' folder")
         if image["id"] in images:
             raise ValueError(f"{file}: two images have the id {image['id']}; give each its own")
-        images[image["id"]] = image
+        images[image["id"]] = {**image, "height": whole[0], "width": whole[1]}
     if not images:
         raise ValueError(f"{file} lists no images")
     return images

@@ -222,6 +222,16 @@ def test_a_file_is_found_in_either_unicode_form(tmp_path):
     assert CocoFolder(tmp_path, "val")[0][0].size == (30, 20)
 
 
+def test_sides_may_be_written_as_whole_floats(tmp_path):
+    write(tmp_path, [annotation(segmentation=SQUARE)], size=(20, 30))
+    file = tmp_path / "annotations" / "instances_val.json"
+    file.write_text(file.read_text().replace('"width": 30', '"width": 30.0'))
+    data = CocoFolder(tmp_path, "val")
+    assert data[0][0].size == (30, 20)
+    assert data.objects(0).mask(0).shape == (20, 30)
+    assert type(read_truth(file)["images"][0]["width"]) is int
+
+
 def change(**changes):
     def edit(document):
         for name, value in changes.items():
@@ -238,7 +248,8 @@ REFUSED = {
     "lists no images": change(images=[]),
     "lists no categories": change(categories=[]),
     "no objects": change(annotations=[]),
-    "height and width above 0": change(images=[{**IMAGE, "height": 0}]),
+    r"whole numbers above 0 as height and width, found \[0, 30\]": change(images=[{**IMAGE, "height": 0}]),
+    r"whole numbers above 0 as height and width, found \[20, 30\.5\]": change(images=[{**IMAGE, "width": 30.5}]),
     "integer id and a file_name": change(images=[{"id": "7"}]),
     "two images have the id 7": change(images=[IMAGE, IMAGE]),
     "must lie below": change(images=[{**IMAGE, "file_name": "../../secret.png"}]),

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-# these may change from one part of a run to the next without changing its result
-_FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
+# these may change from one part of a run to the next without changing its result; the keys of studies leave them out
+FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
 
 
 def _cores() -> int:
@@ -116,7 +116,7 @@ class TrainConfig:
 
 def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What in a configuration has changed since the run began and may change its result, for people."""
-    changed = [key for key in now if key not in _FREE and now[key] != before.get(key)]
+    changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
     return [f"{key}={now[key]} (was {before.get(key)})" for key in changed]
 
 

@@ -17,15 +17,12 @@ from sola_vision.backbone import SolaVision
 from sola_vision.config import SolaConfig
 from sola_vision.data import ImageConfig, SegmentationConfig
 from sola_vision.engine import TrainConfig
-from sola_vision.engine.config import Task
+from sola_vision.engine.config import FREE, Task
 from sola_vision.engine.loading import Collate
 from sola_vision.tasks import Classification, ModelConfig, metadata
 
 from .changes import CHANGES
 from .images import Images
-
-# fields of TrainConfig that do not change what a run ends with
-_FREE = ("device", "workers", "save_seconds", "save_steps", "log_every")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Run:
     @property
     def definition(self) -> dict[str, Any]:
         """Everything that determines the result."""
-        train = {name: value for name, value in asdict(self.train).items() if name not in _FREE}
+        train = {name: value for name, value in asdict(self.train).items() if name not in FREE}
         images = "crop and flip" if self.images is None else asdict(self.images)
         network = {**asdict(self.config), "change": self.change}
         # lists for tuples, as it will be read again

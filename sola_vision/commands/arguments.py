@@ -4,11 +4,11 @@
 import errno
 import os
 import sys
-from argparse import ArgumentParser, HelpFormatter, Namespace
+from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.text import Text
 
@@ -17,12 +17,21 @@ from sola_vision.tasks import Checkpoint, takes_one_size
 
 
 class Arguments(ArgumentParser):
-    """argparse without its page of usage before every error, and without options that are cut short."""
+    """argparse without its page of usage before every error and options that are cut short, and with its defaults."""
 
     def __init__(
         self, prog: str, description: str | None = None, formatter_class: type[HelpFormatter] = HelpFormatter
     ) -> None:
         super().__init__(prog=prog, description=description, formatter_class=formatter_class, allow_abbrev=False)
+
+    def add_argument(self, *names: Any, **more: Any) -> Action:
+        """As argparse's; the help says the default where there is one and it does not say it already."""
+        action = super().add_argument(*names, **more)
+        unsaid = action.default is None or isinstance(action.default, bool) or action.default in ([], SUPPRESS)
+        if action.option_strings and action.help and "default" not in action.help and not unsaid:
+            values = action.default if isinstance(action.default, list) else [action.default]
+            action.help += f" (default: {' '.join(map(str, values))})"
+        return action
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; `{self.prog} --help` lists what there is")

@@ -56,7 +56,8 @@ def run(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola bench", __doc__, formatter_class=RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="what", required=True)
-    op = parts.add_parser("op", help="the operator beside the portable form, attention and a copy of its data")
+    what = "the operator beside the portable form, attention and a copy of its data"
+    op = parts.add_parser("op", help=what, description=f"Measure {what}.")
     op.add_argument("--shape", nargs="+", metavar="BxNxC", help="batch, tokens, channels, such as 8x3136x96")
     op.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="D", help=", ".join(_DTYPES))
     op.add_argument("--accuracy", action="store_true", help="errors against eq. 9 in float64 instead of times")
@@ -64,7 +65,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     op.add_argument(
         "--path", nargs="+", default=paths, metavar="P", help=f"with --accuracy: {', '.join(accuracy.PATHS)}"
     )
-    model = parts.add_parser("model", help="networks: images/s, multiply-adds/s, memory")
+    what = "networks: images/s, multiply-adds/s, memory"
+    model = parts.add_parser("model", help=what, description=f"Measure {what}.")
     model.add_argument("models", nargs="*", metavar="MODEL", help="default: sola_tiny sola_small")
     model.add_argument("--compare", nargs="*", default=list(COMPARED), metavar="NAME", help="timm's, as baselines")
     model.add_argument("--size", nargs="+", default=["224"], metavar="HxW", help="image sizes, such as 224 1333x800")

@@ -21,17 +21,37 @@ _LONGEST = 8  # aspect ratio beyond which an image is cropped before it is resiz
 
 @dataclass(kw_only=True)
 class ImageConfig:
-    """Size, crop and augmentation. mixup, cutmix, mixup_prob and smoothing act on whole batches in training."""
+    """Size, crop and augmentation; mixup, cutmix, mixup_prob and smoothing act on whole batches in training.
 
-    size: int = 224  # of training crops and of evaluation
-    crop_pct: float | None = None  # part of the shorter side that evaluation sees; None: 0.875, 1 up to 32 pixels
+    Args:
+        size: pixels a side of training crops and of evaluation.
+        crop_pct: part of the shorter side that evaluation sees; null = 0.875, and 1 up to 32 pixels.
+        interpolation: of resizing: bicubic, bilinear, lanczos or, in training, random.
+        mean: what is subtracted from pixels in 0..1.
+        std: what they are divided by afterwards.
+        scale: smallest and largest area of a training crop, as parts of the image's; null = 0.08 and 1, and up to 32
+            pixels a padded crop of the whole image.
+        ratio: smallest and largest width of a training crop by its height.
+        hflip: probability that a training image is mirrored.
+        color_jitter: strength of changes of brightness, contrast and saturation; without effect beside auto_augment,
+            as in timm and Swin.
+        auto_augment: a policy of timm's, such as Swin's rand-m9-mstd0.5-inc1; null = none.
+        erasing: probability that a rectangle of a training image is erased.
+        mixup: alpha of Mixup, which blends two images; 0 = off.
+        cutmix: alpha of CutMix, which pastes a part of one image into another; 0 = off.
+        mixup_prob: probability that a batch is mixed at all.
+        smoothing: share of the target that is spread over all classes.
+    """
+
+    size: int = 224
+    crop_pct: float | None = None
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    scale: tuple[float, float] | None = None  # area of a training crop; None: (0.08, 1), padded crop up to 32 pixels
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width by its height
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
-    color_jitter: float = 0.4  # without effect beside auto_augment, as in timm and Swin
+    color_jitter: float = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     erasing: float = 0.25
     mixup: float = 0.8

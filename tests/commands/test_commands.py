@@ -379,3 +379,21 @@ def test_help_explains(sola, capsys, verb):
     assert "--checkpoint" in out or "few_images" in out
     assert sola("--help").code == 0
     assert verb in sola().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "few_images"], ["pixels a side of training crops", "alpha of Mixup"]),
+        (["bench", "op"], ["Measure the operator", "rounds of measuring (default: 7)"]),
+        (["bench", "model"], ["Measure networks", "images at once (default: 1)"]),
+        (["eval"], ["sees at once (default: 64)", "(default: auto)"]),
+        (["cost"], ["threads of a forward (default: 2)"]),
+    ],
+)
+def test_help_says_what_options_are_and_their_defaults(sola, capsys, words, says):
+    with pytest.raises(SystemExit):
+        sola(*words, "--help")
+    out = " ".join(capsys.readouterr().out.split())
+    assert [text for text in says if text not in out] == []
+    assert "(default: None)" not in out

@@ -88,7 +88,7 @@ def create_network(name: str, num_classes: int | None, image_size: int | None, c
 
     What it refuses is a ValueError.
     """
-    if image_size and not own_fields(name) and takes_one_size(name):
+    if image_size is not None and not own_fields(name) and takes_one_size(name):
         changes = {**changes, "img_size": image_size}
     try:
         return timm.create_model(name, **({} if num_classes is None else {"num_classes": num_classes}), **changes)

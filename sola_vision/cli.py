@@ -52,9 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with uncollected():
         command = importlib.import_module(f"sola_vision.commands.{_MODULES.get(verb, verb)}")
     try:
-        return command.run(arguments[1:]) or 0
+        code = command.run(arguments[1:]) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the results has seen enough (`sola cost ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 141
     except (ValueError, OSError, ImportError, TrainingStopped) as error:
         if os.environ.get("SOLA_TRACEBACK"):
             raise

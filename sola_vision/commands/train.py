@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,9 +92,12 @@ def _check_classes(folder: Path, progress: Progress | None, told: str) -> None:
         )
 
 
-def _report(summary: dict[str, float], shown: Sequence[str], asked: Run) -> None:
+def _report(summary: dict[str, Any], shown: Sequence[str], asked: Run) -> None:
     if asked.json:
         print(json_text(summary))
         return
     numbers = " ".join(f"{name} {summary[name]:.2f}" for name in shown if name in summary)
-    print(f"{numbers}; best.safetensors, curve.png and summary.json are in {asked.out}")
+    # the file's weights may be of an earlier evaluation than the last, whose numbers these are
+    metric, best = summary["metric"], summary["best"]
+    of = f" ({metric} {best[metric]:.2f} at step {best['step']})" if best and best["step"] != summary["steps"] else ""
+    print(f"{numbers}; best.safetensors{of}, curve.png and summary.json are in {asked.out}")

@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -132,6 +134,15 @@ def test_eval_and_predict_refuse_argument(refused, data, trained, words, names):
 def test_process_ends_with_two_and_one_line():
     ended = python("-m", "sola_vision", "train", "digits", "--train.lr", "x")
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `sola cost ... | head`."""
+    command = [sys.executable, "-m", "sola_vision", "cost", "sola_nano", "--size", "32", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 # data ----------------------------------------------------------------------------------------------------------------

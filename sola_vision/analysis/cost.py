@@ -6,6 +6,7 @@ of what torch's `FlopCounterMode` counts: matrix products, convolutions, attenti
 convention). Element-wise work, norms, softmax and interpolation are not counted, as in all published tables.
 """
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +26,7 @@ from sola_vision.backbone import SolaVision
 from sola_vision.config import SolaConfig
 
 _OPERATORS = {"mm": "linear", "addmm": "linear", "bmm": "matrix product", "baddbmm": "matrix product"}
+_ONE = threading.Lock()  # of counts at a time: their hooks are on all modules, and layers give more memory for hooks
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,15 @@ def count(model: nn.Module, size: tuple[int, int], batch: int = 1, *, name: str 
     image = torch.empty(batch, in_chans, height, width, device="meta")
     weights = frozenset(_storage(t) for t in (*model.parameters(), *model.buffers()))
     flops, peak = FlopCounterMode(display=False), _PeakMemory(weights | {_storage(image)})
+    flops.mod_tracker = _Modules()
     try:
-        with torch.no_grad(), FusedAttention():
-            with flops:
-                model(image)
-            with peak:  # by itself: the counter's hooks are on all modules, which layers give more memory for
-                model(image)
-        saved = _saved_bytes(model, image, weights | {_storage(image)})
+        with _ONE:
+            with torch.no_grad(), FusedAttention():
+                with flops:
+                    model(image)
+                with peak:  # by itself: the counter's hooks are on all modules, which layers give more memory for
+                    model(image)
+            saved = _saved_bytes(model, image, weights | {_storage(image)})
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name or type(model).__name__} does not take {height}x{width} images: {reason}") from None
@@ -178,6 +183,27 @@ class FusedAttention(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
+class _Modules(ModuleTracker):
+    """Which modules this thread is in. torch's tracker takes those of other threads for its own, and wants to hook the
+    gradient of what a module is given, which a parameter's view has not where no gradient is recorded.
+    """
+
+    def __enter__(self) -> "_Modules":
+        thread = threading.get_ident()
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                self.parents.add(self._get_mod_name(module))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                self.parents.discard(self._get_mod_name(module))
+
+        self._fw_pre_handle = register_module_forward_pre_hook(enter)
+        self._fw_post_handle = register_module_forward_hook(leave)
+        return self
+
+
 class _PeakMemory(TorchDispatchMode):
     """The most bytes that tensors take at once, those of `known` storages left out."""
 
@@ -215,7 +241,7 @@ def _storage(tensor: Tensor) -> int:
 
 def _saved_bytes(model: nn.Module, image: Tensor, known: Iterable[int]) -> dict[str, int]:
     """Bytes that the backward needs, by the module that saved them first."""
-    tracker = ModuleTracker()
+    tracker = _Modules()
     seen = set(known)
     saved: dict[str, int] = {}
     root = type(model).__name__

@@ -2,6 +2,8 @@
 """Counts: against hand counts per operator, published numbers, FlopCounterMode, and real tensors."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,48 @@ def test_a_shared_parameter_counts_once():
 
     cost = count(Twice(), (4, 4))
     assert (cost.parameters, cost.macs) == (12, 18)
+
+
+def test_a_network_that_another_thread_runs_is_not_counted():
+    quiet = count(meta(nano()), (64, 64))
+    other, done = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9))), threading.Event()
+
+    def run():
+        while not done.is_set():
+            other(torch.zeros(1, 3))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run)
+        try:
+            noisy = [count(meta(nano()), (64, 64)) for _ in range(3)]
+        finally:
+            done.set()
+    assert noisy == [quiet] * 3
+
+
+def test_two_counts_at_once_are_those_of_one():
+    quiet = count(meta(nano()), (64, 64))
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: count(meta(nano()), (64, 64)), range(6))) == [quiet] * 6
+
+
+def test_a_module_may_be_given_a_view_of_a_parameter():
+    """timm's cait hands its class token to its blocks, and SigLIP's pooling its query."""
+
+    class Sum(nn.Module):
+        def forward(self, x, token):
+            return x + token
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(3, device="meta"))
+            self.sum, self.fc = Sum(), nn.Linear(3, 5, device="meta")
+
+        def forward(self, x):
+            return self.fc(self.sum(x.mean((2, 3)), self.token.expand(len(x), -1)))
+
+    assert count(Pooled(), (4, 4)).macs == 15
 
 
 def test_inference_memory_of_a_linear_chain_is_two_maps():

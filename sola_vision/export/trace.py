@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 import torch.fx.experimental._config as symbols
 from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from sola_vision import ops
 from sola_vision.export.networks import Exportable
@@ -32,6 +33,9 @@ def trace(network: Exportable, *, plain: bool) -> ExportedProgram:
         symbols.patch(backed_size_oblivious=not plain),  # type: ignore[attr-defined]
     ):
         program = torch.export.export(network, (example,), dynamic_shapes=(dims,))
-    # what was asked about the example's sizes only chose layouts in memory; check.py compares other sizes
+    # what was asked about the example's sizes only chose layouts in memory, also where the tracer made a bound of it
+    # (a fourth stage: more than 32 pixels) that the file would hold images to; check.py compares other sizes
     program._guards_code = []
+    for symbol, bounds in program.range_constraints.items():
+        program._range_constraints[symbol] = ValueRanges(1, bounds.upper)
     return program

@@ -160,6 +160,12 @@ def test_archive_is_the_network_and_calls_the_operator(tmp_path):
         torch.testing.assert_close(found, wanted)
 
 
+def test_an_archive_of_four_stages_takes_small_images(tmp_path):
+    network = exports.classifier(build(schedule="L/L/L/L", dims=(8, 8, 8, 8), bridges=""))
+    sizes = [(32, 32), (8, 8), (5, 7), (1, 1), (33, 300)]
+    assert exports.export(network, tmp_path / "small.pt2", "torch-export", sizes=sizes).ok
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_package_runs_the_kernel(tmp_path):

@@ -26,6 +26,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
+  // an image must be contiguous float32, as this one is: the package does not look
   const std::vector<at::Tensor> results = model.run({torch::ones({1, 3, std::atoi(argv[3]), std::atoi(argv[4])})});
   const at::Tensor logits = results[0].contiguous();
   for (int64_t i = 0; i < logits.numel(); ++i) std::cout << logits.data_ptr<float>()[i] << '\n';

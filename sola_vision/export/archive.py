@@ -55,9 +55,9 @@ def needs(format: str) -> str:
     """What a program that loads the file has to have, in one line."""
     if format == "onnx":
         return "an ONNX runtime"
-    missing = ops.missing_kernel("cpu")
     if format == "torch-export":
         return "torch and `import sola_vision`"
-    if missing is None:
-        return "torch and `import sola_vision`; without Python libtorch, sola_vision/ops/_kernel.so and sola_load(1)"
-    return f"torch and `import sola_vision` ({missing})"
+    missing = ops.missing_kernel("cpu")
+    without = f" ({missing})" if missing else "; without Python libtorch, sola_vision/ops/_kernel.so and sola_load(1)"
+    # the package's own check (AOTI_RUNTIME_CHECK_INPUTS) is no help: it refuses every batch of one image
+    return f"torch and `import sola_vision`{without}; contiguous float32 images, which the package does not check"

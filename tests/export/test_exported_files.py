@@ -189,6 +189,14 @@ def test_package_runs_the_kernel(tmp_path):
     assert float(said.stdout) == pytest.approx(network(torch.ones(1, 3, 40, 40))[0].sum().item(), abs=1e-4)
 
 
+def test_only_a_package_needs_contiguous_images(monkeypatch):
+    monkeypatch.setattr(ops, "missing_kernel", lambda device: "no kernel here")
+    assert exports.archive.needs("aoti").startswith("torch and `import sola_vision` (no kernel here); contiguous float32")
+    monkeypatch.setattr(ops, "missing_kernel", lambda device: None)
+    assert "sola_load(1); contiguous float32 images, which the package does not check" in exports.archive.needs("aoti")
+    assert "contiguous" not in exports.archive.needs("torch-export")
+
+
 def test_wrong_requests_are_refused_before_the_work(small, tmp_path):
     network = exports.classifier(small)
     for format, name, precision, says in [

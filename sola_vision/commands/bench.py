@@ -4,7 +4,6 @@
 Figures mean something on a machine that does nothing else. Names and sizes are those of `sola cost`.
 """
 
-import json
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -20,7 +19,7 @@ from sola_vision.bench.rounds import Protocol
 from sola_vision.commands.arguments import Arguments, check_folder_of
 from sola_vision.commands.cost import full_name, parse_size
 from sola_vision.commands.tables import new_table, show_table
-from sola_vision.engine.log import surroundings
+from sola_vision.engine.log import json_text, surroundings, write_json
 
 COMPARED = ("resnet18", "deit_tiny", "deit_small", "efficientformer_l1", "swin_tiny", "convnext_tiny")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -228,13 +227,10 @@ def _finish(options: Namespace, document: dict[str, Any]) -> bool:
     """Writes the JSON where it was asked for; whether it took the place of the tables."""
     if options.json is None:
         return False
-    text = json.dumps(document, indent=1) + "\n"
     if options.json == "-":
-        print(text, end="")
+        print(json_text(document))
         return True
-    beside = Path(options.json + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(options.json)
+    write_json(Path(options.json), document)
     return False
 
 

@@ -21,6 +21,7 @@ from sola_vision.commands.arguments import Arguments
 from sola_vision.commands.cost import parse_size
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import EvalTransform, ImageConfig
+from sola_vision.engine.log import json_text
 from sola_vision.export import Exportable, Format, Precision, Report, classifier, detector_pyramid, export, segmenter
 from sola_vision.export import features as feature_maps
 from sola_vision.tasks import ModelConfig, build_model, load_checkpoint, read_description, takes_one_size
@@ -40,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         metadata=metadata,
     )
     if options.json:
-        print(json.dumps(asdict(report) | {"ok": report.ok}, indent=2))
+        print(json_text(asdict(report) | {"ok": report.ok}))
     else:
         _print(report)
     if not report.ok:

@@ -195,7 +195,7 @@ def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, ima
         "images": images.describe(),
         **where,
     }
-    (problem.out / "search.json").write_text(json.dumps(document, indent=1) + "\n")
+    write_json(problem.out / "search.json", document)
     draw_search(found, costs, problem.budget, problem.out / "curve.png")
     (problem.out / "recipe.yaml").write_text(_recipe(problem, found, options.data, images), encoding="utf-8")
 

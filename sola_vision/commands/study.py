@@ -6,7 +6,6 @@ goes on, and any number of processes may work on one folder at once. `--report` 
 name `all`, those of every study in the folder.
 """
 
-import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -15,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sola_vision.commands.arguments import Arguments
+from sola_vision.engine.log import json_text
 from sola_vision.studies import SCALES, STUDIES, Study, custom, get_study, plan, run_plan, write_report
 from sola_vision.studies.fig1a import write_fig1a
 from sola_vision.studies.outcome import RESULTS, Outcome, begin
@@ -141,6 +141,7 @@ def _tell(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
             {
                 "study": outcome.study.name,
                 "missing": outcome.missing,
+                "without_number": outcome.without_number,
                 "rows": [asdict(row) | {"mean": row.mean, "standard_error": row.error} for row in outcome.rows],
                 "claims": [
                     {
@@ -153,9 +154,9 @@ def _tell(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
             }
             for outcome in outcomes
         ]
-        print(json.dumps(document, indent=2))
+        print(json_text(document))
         return
     for outcome in outcomes:
         for row in outcome.rows:
-            print(f"{row.name:<24} {row.text or 'no run yet'}")
+            print(f"{row.name:<24} {row.text or 'no result'}")
         print(f"{folder / outcome.study.name / 'report.html'}")

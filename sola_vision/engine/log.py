@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
@@ -73,8 +74,7 @@ class Log:
         """One line of metrics.jsonl, and the same in TensorBoard. JSON has no nan: such a number becomes null."""
         if not self.main:
             return
-        plain = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **plain}
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **_plain(numbers)}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         for name, value in numbers.items():
@@ -149,26 +149,36 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Any) -> None:
+    """`json_text`, as `write_text` writes."""
     write_text(path, json_text(document) + "\n")
 
 
-def json_text(document: Mapping[str, Any]) -> str:
+def json_text(document: Any) -> str:
     """Indented. JSON has no nan: such a number, which is a metric of nothing, becomes null."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False)
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: plain(inner) for name, inner in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(plain(document), indent=2, allow_nan=False)
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside the old file, then renamed over it."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    """Replaced at once or not at all, and nothing of it lost when the power goes."""
+    # several may write one file, and numbers of processes are the same on several machines
+    beside = path.with_name(f".{path.name}-{uuid4().hex}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def surroundings(device: torch.device, processes: int) -> dict[str, Any]:

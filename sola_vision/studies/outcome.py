@@ -6,14 +6,17 @@ FOLDER/results has beside it is newer and is taken up first.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sola_vision.engine import write_json
+
 from .catalogue import STUDIES, custom
 from .definition import Claim, Study
-from .runner import stored, write_json
+from .runner import stored
 from .statistics import Comparison, compare, standard_error
 
 RESULTS = "results.json"
@@ -21,7 +24,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of the table."""
+    """One arm of the table; a run that measured no number is not in by_seed."""
 
     name: str
     schedule: str
@@ -72,7 +75,13 @@ class Outcome:
 
     @property
     def missing(self) -> int:
+        """Runs that have not been done."""
         return len(self.plan["keys"]) - len(self.results)
+
+    @property
+    def without_number(self) -> int:
+        """Finished runs whose metric is no number: they diverged, or nothing of the held-out images counts."""
+        return len(self.results) - sum(len(row.by_seed) for row in self.rows)
 
 
 def begin(folder: Path, description: dict[str, Any]) -> None:
@@ -137,11 +146,15 @@ def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[s
         bridges=arm.bridges,
         paper=arm.paper,
         paper_gmacs=arm.paper_gmacs,
-        by_seed={result["seed"]: result[study.metric] for result in mine},
+        by_seed={result["seed"]: result[study.metric] for result in mine if _measured(result[study.metric])},
         parameters=planned["parameters"],
         macs=planned["macs"],
         images_per_second=speeds[len(speeds) // 2] if speeds else None,
     )
+
+
+def _measured(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)  # earlier versions stored nan
 
 
 def _judge(claim: Claim, by_arm: dict[str, dict[int, float]]) -> Comparison | None:

@@ -79,6 +79,9 @@ def _blocks(outcome: Outcome) -> list[Block]:
     blocks: list[Block] = []
     if outcome.missing:
         blocks.append(Text(f"**Unfinished: {len(outcome.results)} of {total} runs are done.**"))
+    if outcome.without_number:
+        how = f"**{outcome.without_number} of the finished runs measured no {study.measure}, and count nowhere.**"
+        blocks.append(Text(f"{how} They diverged, or nothing of the held-out images counts."))
     blocks += [
         Listing(
             [
@@ -163,7 +166,7 @@ def _claim(judged: Judged) -> list[str]:
     ours = judged.ours
     start = [judged.claim.text, judged.claim.source or "ours", _signed(judged.paper)]
     if ours is None:
-        return [*start, "", "", "0", "", "no runs"]
+        return [*start, "", "", "0", "", "no seed"]
     interval = "" if ours.low is None or ours.high is None else f"{ours.low:+.2f} to {ours.high:+.2f}"
     return [*start, _signed(ours.mean), interval, str(ours.n), f"{ours.p:.3f}", ours.verdict]
 
@@ -171,7 +174,7 @@ def _claim(judged: Judged) -> list[str]:
 def _verdict(judged: Judged) -> str:
     ours = judged.ours
     if ours is None:
-        return "not yet run"
+        return "no seed has a result of all its arms"
     if ours.low is None or ours.high is None:
         return f"not decided: one seed, {ours.mean:+.2f}"
     if ours.equal:

@@ -9,7 +9,6 @@ KEY follows from everything that determines a run, so that studies share runs (F
 """
 
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -18,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sola_vision.engine import distributed, fit
+from sola_vision.engine import distributed, fit, write_json
 from sola_vision.engine.distributed import on_main
 from sola_vision.engine.log import read_records
 
@@ -109,16 +108,6 @@ def _published(command: str) -> str:
     """Results are published, and where folders lie on somebody's machine is nobody's business."""
     words = shlex.split(command)
     return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaced at once or not at all, and nothing of it lost when the power goes."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
-    with beside.open("w") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def stored(folder: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -34,9 +34,9 @@ class Comparison:
 
         Equal differences are undecided: their interval is a point, and they say nothing about chance.
         """
-        if self.low is None or self.high is None or self.equal or self.low <= 0 <= self.high:
+        if self.low is None or self.high is None or self.equal:
             return "undecided"
-        return "holds" if self.low > 0 else "reversed"
+        return "holds" if self.low > 0 else "reversed" if self.high < 0 else "undecided"
 
 
 def compare(differences: Sequence[float], confidence: float = 0.95) -> Comparison:
@@ -60,7 +60,11 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """The share of all 2^n ways to sign the differences whose sum is at least as large: exact, and one-sided."""
+    """The share of all 2^n ways to sign the differences whose sum is at least as large: exact, and one-sided. It is nan
+    where one of them is no finite number.
+    """
+    if not all(map(math.isfinite, differences)):
+        return math.nan
     sizes = [abs(difference) for difference in differences]
     seen = sum(differences) - 1e-9 * sum(sizes)  # sums in another order differ in their last bit
     # the ways of one half against those of the other, sorted: 2^(n/2) numbers instead of 2^n

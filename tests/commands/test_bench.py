@@ -2,9 +2,12 @@
 """`sola bench` from the outside: tables, JSON, and one line and exit code 2 for wrong input."""
 
 import json
+import math
 
 import pytest
 import torch
+
+from sola_vision.bench import accuracy
 
 MODEL = ("bench", "model", "sola_nano", "--compare", "resnet18", "--size", "32", "--rounds", "1", "--no-memory")
 
@@ -42,6 +45,16 @@ def test_accuracy_as_a_table(sola):
     said = sola("bench", "op", "--accuracy", "--shape", "1x20x3", "--path", "portable")
     assert said.code == 0
     assert "w -20..200, k -50..50" in said.out
+
+
+def test_an_error_that_is_no_number_is_null(sola, monkeypatch, tmp_path):
+    monkeypatch.setattr(accuracy, "_worst", lambda error: math.inf)
+    words = ("bench", "op", "--accuracy", "--shape", "1x20x3", "--path", "portable", "--json")
+    said = sola(*words)
+    assert sola(*words, tmp_path / "a.json").code == 0
+    for text in (said.out, (tmp_path / "a.json").read_text()):
+        row = json.loads(text, parse_constant=pytest.fail)["rows"][0]
+        assert (row["forward"], row["gradients"]["w"], row["met"]) == (None, None, False)
 
 
 def test_threads_are_those_of_the_option_and_only_for_the_run(sola):

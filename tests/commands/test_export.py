@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import re
@@ -17,8 +18,10 @@ from PIL import Image
 
 from sola_vision import ops
 from sola_vision.cli import main
+from sola_vision.commands import export as command
 from sola_vision.data import EvalTransform, ImageConfig, read_image
 from sola_vision.engine import save_weights
+from sola_vision.export import Comparison, Report
 from sola_vision.tasks import ModelConfig, build_model, load_checkpoint, metadata
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -103,6 +106,14 @@ def test_features_as_an_archive_and_json(capsys, checkpoint):
     program = torch.export.load("a.pt2", extra_files=about)
     assert json.loads(about["classes"]) == CLASSES
     assert any("sola.wkv" in str(node.target) for node in program.graph.nodes)
+
+
+def test_an_error_that_is_no_number_is_null(sola, checkpoint, monkeypatch):
+    report = Report("a.pt2", "aoti", "float32", 9, {}, [Comparison(1, 40, 72, "logits", math.inf)], 1e-4)
+    monkeypatch.setattr(command, "export", lambda *arguments, **options: report)
+    said = sola("export", checkpoint, "--format", "aoti", "--out", "a.pt2", "--json")
+    assert said.code == 1
+    assert json.loads(said.out, parse_constant=pytest.fail)["comparisons"][0]["error"] is None
 
 
 class _Trap:

@@ -3,7 +3,6 @@
 
 import errno
 import json
-import math
 import os
 import signal
 import socket
@@ -20,7 +19,6 @@ from torch import nn
 
 from sola_vision.engine import TrainingStopped, fit, load_weights, read_metadata
 from sola_vision.engine import checkpoint as module
-from sola_vision.engine.log import json_text
 
 TINY = Path(__file__).parent / "tiny.py"
 
@@ -82,11 +80,6 @@ def test_a_record_is_the_mean_since_the_one_before(whole_run, tmp_path):
     single = [line["loss"] for line in metrics(tmp_path) if line["kind"] == "train"]
     means = [line["loss"] for line in metrics(whole_run) if line["kind"] == "train"]
     assert means == pytest.approx([sum(single[step : step + 3]) / 3 for step in range(0, 15, 3)])
-
-
-def test_a_metric_of_nothing_is_null_in_json():
-    document = {"miou": math.nan, "best": {"miou": math.inf, "step": 3}, "words": ["a"]}
-    assert json.loads(json_text(document)) == {"miou": None, "best": {"miou": None, "step": 3}, "words": ["a"]}
 
 
 def test_training_learns(whole_run):

@@ -191,7 +191,9 @@ def test_package_runs_the_kernel(tmp_path):
 
 def test_only_a_package_needs_contiguous_images(monkeypatch):
     monkeypatch.setattr(ops, "missing_kernel", lambda device: "no kernel here")
-    assert exports.archive.needs("aoti").startswith("torch and `import sola_vision` (no kernel here); contiguous float32")
+    assert exports.archive.needs("aoti").startswith(
+        "torch and `import sola_vision` (no kernel here); contiguous float32"
+    )
     monkeypatch.setattr(ops, "missing_kernel", lambda device: None)
     assert "sola_load(1); contiguous float32 images, which the package does not check" in exports.archive.needs("aoti")
     assert "contiguous" not in exports.archive.needs("torch-export")

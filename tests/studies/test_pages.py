@@ -2,16 +2,17 @@
 """Pages come from results.json alone, and say no more than the runs do."""
 
 import json
+import math
 import shutil
 
 import pytest
 from little import LITTLE
 
 from sola_vision.analysis.paper import ROWS
+from sola_vision.engine import write_json
 from sola_vision.studies import STUDIES, plan, write_report
 from sola_vision.studies.fig1a import ACCURACY, write_fig1a
 from sola_vision.studies.outcome import RESULTS, begin, gather
-from sola_vision.studies.runner import write_json
 
 
 def invent(folder, name, data, values):
@@ -80,6 +81,24 @@ def test_one_seed_decides_nothing_and_an_unfinished_study_says_so(data, tmp_path
     assert (
         " holds" not in page.split("## Does the order hold here?")[1].split("## Every run")[0].split("Differences")[0]
     )
+
+
+def test_a_run_without_a_number_counts_nowhere_and_the_page_says_so(data, tmp_path):
+    nan = math.nan
+    invent(tmp_path, "table6", data, {**TABLE_6, "SoLA": [54.0, nan, 53.1], "Stacked-Last": [nan] * 3})
+    outcome = write_report(tmp_path, "table6")
+    by_text = {judged.claim.text: judged.ours for judged in outcome.judged}
+    assert (by_text["SoLA > Alternating"].n, by_text["SoLA > Stacked-Last"]) == (2, None)
+    assert (outcome.missing, outcome.without_number) == (0, 4)
+    page = (tmp_path / "table6" / "report.md").read_text()
+    assert "**4 of the finished runs measured no top-1 accuracy, and count nowhere.**" in page
+    assert "| 53.55 ± 0.45 (2) |" in page
+    files = [tmp_path / "table6" / RESULTS, *(tmp_path / "results").iterdir()]
+    assert "nan" not in (page + "".join(file.read_text() for file in files)).lower()
+    # as earlier versions left it
+    for file in files:
+        file.write_text(file.read_text().replace('"top1": null', '"top1": NaN'))
+    assert write_report(tmp_path, "table6").rows == outcome.rows
 
 
 def test_pages_are_the_same_from_results_json_alone(data, tmp_path):

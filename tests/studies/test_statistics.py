@@ -2,6 +2,7 @@
 """The statistics against their definitions, and against SciPy where it is installed."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -35,6 +36,7 @@ def test_three_seeds_of_one_sign_have_the_smallest_p_there_is():
     assert sign_flip_p([1.0, 2.0, 0.5]) == 1 / 8
     assert sign_flip_p([-1.0, -2.0, -0.5]) == 1
     assert sign_flip_p([0.0, 0.0]) == 1
+    assert math.isnan(sign_flip_p([1.0, math.nan]))
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 5, 8])
@@ -60,6 +62,8 @@ def test_many_seeds_take_no_time():
         ([0.28, 0.28], "undecided"),
         ([50.28 - 50, 51.28 - 51, 52.28 - 52], "undecided"),
         ([0.0, 0.0, 0.0], "undecided"),
+        ([math.nan] * 3, "undecided"),
+        ([1.0, math.inf, 0.9], "undecided"),
     ],
 )
 def test_verdicts(differences, verdict):

@@ -3,16 +3,18 @@
 
 A claim has a number. Whoever finds the last one's owner dead creates the next; of two that find it at once one
 succeeds, and nothing is ever renamed or removed. On one machine an owner lives while its process does; from another (or
-after a copy of the folder, or on Windows) while the time in the file is fresh, which a thread of the owner renews.
+another container, after a copy of the folder, or on Windows) while the time in the file is fresh, which a thread of the
+owner renews until somebody has taken the next claim.
 """
 
+import errno
 import json
 import os
 import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ def claimed(folder: Path) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        _write(path, {**_myself(), "released": True})
+        with suppress(OSError):  # what was done is there, and nobody needs the claim of a process that ends
+            _write(path, {**_myself(), "released": True})
 
 
 def owner(folder: Path) -> str | None:
@@ -57,6 +60,12 @@ def _take(folder: Path) -> Path | None:
         os.link(mine, path)
     except FileExistsError:
         return None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        raise OSError(
+            f"{folder}: its file system has no hard links, which tell processes whose a run is; choose another --out"
+        ) from None
     finally:
         mine.unlink()
     return path
@@ -86,9 +95,14 @@ def _myself() -> dict[str, Any]:
 
 
 def _host() -> str:
-    """The machine since it was switched on: after a restart no process of before is alive."""
+    """The machine since it was switched on, since after a restart no process of before is alive; and the container,
+    since in another one a number is another process.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()} {boot.read_text().strip()[:8]}" if boot.exists() else platform.node()
+    names = [platform.node(), *([boot.read_text().strip()[:8]] if boot.exists() else [])]
+    with suppress(OSError):  # Linux alone has it
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(names)
 
 
 def _started(process: int) -> str | None:
@@ -113,8 +127,12 @@ def _started(process: int) -> str | None:
 
 
 def _stay_alive(path: Path, done: threading.Event) -> None:
+    after = path.with_suffix(f".{int(path.suffix[1:]) + 1}")
     while not done.wait(_RENEW):
-        _write(path, _myself())
+        with suppress(OSError):  # a file system may fail for a moment, and the next sign comes in time too
+            if after.exists():  # this machine slept, and another has taken the run for left
+                return
+            _write(path, _myself())
 
 
 def _write(path: Path, claim: dict[str, Any]) -> None:

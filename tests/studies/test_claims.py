@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run belongs to one living process at a time, however owners die."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from sola_vision.studies import claims
 from sola_vision.studies.claims import _STALE, claimed, owner
@@ -79,3 +83,58 @@ def test_a_process_number_that_came_again_is_not_the_owner(tmp_path):
     (tmp_path / "claim.0").write_text(json.dumps({**claim, "started": "another time", "released": False}))
     with claimed(tmp_path) as free:
         assert free
+
+
+def seen(folder):
+    return json.loads((folder / "claim.0").read_text())["seen"]
+
+
+def test_a_file_system_that_fails_for_a_moment_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_RENEW", 0.01)
+    replace, failed = os.replace, []
+
+    def fail(beside, path):
+        failed.append(path)
+        raise OSError(errno.ESTALE, "stale")
+
+    with claimed(tmp_path):
+        monkeypatch.setattr(os, "replace", fail)
+        while len(failed) < 2:
+            time.sleep(0.01)
+        before = seen(tmp_path)
+        monkeypatch.setattr(os, "replace", replace)
+        while seen(tmp_path) == before:
+            time.sleep(0.01)
+        monkeypatch.setattr(os, "replace", fail)  # also for the release
+
+
+def test_who_slept_gives_no_signs_beside_the_one_who_took_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "_RENEW", 0.01)
+    with claimed(tmp_path):
+        elsewhere = {"host": "elsewhere", "process": 1, "started": "0", "seen": time.time()}
+        (tmp_path / "claim.1").write_text(json.dumps(elsewhere))
+        time.sleep(0.1)
+        last = seen(tmp_path)
+        time.sleep(0.2)
+        assert seen(tmp_path) == last
+    assert owner(tmp_path) == "process 1 on elsewhere"
+
+
+@pytest.mark.skipif(not Path("/proc/self/ns/pid").exists(), reason="no containers here")
+def test_in_another_container_a_number_is_another_process(tmp_path, monkeypatch):
+    mine = {"host": claims._host(), "process": 2**30, "started": "0", "seen": time.time()}
+    (tmp_path / "claim.0").write_text(json.dumps(mine))
+    assert owner(tmp_path) is None
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]")
+    assert owner(tmp_path) is not None
+
+
+def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch):
+    def fail(mine, path):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", fail)
+    says = f"{tmp_path}: its file system has no hard links.*choose another --out"
+    with pytest.raises(OSError, match=says), claimed(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -106,8 +106,12 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
 
 def _published(command: str) -> str:
     """Results are published, and where folders lie on somebody's machine is nobody's business."""
-    words = shlex.split(command)
-    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    return shlex.join(map(_without_folder, shlex.split(command)))
+
+
+def _without_folder(word: str) -> str:
+    option, given, value = word.rpartition("=") if word.startswith("--") else ("", "", word)  # --data=/home/me/images
+    return f"{option}{given}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def stored(folder: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:

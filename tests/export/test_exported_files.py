@@ -234,6 +234,12 @@ def test_what_is_exported_stays_as_it_is():
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
+def test_a_result_of_zeros_is_compared_too(small):
+    zeros = exports.Exportable(small, ["logits"], lambda network, images: [torch.zeros(1, 5)])
+    assert exports.check.compare(zeros, lambda images: [torch.zeros(1, 5)], 1, (64, 64)).error == 0
+    assert exports.check.compare(zeros, lambda images: [torch.full((1, 5), 1e-9)], 1, (64, 64)).error == float("inf")
+
+
 def test_average_pool_is_torchs():
     pool = nn.AdaptiveAvgPool2d((3, 6))
     own = exports.networks._AveragePool(pool.output_size)

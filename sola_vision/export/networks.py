@@ -46,14 +46,19 @@ class Exportable(nn.Module):
 
     @property
     def outputs(self) -> dict[str, str]:
-        """The results' names with their shapes for an image of 64 x 96 pixels, or of the only size that there is."""
-        height, width = self.fixed_size or (64, 96)
+        """The results' names with their shapes, such as [batch, 48, height/4, width/4], rounded up."""
+        height, width = self.fixed_size or (128, 192)
         with torch.inference_mode():
             results = self(torch.zeros(1, self.channels, height, width))
-        return {
-            name: f"[batch, {', '.join(map(str, result.shape[1:]))}]"
-            for name, result in zip(self.names, results, strict=True)
-        }
+
+        def described(result: Tensor) -> str:
+            sides = list(map(str, result.shape[1:]))
+            if self.fixed_size is None and result.ndim == 4:
+                rows, columns = result.shape[2:]
+                sides[1:] = _share("height", height // rows), _share("width", width // columns)
+            return f"[batch, {', '.join(sides)}]"
+
+        return {name: described(result) for name, result in zip(self.names, results, strict=True)}
 
     def prepared(self, dtype: torch.dtype) -> "Exportable":
         """A copy that computes in `dtype` and from whose operators graphs of any size can be made."""
@@ -63,6 +68,10 @@ class Exportable(nn.Module):
                 if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size not in (1, (1, 1)):
                     setattr(module, name, _AveragePool(child.output_size))
         return Exportable(network, self.names, self._call, self.fixed_size, dtype)
+
+
+def _share(side: str, stride: int) -> str:
+    return side if stride == 1 else f"{side}/{stride}"
 
 
 def classifier(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:

@@ -148,7 +148,7 @@ def test_archive_is_the_network_and_calls_the_operator(tmp_path):
     network = exports.features(small)
     report = exports.export(network, path, "torch-export", sizes=SIZES, metadata={"a": "b"})
     assert report.ok
-    assert report.outputs == {"stride4": "[batch, 8, 16, 24]", "stride8": "[batch, 32, 8, 12]"}
+    assert report.outputs == {"stride4": "[batch, 8, height/4, width/4]", "stride8": "[batch, 32, height/8, width/8]"}
     extra = {"a": ""}
     program = torch.export.load(path, extra_files=extra)
     assert extra == {"a": "b"}

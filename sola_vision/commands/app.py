@@ -22,10 +22,13 @@ def run(arguments: Sequence[str]) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio
+        from starlette.middleware import Middleware
     except ImportError as error:
         raise ImportError(f"sola app needs gradio: pip install 'sola-vision[app]' ({error})") from None
+    from sola_vision.app.guard import OwnPage, is_loopback
     from sola_vision.app.page import CSS, build
 
+    guards = [Middleware(OwnPage)] if is_loopback(options.host) else []
     page = build(options.checkpoints)
     print(f"http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
     page.launch(
@@ -34,6 +37,8 @@ def run(arguments: Sequence[str]) -> None:
         inbrowser=options.open,
         share=False,
         quiet=True,
+        max_file_size="64mb",
+        app_kwargs={"middleware": guards},
         css=CSS,
         theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     )

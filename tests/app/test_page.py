@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,12 @@ def test_only_this_machine_reaches_it(served):
         with socket.socket() as probe:
             probe.settimeout(5)
             assert probe.connect_ex((address, served[1])) != 0
+
+
+@pytest.mark.parametrize("header", [("Host", "evil.com"), ("Origin", "http://evil.com")], ids=" ".join)
+def test_other_websites_do_not_reach_it(served, header):
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(urllib.request.Request(f"{served[0]}/config", headers=dict([header])))
 
 
 def test_a_source_that_was_not_offered_is_refused(served):

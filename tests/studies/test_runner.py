@@ -53,17 +53,8 @@ def test_results_tell_no_folders_of_the_machine(finished, data):
 
 
 def test_the_command_can_be_typed_again():
-    given = [
-        "study",
-        "custom",
-        "--data",
-        "/somewhere/images",
-        "--out=/somewhere/new",
-        "--epochs=2",
-        "--schedules",
-        "LL/LL/LLLSSS/LS 1.2>3.4",
-        "L/L/L/S",
-    ]
+    given = ["study", "custom", "--data", "/somewhere/images", "--out=/somewhere/new", "--epochs=2"]
+    given += ["--schedules", "LL/LL/LLLSSS/LS 1.2>3.4", "L/L/L/S"]
     command = _published(f"python -m sola_vision {shlex.join(given)}")
     assert shlex.split(command)[3:] == [word.replace("/somewhere/", "") for word in given]
     assert "'LL/LL/LLLSSS/LS 1.2>3.4'" in command

@@ -72,6 +72,11 @@ class Images:
                 f"{data}: {count} training images for {len(self.classes)} classes are too few: a study needs "
                 f"{_FEWEST} a class at least; add images, raise --limit or choose fewer classes"
             )
+        if not self.val_indices:
+            raise ValueError(
+                f"{data}: none of its {len(self.val_files.targets)} held-out images is of the {len(self.classes)} "
+                "classes chosen, and accuracy is measured on them; add images or choose other classes"
+            )
         both = fingerprint(self.train_files, self.train_indices) + fingerprint(self.val_files, self.val_indices)
         self.identity = Identity(Path(data).name, len(self.classes), count, len(self.val_indices), both)
 

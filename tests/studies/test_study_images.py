@@ -10,6 +10,18 @@ from PIL import Image
 from sola_vision.studies.images import Images
 
 
+def test_chosen_classes_without_a_held_out_image_are_refused(tmp_path):
+    for place in [f"train/{name}/{index}" for name in "abcd" for index in range(5)] + ["val/c/0", "val/d/0"]:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{place}.png")
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\n")
+    with pytest.raises(ValueError, match="none of its 2 held-out images is of the 2 classes chosen"):
+        Images(str(tmp_path), 8, None, None, str(names))
+    names.write_text("a\nc\n")
+    assert len(Images(str(tmp_path), 8, None, None, str(names)).val) == 1
+
+
 @pytest.mark.parametrize(
     ("counts", "held"), [((60, 20, 4), (6, 2, 1)), ((20, 20, 20), (2, 2, 2)), ((38, 2, 2), (4, 1, 1))]
 )

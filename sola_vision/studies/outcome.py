@@ -7,6 +7,7 @@ FOLDER/results has beside it is newer and is taken up first.
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _custom(plan: dict[str, Any]) -> Study:
 def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> Row:
     mine = [result for result in results if result["arm"] == name]
     arm, planned = study.arm(name), plan["arms"][name]
-    speeds = sorted(result["images_per_second"] for result in mine if result["images_per_second"])
+    speeds = [result["images_per_second"] for result in mine if result["images_per_second"]]
     return Row(
         name=name,
         schedule=arm.schedule,
@@ -149,7 +150,7 @@ def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[s
         by_seed={result["seed"]: result[study.metric] for result in mine if _measured(result[study.metric])},
         parameters=planned["parameters"],
         macs=planned["macs"],
-        images_per_second=speeds[len(speeds) // 2] if speeds else None,
+        images_per_second=statistics.median(speeds) if speeds else None,
     )
 
 

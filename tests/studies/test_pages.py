@@ -61,6 +61,16 @@ def test_verdicts_follow_from_the_numbers(data, tmp_path):
     assert "| Alternating | `LL/LL/LSLSLS/LS` | 79.12 | 50.00 ± 0.58 (3) |" in page
 
 
+def test_the_speed_of_an_arm_is_the_median_of_its_runs(data, tmp_path):
+    invent(tmp_path, "table6", data, {name: values[:2] for name, values in TABLE_6.items()})
+    for seed, speed in ((0, 10.0), (1, 30.0)):
+        for path in (tmp_path / "results").iterdir():
+            result = json.loads(path.read_text())
+            if result["seed"] == seed:
+                write_json(path, {**result, "images_per_second": speed})
+    assert [row.images_per_second for row in gather(tmp_path, "table6").rows] == [20.0] * 4
+
+
 def test_the_reverse_is_called_so(data, tmp_path):
     invent(tmp_path, "table6", data, {**TABLE_6, "SoLA": [48.0, 49.1, 47.0]})
     page = write_report(tmp_path, "table6") and (tmp_path / "table6" / "report.md").read_text()

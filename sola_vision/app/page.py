@@ -81,6 +81,7 @@ def _schedule_tab() -> None:
 
     # gr.render draws again whenever one of the three changes
     @gr.render(inputs=[name, text, size])
+    @_told
     def draw(chosen: str, schedule: str, side: float) -> None:
         try:
             parse_schedule(schedule)

@@ -28,6 +28,19 @@ def test_the_price_is_that_of_the_cost_command(capsys):
     assert priced.stages[2][0].text == f"S  {layers['3.1'] / 1e9:.3f}"
 
 
+def test_an_error_that_no_price_foresaw_is_a_message_on_the_page(monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    from sola_vision.app import page
+
+    def fail(*values):
+        raise OSError("the disk\nis gone")
+
+    monkeypatch.setattr(page, "price", fail)
+    (drawn,) = page.build([]).renderables
+    with pytest.raises(gradio.Error, match="the disk is gone"):
+        drawn.fn("sola_tiny", "LL/LL/LLSLLS/LS", 224)
+
+
 def test_softmax_early_is_dearer_and_the_own_schedule_is_the_measure():
     own = price("sola_tiny", "LL/LL/LLSLLS/LS", 512)
     assert own.says.count("(+0 %)") == 4

@@ -170,9 +170,10 @@ def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None =
 class Reader:
     """`wkv_weights` averaged over channels, for many tokens of one image: the exponentials are taken once.
 
-    Single precision, because a page of maps needs no more.
+    Single precision, because a page of maps needs no more; without gradients, for which `wkv_weights` is.
     """
 
+    @torch.no_grad()
     def __init__(self, step: Step) -> None:
         assert isinstance(step.layer, LinearLayer)
         key = keys(step)[0].double()  # [N, C]
@@ -185,6 +186,7 @@ class Reader:
         self.own = (step.layer.mixer.bonus.double() - fall.amax(0)).exp().float()
         self.grid = (step.input.shape[1], step.input.shape[2])
 
+    @torch.no_grad()
     def read(self, token: tuple[int, int]) -> Tensor:
         """[H, W], sums to 1."""
         here = token[0] * self.grid[1] + token[1]

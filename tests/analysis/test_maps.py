@@ -92,6 +92,14 @@ def test_weights_of_a_point_are_rows_of_the_definition():
                 torch.testing.assert_close(quick.double(), row.mean(-1), rtol=1e-4, atol=1e-7)
 
 
+def test_a_reader_needs_no_gradients_and_takes_none():
+    step = next(iter(walk(build(), IMAGE)))
+    assert step.output.requires_grad
+    read = Reader(step).read((1, 2))
+    assert not read.requires_grad
+    torch.testing.assert_close(read.double(), wkv_weights(step, (1, 2))[0].detach(), rtol=1e-4, atol=1e-7)
+
+
 def test_readout_is_the_weights_times_the_values():
     """What a layer hands to bridges is what its weights say it reads."""
     with torch.no_grad():

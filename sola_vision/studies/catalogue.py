@@ -377,5 +377,5 @@ STUDIES: dict[str, Study] = {
 def get_study(name: str) -> Study:
     """A study by name; ValueError lists the names if there is none."""
     if name not in STUDIES:
-        raise ValueError(f"study {name!r} is unknown; the studies are {', '.join(STUDIES)}, fig1a and custom")
+        raise ValueError(f"study {name!r} is unknown; the studies are {', '.join(STUDIES)}, fig1a, custom and all")
     return STUDIES[name]

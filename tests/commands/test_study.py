@@ -64,7 +64,7 @@ def test_list_runs_nothing(sola, data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "names"),
     [
-        (("table3",), ["'table3' is unknown", "table2", "custom"]),
+        (("table3",), ["'table3' is unknown", "table2", "fig1a, custom and all"]),
         (("table2",), ["needs --data"]),
         (("table2", "--data", "nowhere"), ["nowhere: no such folder"]),
         (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes are too few"]),

@@ -6,6 +6,7 @@ ONNX's standard operators, `archive.py` torch's own files. `export` does it all 
 before it takes its place.
 """
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,10 +119,10 @@ def _refuse(path: Path, format: str, precision: str) -> None:
 def _draft(path: Path) -> Path:
     """An empty file beside `path`, so that a place that cannot be written is known before the work."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     draft = path.with_name(f".new-{path.name}")
     try:
         draft.touch()
     except OSError as error:
-        raise type(error)(f"{path} cannot be written: {error.strerror}") from None
+        raise type(error)(error.errno, error.strerror, str(path)) from None  # the file that was asked for
     return draft

@@ -145,8 +145,11 @@ WRONG = [
     (["sola_nano", "--format", "tflite", "--out", "a.onnx"], ["--format", "'tflite'", "onnx"]),
     (["sola_nano", "--out", "a.onnx"], ["--format"]),
     (["sola_nano", "--format", "onnx"], ["--out"]),
-    (["sola_nano", "--format", "onnx", "--out", "nowhere/a.onnx"], ["nowhere/a.onnx", "No such file"]),
-    (["sola_nano", "--format", "onnx", "--out", "/proc/a.onnx"], ["/proc/a.onnx", "cannot be written"]),
+    (
+        ["sola_nano", "--format", "onnx", "--out", "nowhere/a.onnx"],
+        ["--out nowhere/a.onnx: its folder does not exist; create it first"],
+    ),
+    (["sola_nano", "--format", "onnx", "--out", "/proc/a.onnx"], ["--out /proc/a.onnx: no such file"]),
     (["sola_nano", "--format", "onnx", "--out", "a.pt2"], ["a.pt2", "*.onnx"]),
     (["sola_nano", "--format", "aoti", "--out", "a.onnx"], ["a.onnx", "*.pt2"]),
     (["sola_nano", "--format", "aoti", "--out", "a.pt2", "--precision", "int8"], ["int8", "onnx"]),

@@ -210,10 +210,10 @@ def test_wrong_requests_are_refused_before_the_work(small, tmp_path):
     ]:
         with pytest.raises(ValueError, match=says):
             exports.export(network, tmp_path / name, format, precision=precision)
-    with pytest.raises(OSError, match="cannot be written"):
+    with pytest.raises(OSError, match=r"No such file.*nowhere/a\.onnx'$"):
         exports.export(network, tmp_path / "nowhere" / "a.onnx")
     (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(OSError, match="is a folder"):
+    with pytest.raises(OSError, match=r"Is a directory.*folder\.onnx"):
         exports.export(network, tmp_path / "folder.onnx")
     with pytest.raises(ValueError, match="no feature maps"):
         exports.features(nn.Linear(1, 1))

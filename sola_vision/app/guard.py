@@ -34,7 +34,7 @@ class OwnPage:
 
 
 def refusal(host: str, origin: str | None) -> str | None:
-    """Why a request with these headers is not the page's own; None if it is. Programs that are no browser send no
+    """Why a request with these headers is not the page's own; None if it is. Programs other than browsers send no
     origin.
     """
     try:
@@ -42,7 +42,7 @@ def refusal(host: str, origin: str | None) -> str | None:
     except ValueError:
         name = ""
     if not is_loopback(name):
-        return f"{host!r} is no name of this machine: the page is open to this machine alone, see sola app --host"
+        return f"{host!r} is not a name of this machine: the page is open to this machine alone, see sola app --host"
     if origin is not None and origin.partition("//")[2] != host:
         return f"a page of {origin} may not use this one"
     return None

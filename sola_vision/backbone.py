@@ -95,7 +95,6 @@ class SolaVision(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_pool(global_pool, config.num_classes)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.num_classes = config.num_classes
@@ -195,7 +194,7 @@ class SolaVision(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by one for `num_classes` (0: none); the rest keeps its weights."""
-        _check_pool(global_pool, num_classes)
+        check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
@@ -223,7 +222,8 @@ def _nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).contiguous()
 
 
-def _check_pool(global_pool: str | None, num_classes: int) -> None:
+def check_pool(global_pool: str | None, num_classes: int) -> None:
+    """Refuses a head on what is not pooled, which would fail at its first image."""
     if global_pool == "" and num_classes:
         raise ValueError(
             f"global_pool='' leaves the feature map, which num_classes={num_classes} cannot take: give num_classes=0"

@@ -13,7 +13,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from sola_vision import config, layers
-from sola_vision.backbone import SolaVision
+from sola_vision.backbone import SolaVision, check_pool
 from sola_vision.layers import resize_position
 
 # what looks at sizes is a leaf for torch.fx, as timm's own models have it
@@ -90,6 +90,8 @@ def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any)
         return SolaVision(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
     check_getter(kwargs, "bridges cross the stages")
+    if not kwargs.get("features_only"):
+        check_pool(kwargs.get("global_pool"), kwargs.get("num_classes", size.num_classes))
     stages = len(kwargs.get("dims") or size.dims)
     feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
     return build_model_with_cfg(

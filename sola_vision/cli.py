@@ -111,6 +111,7 @@ def _plain(error: OSError, words: Sequence[str]) -> str:
 
 
 def _refuse(message: str, code: int = 2) -> int:
+    # a message that names its command begins with the program, which is said already
     print(f"sola: {' '.join(message.split()).removeprefix('sola ')}", file=sys.stderr)
     return code
 

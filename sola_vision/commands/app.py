@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola app", __doc__)
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="best.safetensors files or runs' folders")
-    parser.add_argument("--port", type=int, default=7860, help="port of the page (default: 7860)")
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     options = parser.parse_args(list(arguments))

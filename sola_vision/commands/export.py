@@ -64,7 +64,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--precision",
         choices=get_args(Precision),
         default="float32",
-        help="precision of the weights, onnx only (default: float32)",
+        help="precision of the weights, onnx only",
     )
     parser.add_argument("--schedule", help="with a name: layers of every stage, such as LL/LL/LLLLLL/LL")
     parser.add_argument("--bridges", help='with a name: Hidden State Bridges, such as "1.2>3.3", or the word paper')

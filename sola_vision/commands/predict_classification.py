@@ -49,7 +49,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola predict", __doc__)
     parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
-    parser.add_argument("--top", type=int, default=3, help="how many classes to print for each image (default: 3)")
+    parser.add_argument("--top", type=int, default=3, help="how many classes to print for each image")
     parser.add_argument("--size", type=int, help="pixels a side of what the network sees (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=32, help="images the network sees at once")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")

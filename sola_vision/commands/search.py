@@ -80,7 +80,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one a line")
     parser.add_argument("--epochs", type=int, help="length of one training (default: the scale's)")
     parser.add_argument("--limit", type=int, help="training images, evenly by class (default: the scale's)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, gates and draws (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, gates and draws")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
     parser.add_argument("--out", default="runs/search", help="folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print search.json on standard output")

@@ -300,7 +300,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is not a complete file of torch.save: fetch it again") from None
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
+    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):

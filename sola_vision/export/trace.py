@@ -30,7 +30,7 @@ def trace(network: Exportable, *, plain: bool) -> ExportedProgram:
         torch.no_grad(),
         ops.use("portable") if plain else nullcontext(),
         # sides of 1 are sizes like any other. ONNX has no conditions on sizes, and there the shorter way suffices
-        symbols.patch(backed_size_oblivious=not plain),  # type: ignore[attr-defined]
+        symbols.patch(backed_size_oblivious=not plain),  # type: ignore[attr-defined]  # torch adds it at import
     ):
         program = torch.export.export(network, (example,), dynamic_shapes=(dims,))
     # what was asked about the example's sizes only chose layouts in memory, also where the tracer made a bound of it

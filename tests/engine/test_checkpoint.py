@@ -31,7 +31,7 @@ def averaged(model):
     return {"args": Namespace(lr=1.0), "state_dict": net().state_dict(), "state_dict_ema": average}
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "nested.pth", "pth.tar", "safetensors.pth"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "nested.pth", "pth.tar", "ema.pth", "safetensors.pth"])
 def test_load_weights_restores_every_bit(tmp_path, kind):
     path, source, target = tmp_path / f"w.{kind}", net(), net()
     if "safetensors" in kind:
@@ -39,7 +39,9 @@ def test_load_weights_restores_every_bit(tmp_path, kind):
         assert read_metadata(path) == {"classes": "cat dog"}
     else:
         state = source.state_dict()
-        torch.save({"nested.pth": {"model": state}, "pth.tar": averaged(source)}.get(kind, state), path)
+        both = {"model": net().state_dict(), "model_ema": state}  # as timm once wrote them
+        kinds = {"nested.pth": {"model": state}, "pth.tar": averaged(source), "ema.pth": both}
+        torch.save(kinds.get(kind, state), path)
     report = load_weights(target, path)
     assert not report
     assert equal(source, target)

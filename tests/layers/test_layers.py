@@ -258,6 +258,17 @@ def test_autocast_leaves_a_float64_layer_alone(trained):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_autocast_does_not_hide_tokens_of_another_dtype(trained):
+    layer, x = LinearLayer(8), torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    with (
+        torch.set_grad_enabled(trained),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises((RuntimeError, ValueError)),
+    ):
+        layer(x)
+
+
 @pytest.mark.parametrize("kind", [LinearLayer, SoftmaxLayer])
 def test_many_gradients_come_as_one(kind):
     """torch's own batches of gradients divide none but torch's own operators."""

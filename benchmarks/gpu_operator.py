@@ -68,9 +68,10 @@ def operator_jobs(ops: Any, inputs: tuple[Tensor, ...], theirs: Any) -> dict[str
     decay, bonus, key, value, grad = inputs
     batch, num_tokens, channels = key.shape
     wkv, backward = torch.ops.sola.wkv, torch.ops.sola.wkv_backward
+    _, states = torch.ops.sola.wkv_with_states(decay, bonus, key, value)
     jobs: dict[str, Job] = {
         "triton forward": lambda: wkv(decay, bonus, key, value),
-        "triton backward": lambda: backward(decay, bonus, key, value, grad),
+        "triton backward": lambda: backward(decay, bonus, key, value, states, grad),
         "triton both": lambda: call(ops.wkv, inputs),
     }
     # the portable form keeps tens of float64 copies; attention's cost is quadratic

@@ -38,7 +38,9 @@ def profiles(names: list[str], size: int, batch: int, clock: Clock) -> Iterator[
 
 def operator_calls(inputs: tuple[torch.Tensor, ...]) -> dict[str, Job]:
     wkv, backward = torch.ops.sola.wkv, torch.ops.sola.wkv_backward
-    return {"forward": lambda: wkv(*inputs[:4]), "backward": lambda: backward(*inputs)}
+    *operands, grad = inputs
+    _, states = torch.ops.sola.wkv_with_states(*operands)
+    return {"forward": lambda: wkv(*operands), "backward": lambda: backward(*operands, states, grad)}
 
 
 def taken(job: Job) -> dict[str, Any]:

@@ -24,7 +24,8 @@ namespace {
 
 const char* const schemas[] = {
     "wkv(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor",
-    "wkv_backward(Tensor decay, Tensor bonus, Tensor key, Tensor value, Tensor grad)"
+    "wkv_with_states(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> (Tensor, Tensor)",
+    "wkv_backward(Tensor decay, Tensor bonus, Tensor key, Tensor value, Tensor states, Tensor grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)"};
 
 std::atomic<const Kernel*> kernel{nullptr};
@@ -156,6 +157,12 @@ struct Call {
     return made;
   }
 
+  // the kernel in float64 keeps none
+  std::vector<int64_t> states_sizes() const {
+    const int64_t chunks = type == Type::float64 ? 0 : (sizes[1] + chunk_tokens - 1) / chunk_tokens;
+    return {sizes[0], chunks, 4, sizes[2]};
+  }
+
   Tensor as(Tensor made, Type own) const { return own == type ? std::move(made) : made.copy(own); }
 };
 
@@ -167,13 +174,26 @@ void wkv(Value* stack, uint64_t, uint64_t) {
   stack[0] = call.as(std::move(output), call.value_type).release();
 }
 
+void wkv_with_states(Value* stack, uint64_t, uint64_t) {
+  Call call(stack);
+  call.prepare();
+  Tensor output = call.result(call.problem.output), states = Tensor::empty(call.states_sizes(), Type::float32);
+  call.problem.states = static_cast<float*>(states.write());
+  if (!call.nothing()) kernel.load()->forward(call.problem, call.type, parallel_for);
+  stack[0] = call.as(std::move(output), call.value_type).release();
+  stack[1] = states.release();
+}
+
 void wkv_backward(Value* stack, uint64_t, uint64_t) {
   Call call(stack);
-  Tensor grad(stack[4]);
+  Tensor states(stack[4]), grad(stack[5]);
   call.prepare();
   expect(grad, "sola::wkv: grad", call.sizes, "value's size");
+  expect(states, "sola::wkv: states", call.states_sizes(), "what wkv_with_states makes of them");
   Problem& p = call.problem;
   p.grad = call.input(grad, grad.type("sola::wkv: grad"));
+  if (states.type("sola::wkv: states") != Type::float32 || !states.contiguous()) states = states.copy(Type::float32);
+  p.states = static_cast<float*>(const_cast<void*>(states.read()));
   Tensor grad_key = call.result(p.grad_key), grad_value = call.result(p.grad_value);
   std::vector<double> partial_decay(static_cast<size_t>(p.batch * p.channels)), partial_bonus = partial_decay;
   p.grad_decay = partial_decay.data(), p.grad_bonus = partial_bonus.data();
@@ -196,6 +216,8 @@ void register_operators(bool define) {
   }
   check(shim.aoti_torch_library_init_impl("sola", "CPU", __FILE__, __LINE__, &library), "open the library sola");
   check(shim.torch_library_impl(library, "wkv", wkv, torch::abi_version), "register wkv");
+  check(shim.torch_library_impl(library, "wkv_with_states", wkv_with_states, torch::abi_version),
+        "register wkv_with_states");
   check(shim.torch_library_impl(library, "wkv_backward", wkv_backward, torch::abi_version), "register wkv_backward");
   for (const NamedKernel& pass : named_passes()) {
     check(shim.torch_library_impl(library, pass.name, pass.function, torch::abi_version), "register a pass");

@@ -90,13 +90,13 @@ void chunk_of_registers(const Problem& p, const typename Op::Register* registers
   }
 }
 
-// Calls take(k, step) for the chunks from begin to end of `count` registers. Phases with a part for each chunk, every
-// second one, go through them from alternate ends: what one has read last is still in the cache when the next one begins.
+// Calls take(k, step) for the chunks from begin to end of `count` registers. The last phase goes through them from the
+// other end than the first: what that has read last is still in the cache.
 // Not so where that would be little of all: upwards the processor asks for memory ahead.
 template <class Op, class Take>
 void in_turn(int phase, int64_t begin, int64_t end, int64_t count, const Take& take) {
   constexpr int64_t bytes = Op::length * W * sizeof(typename Op::Element) * Op::arrays, most = 16 << 20;
-  if (phase % 4 == 2 && (end - begin) * count * bytes <= most) {
+  if (phase > 0 && (end - begin) * count * bytes <= most) {
     for (int64_t k = end - 1; k >= begin; --k) take(k, -1);
   } else {
     for (int64_t k = begin; k < end; ++k) take(k, 1);
@@ -120,7 +120,7 @@ void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, Sou
   for (int64_t first = begin, count = 0; first < end; first += count) {
     count = size(first);
     const int64_t then = first + count;
-    for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, first + i);
+    for (int64_t i = 0; i < count; ++i) Op::prepare(p, space.registers[i], first + i);
     for (int phase = 0; phase < Op::phases; ++phase) {
       if (!Op::by_chunk[phase]) {
         for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
@@ -146,7 +146,7 @@ template <class Op>
 void by_part(const Problem& p, int64_t count, Source source, int64_t chunks, ParallelFor loop) {
   using Ahead = SOLA_ISA::Ahead<typename Op::Element>;
   const Workspace<typename Op::Register> space(count, chunks * Op::slots);
-  for (int64_t i = 0; i < count; ++i) space.registers[i].prepare(p, i);
+  for (int64_t i = 0; i < count; ++i) Op::prepare(p, space.registers[i], i);
   const int64_t columns = count / p.batch;
   for (int phase = 0; phase < Op::phases; ++phase) {
     if (!Op::by_chunk[phase]) {

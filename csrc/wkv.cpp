@@ -14,8 +14,8 @@
 //     sums        A and R of each chunk by itself, starting from zero            parallel over chunks
 //     carry       the states at the chunks' edges from these, in float64         parallel over registers
 //     output      the scans inside a chunk from its carries                      parallel over chunks
-// The backward has two more between the last two, for F and B. Only carries are kept (4 numbers in L tokens and their
-// maxima in the forward, 8 in the backward); what a phase needs of an earlier one inside a chunk it computes again.
+// The backward does the same for F and B, from the forward's states at the chunks' edges, which training keeps: 4 numbers
+// in L tokens. What a phase needs of an earlier one inside a chunk it computes again.
 // How they are divided among threads is in scheduling.h; every number is computed by the same operations either way, so
 // the result does not depend on the number of threads.
 //
@@ -39,8 +39,8 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr int L = 32;     // tokens in a chunk
-constexpr int period = 4; // of the decay's factors
+constexpr int L = chunk_tokens;
+constexpr int period = 4;  // of the decay's factors
 
 // Bounds of the fast path. Sums stay below float32's 3e38: exp(44 + 20) 2^20 1e3 = 7e36, and weights times values above
 // its 1e-38: exp(-44) 1e-4 = 8e-24. A chunk's tokens are weighed by lam^31 at least, which must not vanish while
@@ -49,11 +49,10 @@ constexpr double bonus_limit = 20.0, decay_least = -20.0, step_limit = 2.8, step
 constexpr float value_limit = 1e3f, value_least = 1e-4f;
 constexpr int64_t tokens_limit = 1 << 20;
 
-// What a chunk hands over. The sums are turned into carries in place; by then the checks of the keys and values are
-// spent, and their slots serve later phases.
-enum Slot { AX, AE, RX, RE, SEEN_KEYS, MAX_VALUE, forward_slots, FH = forward_slots, FQ, BH, BQ, backward_slots };
-constexpr int MAX_GRAD = SEEN_KEYS, MAX_DENOMINATOR = MAX_VALUE;  // written by the adjoint phase
-constexpr int SUM_DECAY = SEEN_KEYS, SUM_BONUS = MAX_VALUE;       // written by the gradients phase
+// What a chunk hands over: sums, which are turned into the states that enter it in place, and what the checks need.
+enum Slot { AX, AE, RX, RE, SEEN_KEYS, MAX_VALUE, slots };
+enum BackwardSlot { FH, FQ, BH, BQ, MAX_GRAD, MAX_DENOMINATOR };
+constexpr int SUM_DECAY = MAX_GRAD, SUM_BONUS = MAX_DENOMINATOR;  // when the checks are done
 
 struct Pair {
   F a = {}, b = {};
@@ -167,10 +166,10 @@ void sums(const Problem& p, const Register& r, int64_t start, Lanes* slot, Next&
   slot[SEEN_KEYS] = as_float(seen), slot[MAX_VALUE] = most;
 }
 
-// ---- carry: sums of chunks, in slots s and s + 1 (from the left) and s + 2 and s + 3 (from the right), become the
-// states that enter each chunk from there
+// ---- carry: sums of chunks, in the first two slots (from the left) and the next two (from the right), become the states
+// that enter each chunk from there
 
-void carry(const Problem& p, const Register& r, int slots, int s) {
+void carry(const Problem& p, const Register& r) {
   const int64_t chunks = (p.tokens + L - 1) / L;
   const auto pass = [&](Lanes* slot, Wide& running) SOLA_FORCED {
     const Wide sum = Wide::of(*slot);
@@ -179,18 +178,18 @@ void carry(const Problem& p, const Register& r, int slots, int s) {
   };
   Wide first = Wide::of(0.0), second = first;
   for (int64_t c = 0; c < chunks; ++c) {
-    pass(r.slots + c * slots + s, first);
-    pass(r.slots + c * slots + s + 1, second);
+    pass(r.slots + c * slots, first);
+    pass(r.slots + c * slots + 1, second);
   }
   first = second = Wide::of(0.0);
   for (int64_t c = chunks - 1; c >= 0; --c) {  // a short chunk is the last, and nothing passes through it
-    pass(r.slots + c * slots + s + 2, first);
-    pass(r.slots + c * slots + s + 3, second);
+    pass(r.slots + c * slots + 2, first);
+    pass(r.slots + c * slots + 3, second);
   }
 }
 
 // over all chunks, the largest |number| in a slot
-Lanes largest(const Problem& p, const Register& r, int slots, int s) {
+Lanes largest(const Problem& p, const Register& r, int s) {
   F most = {};
   for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) most = max_abs(most, r.slots[c * slots + s]);
   Lanes lanes;
@@ -199,10 +198,10 @@ Lanes largest(const Problem& p, const Register& r, int slots, int s) {
 }
 
 // may this register stay in float32, as far as keys and values tell?
-bool within(const Problem& p, const Register& r, int slots) {
+bool within(const Problem& p, const Register& r) {
   U seen = {};
   for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) seen |= as_bits(r.slots[c * slots + SEEN_KEYS]);
-  const Lanes values = largest(p, r, slots, MAX_VALUE);
+  const Lanes values = largest(p, r, MAX_VALUE);
   int outside = 0;
   for (int i = 0; i < W; ++i) {
     outside |= seen[i] >= exp_range;
@@ -211,7 +210,42 @@ bool within(const Problem& p, const Register& r, int slots) {
   return outside == 0;
 }
 
-// ---- output: both scans inside a chunk, from its carries
+// ---- states: what enters a chunk, for the backward. Those of a register that was left to robust.h are no numbers.
+
+float* states_of(const Problem& p, const Register& r, int64_t start) {
+  const int64_t chunks = (p.tokens + L - 1) / L;
+  return p.states + (r.image * chunks + start / L) * 4 * p.channels + r.channel;
+}
+
+template <bool Whole>
+void write_states(const Problem& p, const Register& r, int64_t start, const Lanes* slot) {
+  float* const states = states_of(p, r, start);
+  for (int i = AX; i <= RE; ++i) store(states + i * p.channels, F(slot[i]), Whole ? W : r.n);
+}
+
+template <bool Whole>
+Pair read_states(const Problem& p, const Register& r, int64_t start, Slot first) {
+  const float* const states = states_of(p, r, start) + first * p.channels;
+  return {load(states, Whole ? W : r.n), load(states + p.channels, Whole ? W : r.n)};
+}
+
+void write_no_states(const Problem& p, const Register& r) {
+  for (int64_t start = 0; start < p.tokens; start += L) {
+    float* const states = states_of(p, r, start);
+    for (int i = AX; i <= RE; ++i) {
+      for (int j = 0; j < r.n; ++j) states[i * p.channels + j] = __builtin_nanf("");
+    }
+  }
+}
+
+bool has_states(const Problem& p, const Register& r) {
+  const float* const states = states_of(p, r, 0);
+  int missing = 0;
+  for (int i = 0; i < r.n; ++i) missing |= states[i] != states[i];
+  return missing == 0;
+}
+
+// ---- output: both scans inside a chunk, from the states that enter it
 
 template <class T, bool Whole, class Next>
 void output(const Problem& p, const Register& r, int64_t start, Lanes* slot, Next& next) {
@@ -236,6 +270,7 @@ void output(const Problem& p, const Register& r, int64_t start, Lanes* slot, Nex
     out.set(j, (left.a + token[j].num) * reciprocal(left.b + token[j].den));
     left.absorb(r.step[j % period], token[j].x, token[j].e);
   }
+  if (p.states != nullptr) write_states<Whole>(p, r, start, slot);
 }
 
 // ---- backward: what both later phases need of the forward. After the right scan of a chunk, each(j, token, left,
@@ -246,13 +281,12 @@ struct Token {
 };
 
 template <class T, bool Whole, int writes, class Next, class Each>
-inline void replay(const Problem& p, const Register& r, int64_t start, const Lanes* slot, Token* tokens, Next& next,
-                   const Each& each) {
+inline void replay(const Problem& p, const Register& r, int64_t start, Token* tokens, Next& next, const Each& each) {
   const int len = chunk_length<Whole>(p, start);
   const Tokens<T, Whole> key(p.key, r, start), value(p.value, r, start), grad(p.grad, r, start);
   const F gain = r.gain;
   Next ahead = next;
-  Pair right{slot[RX], slot[RE]}, left{slot[AX], slot[AE]};
+  Pair right = read_states<Whole>(p, r, start, RX), left = read_states<Whole>(p, r, start, AX);
 #pragma GCC unroll 4
   for (int j = len - 1; j >= 0; --j) {
     const F e = exp(key[j]), x = e * value[j];
@@ -278,7 +312,7 @@ void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slo
   Token tokens[L];
   Pair before, after;
   F max_grad = {}, max_den = {};
-  replay<T, Whole, 0>(p, r, start, slot, tokens, next, [&](int j, const Token&, const Pair&, F h, F q, F g, F den) {
+  replay<T, Whole, 0>(p, r, start, tokens, next, [&](int j, const Token&, const Pair&, F h, F q, F g, F den) {
     max_grad = max_abs(max_grad, g);
     max_den = den > max_den ? den : max_den;
     before.absorb(r.step[j % period], h, q);
@@ -292,7 +326,7 @@ void adjoint_sums(const Problem& p, const Register& r, int64_t start, Lanes* slo
 // largest y, the N terms of a sum and their growth for w < 0; for N = 1 the bonus alone makes D. And what h loses below
 // 1e-38 counts at most D 1e-38 a token, which must be nothing beside g.
 bool adjoint_within(const Problem& p, const Register& r) {
-  const Lanes grads = largest(p, r, backward_slots, MAX_GRAD), dens = largest(p, r, backward_slots, MAX_DENOMINATOR);
+  const Lanes grads = largest(p, r, MAX_GRAD), dens = largest(p, r, MAX_DENOMINATOR);
   const double tokens = static_cast<double>(p.tokens);
   const double weight = exp_limit + (p.tokens == 1 ? bonus_limit : 0.0) - (r.grows ? decay_least : 0.0);
   const double most = 1e37 / (exp(weight) * tokens * value_limit), least = tokens * 1.2e-32;
@@ -316,7 +350,7 @@ void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot, 
   const F gain = r.gain;
   F decay = {}, bonus = {};
   Pair before{slot[FH], slot[FQ]}, after{slot[BH], slot[BQ]};
-  replay<T, Whole, 2>(p, r, start, slot, tokens, next, [&](int j, const Token& t, const Pair& left, F h, F q, F, F) {
+  replay<T, Whole, 2>(p, r, start, tokens, next, [&](int j, const Token& t, const Pair& left, F h, F q, F, F) {
     if (sizeof(Next) < 8) grad_key.expect(j), grad_value.expect(j);
     adjoint[j] = {h, q, before.a + gain * h, before.b + gain * q, left.a, left.b};
     decay += t.rx * before.a;
@@ -344,7 +378,7 @@ void gradients(const Problem& p, const Register& r, int64_t start, Lanes* slot, 
 bool parameter_gradients(const Problem& p, const Register& r) {
   double decay[W] = {}, bonus[W] = {};
   for (int64_t c = 0; c < (p.tokens + L - 1) / L; ++c) {
-    const Lanes* slot = r.slots + c * backward_slots;
+    const Lanes* slot = r.slots + c * slots;
     for (int i = 0; i < W; ++i) decay[i] += slot[SUM_DECAY].at[i];
     for (int i = 0; i < W; ++i) bonus[i] += slot[SUM_BONUS].at[i];
   }
@@ -364,12 +398,15 @@ template <class T>
 struct Forward {
   using Element = T;
   using Register = SOLA_ISA::Register;
-  static constexpr int length = L, arrays = 3, slots = forward_slots, phases = 3;
+  static constexpr int length = L, arrays = 3, slots = SOLA_ISA::slots, phases = 3;
   static constexpr bool by_chunk[phases] = {true, false, true};
 
+  static void prepare(const Problem& p, Register& r, int64_t index) { r.prepare(p, index); }
   static void whole(const Problem& p, Register& r, int) {
-    r.fast = r.fast && within(p, r, slots);
-    r.fast ? carry(p, r, slots, AX) : robust::forward<T>(p, r.image, r.channel, r.n);
+    r.fast = r.fast && within(p, r);
+    if (r.fast) return carry(p, r);
+    robust::forward<T>(p, r.image, r.channel, r.n);
+    if (p.states != nullptr) write_no_states(p, r);
   }
   template <bool Whole, class Next>
   static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot, Next& next) {
@@ -381,25 +418,23 @@ template <class T>
 struct Backward {
   using Element = T;
   using Register = SOLA_ISA::Register;
-  static constexpr int length = L, arrays = 5, slots = backward_slots, phases = 6;
-  static constexpr bool by_chunk[phases] = {true, false, true, false, true, false};
+  static constexpr int length = L, arrays = 5, slots = SOLA_ISA::slots, phases = 4;
+  static constexpr bool by_chunk[phases] = {true, false, true, false};
 
+  static void prepare(const Problem& p, Register& r, int64_t index) {
+    r.prepare(p, index);
+    r.fast = r.fast && has_states(p, r);
+  }
   static void whole(const Problem& p, Register& r, int phase) {
-    if (phase == 1) {
-      r.fast = r.fast && within(p, r, slots);
-    } else if (!r.fast) {
-      return;  // robust.h has written it already
-    } else {
-      r.fast = phase == 3 ? adjoint_within(p, r) : parameter_gradients(p, r);
-    }
+    const bool done = phase > 1 && !r.fast;  // robust.h has written it already
+    if (done) return;
+    r.fast = r.fast && (phase == 1 ? adjoint_within(p, r) : parameter_gradients(p, r));
     if (!r.fast) return robust::backward<T>(p, r.image, r.channel, r.n);
-    if (phase < 5) carry(p, r, slots, phase == 1 ? AX : FH);
+    if (phase == 1) carry(p, r);
   }
   template <bool Whole, class Next>
   static void chunk(const Problem& p, const Register& r, int phase, int64_t start, Lanes* slot, Next& next) {
-    phase == 0   ? sums<T, Whole>(p, r, start, slot, next)
-    : phase == 2 ? adjoint_sums<T, Whole>(p, r, start, slot, next)
-                 : gradients<T, Whole>(p, r, start, slot, next);
+    phase == 0 ? adjoint_sums<T, Whole>(p, r, start, slot, next) : gradients<T, Whole>(p, r, start, slot, next);
   }
 };
 

@@ -22,7 +22,10 @@ struct Problem {
   Array key, value, grad;                           // grad, like all that follows the output, in the backward only
   Array output, grad_key, grad_value;
   double *grad_decay = nullptr, *grad_bonus = nullptr;  // [batch, channels]: one partial sum an image
+  float* states = nullptr;  // [batch, chunks, 4, channels]: what enters each chunk; the forward writes it, if there
 };
+
+constexpr int chunk_tokens = 32;
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, Body body, void* context);

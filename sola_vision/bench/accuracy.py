@@ -127,8 +127,8 @@ def _path(path: str) -> Callable[..., Answer]:
         before = cpu.instruction_set()
         cpu.instruction_set(path)
         try:
-            out = torch.ops.sola.wkv(decay, bonus, key, value)
-            return out, torch.ops.sola.wkv_backward(decay, bonus, key, value, grad)
+            out, states = torch.ops.sola.wkv_with_states(decay, bonus, key, value)
+            return out, torch.ops.sola.wkv_backward(decay, bonus, key, value, states, grad)
         finally:
             cpu.instruction_set(before)
 
@@ -149,7 +149,8 @@ def _triton() -> Callable[..., Answer]:
 
     def kernel(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Answer:
         with np.errstate(all="ignore"):  # lanes without a token divide nothing by nothing
-            return gpu.wkv(decay, bonus, key, value), gpu.wkv_backward(decay, bonus, key, value, grad)
+            out, states = gpu.wkv_with_states(decay, bonus, key, value)
+            return out, gpu.wkv_backward(decay, bonus, key, value, states, grad)
 
     return kernel
 

@@ -121,20 +121,19 @@ def operands(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, T
 
 def _jobs(shape: Shape, dtype: torch.dtype, native: bool) -> dict[Name, Job]:
     decay, bonus, key, value, grad = operands(shape, dtype)
-    paths = {"portable": (torch.ops.sola.wkv_portable, torch.ops.sola.wkv_portable_backward)}
-    if native:
-        paths = {"native": (torch.ops.sola.wkv, torch.ops.sola.wkv_backward)} | paths
+    paths = {"native": torch.ops.sola.wkv} if native else {}
+    paths["portable"] = torch.ops.sola.wkv_portable
     ring = _ring(key, value)
     jobs: dict[Name, Job] = {
         Name("copy", "forward"): partial(torch.add, key, value),
         Name("copy", "forward", "streamed"): lambda: torch.add(*next(ring)),
     }
-    for path, (forward, backward) in paths.items():
+    for path, forward in paths.items():
         jobs[Name(path, "forward")] = partial(forward, decay, bonus, key, value)
-        if path == "native":
-            jobs[Name(path, "backward")] = partial(backward, decay, bonus, key, value, grad)
         jobs[Name(path, "both")] = _both(forward, (decay, bonus, key, value), grad)
     if native:
+        _, states = torch.ops.sola.wkv_with_states(decay, bonus, key, value)
+        jobs[Name("native", "backward")] = partial(torch.ops.sola.wkv_backward, decay, bonus, key, value, states, grad)
         jobs[Name("native", "forward", "streamed")] = lambda: torch.ops.sola.wkv(decay, bonus, *next(ring))
     if shape[0] * shape[1] ** 2 <= _MOST_PAIRS and shape[2] % _HEAD == 0 and dtype == torch.float32:
         attention = torch.nn.functional.scaled_dot_product_attention

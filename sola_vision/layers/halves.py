@@ -90,11 +90,11 @@ def _spatial_mix(
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     made = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
     receptance, key, value = made.view(3, batch, height * width, channels).unbind()
-    readout = _op.wkv.default(decay, bonus, key, value)
+    readout, states = _op.wkv_with_states.default(decay, bonus, key, value)
     gated = _op.gate.default(receptance, readout).flatten(0, 1)
     mixed = torch.mm(gated, weights[3].t())
     ends = (_shaped(mixed, x), _shaped(readout, x))
-    return *ends, mixes, weights, shifted, receptance, key, value, gated
+    return *ends, mixes, weights, shifted, receptance, key, value, states, gated
 
 
 class _SpatialMix(torch.autograd.Function):
@@ -113,14 +113,15 @@ class _SpatialMix(torch.autograd.Function):
         if in_plain_steps((of_mixed, of_read)):
             inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
             return None, None, *differentiable_backward(half, inputs, (of_mixed, of_read))
-        last, readout, mixes, weights, shifted, receptance, key, value, gated = others[6:]
+        last, readout, mixes, weights, shifted, receptance, key, value, states, gated = others[6:]
         of_mixed = torch.zeros_like(gated) if of_mixed is None else of_mixed.reshape(gated.shape)
         with kernels_only():
             of_gated = torch.mm(of_mixed, weights[3]).view(key.shape)
             of_receptance, of_readout = _op.gate_backward.default(receptance, readout.view(key.shape), of_gated)
             if of_read is not None:
                 of_readout += of_read.reshape(key.shape)
-            of_decay, of_bonus, of_key, of_value = _op.wkv_backward.default(decay, bonus, key, value, of_readout)
+            of_wkv = _op.wkv_backward.default(decay, bonus, key, value, states, of_readout)
+            of_decay, of_bonus, of_key, of_value = of_wkv
             rows = [grad.flatten(0, 1) for grad in (of_receptance, of_key, of_value)]
             of_shifted, of_weights = _products_backward(rows, shifted, weights, last.dtype)
             of_weights.append(_of_weight(of_mixed, gated, last.dtype))

@@ -36,9 +36,10 @@ def missing() -> str | None:
 
 
 def register(library: torch.library.Library) -> None:
-    """Make these functions the CUDA kernels of `wkv` and `wkv_backward` in the library, if Triton is there."""
+    """Make these functions the CUDA kernels of `wkv` and its relatives in the library, if Triton is there."""
     if missing() is None:
         library.impl("wkv", wkv, "CUDA")
+        library.impl("wkv_with_states", wkv_with_states, "CUDA")
         library.impl("wkv_backward", wkv_backward, "CUDA")
 
 
@@ -56,8 +57,13 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+def wkv_with_states(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """`wkv`, and no states [B, 0, 4, C]: the backward has shorter chunks, so that it computes its own."""
+    return wkv(decay, bonus, key, value), key.new_empty((key.shape[0], 0, 4, key.shape[2]), dtype=torch.float32)
+
+
 def wkv_backward(
-    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, _: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `wkv` for decay, bonus [C], key and value [B, N, C], each in its input's dtype."""
     if _double(key, value, grad):

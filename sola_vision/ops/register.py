@@ -3,8 +3,9 @@
 
 `sola::wkv` and `sola::wkv_backward` have the portable form as their default kernel; a compiled kernel for CPU and a
 Triton kernel for CUDA take over where they exist. `sola::wkv_portable` and its backward are the same without those
-kernels: they are what `ops.use("portable")` pins. Fake tensors, autograd, autocast and the FLOPs formula are
-registered once for both.
+kernels: they are what `ops.use("portable")` pins. Where gradients are wanted, autograd calls `sola::wkv_with_states`,
+which also returns what the forward has found at the edges of its chunks, for the backward of the same kernel. Fake
+tensors, autograd, autocast and the FLOPs formula are registered once for both.
 """
 
 from typing import Any
@@ -18,23 +19,49 @@ from sola_vision.ops.arguments import register_fake
 
 library = torch.library.Library("sola", "DEF")
 
-_FORWARD = "(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor"
-_BACKWARD = "(Tensor decay, Tensor bonus, Tensor key, Tensor value, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)"
+_INPUTS = "Tensor decay, Tensor bonus, Tensor key, Tensor value"
+_FORWARD = f"({_INPUTS}) -> Tensor"
+_WITH_STATES = f"({_INPUTS}) -> (Tensor, Tensor)"
+_BACKWARD = f"({_INPUTS}, Tensor states, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)"
+_CPU_CHUNK = 32  # tokens, as in csrc/wkv.h
+
+
+def _new_states(key: Tensor, value: Tensor) -> Tensor:
+    """Room for the states of a CPU's kernel [B, chunks, 4, C]; of none where there is no such kernel or it keeps none."""
+    keeps = key.device.type == "cpu" and torch.float64 not in (key.dtype, value.dtype)
+    batch, num_tokens, channels = key.shape
+    chunks = (num_tokens + _CPU_CHUNK - 1) // _CPU_CHUNK if keeps else 0
+    return key.new_empty((batch, chunks, 4, channels), dtype=torch.float32)
+
+
+def _portable_with_states(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return portable.wkv(decay, bonus, key, value), _new_states(key, value).fill_(float("nan"))
+
+
+def _portable_backward(
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, _: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return portable.wkv_backward(decay, bonus, key, value, grad)
 
 
 def _fake_forward(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
+def _fake_with_states(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_forward(decay, bonus, key, value), _new_states(key, value)
+
+
 def _fake_backward(
-    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, states: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gw, gu, gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (decay, bonus, key, value))
     return gw, gu, gk, gv
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _forward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -49,27 +76,35 @@ def _backward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_sh
 
 
 def _define(name: str) -> None:
-    library.define(name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    library.define(name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, portable.wkv, "CompositeExplicitAutograd")
-    library.impl(name + "_backward", portable.wkv_backward, "CompositeExplicitAutograd")
-    register_fake(library, name, _fake_forward)
-    register_fake(library, f"{name}_backward", _fake_backward)
+    tags = (torch.Tag.pt2_compliant_tag,)
+    for suffix, schema, default, fake, cost in (
+        ("", _FORWARD, portable.wkv, _fake_forward, _forward_cost),
+        ("_with_states", _WITH_STATES, _portable_with_states, _fake_with_states, _forward_cost),
+        ("_backward", _BACKWARD, _portable_backward, _fake_backward, _backward_cost),
+    ):
+        library.define(name + suffix + schema, tags=tags)
+        library.impl(name + suffix, default, "CompositeExplicitAutograd")
+        register_fake(library, name + suffix, fake)
+        register_flop_formula(getattr(torch.ops.sola, name + suffix))(cost)
+    forward, with_states, backward = (getattr(torch.ops.sola, name + s) for s in ("", "_with_states", "_backward"))
 
-    forward = getattr(torch.ops.sola, name)
-    backward = getattr(torch.ops.sola, name + "_backward")
+    def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *inputs, states = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: it has to be torch's own operators
+            return portable.wkv_backward(*inputs, grad)
+        return backward(*inputs, states, grad)
 
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # a backward that is to be differentiated again has to be torch's own operators
-        chosen = portable.wkv_backward if torch.is_grad_enabled() else backward
-        decay, bonus, key, value = ctx.saved_tensors
-        return chosen(decay, bonus, key, value, grad)
+    def differentiable(*inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            return with_states(*inputs)[0]
+        with torch._C._AutoDispatchBelowAutograd():
+            return forward(*inputs)
 
-    torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_inputs, lib=library)
-    register_flop_formula(forward)(_forward_cost)
-    register_flop_formula(backward)(_backward_cost)
-
-    autocast.register(library, name, forward, (2, 3))  # key and value; decay and bonus stay, since w may be large
+    torch.library.register_autograd(f"sola::{name}_with_states", differentiate, setup_context=_save, lib=library)
+    library.impl(name, differentiable, "Autograd")
+    for operator in (forward, with_states):
+        # key and value; decay and bonus stay, since w may be large
+        autocast.register(library, operator.__name__, operator, (2, 3))
 
 
 for _name in ("wkv", "wkv_portable"):

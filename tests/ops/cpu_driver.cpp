@@ -29,6 +29,7 @@ void run(Type type, int64_t batch, int64_t tokens, int64_t channels, int64_t thr
   // separate allocations of exactly the right size: one element too far is seen
   std::vector<T> key(count), value(count), grad(count), output(count), grad_key(count), grad_value(count);
   std::vector<double> decay(each), bonus(each), grad_decay(each * batch), grad_bonus(each * batch);
+  std::vector<float> states(static_cast<size_t>((tokens + chunk_tokens - 1) / chunk_tokens * 4) * each * batch);
   unsigned state = 1;
   const auto random = [&] { return (state = state * 1664525u + 1013904223u) / 4294967296.0 * 2.0 - 1.0; };
   const auto fill = [&](std::vector<T>& to, double size) {
@@ -50,6 +51,8 @@ void run(Type type, int64_t batch, int64_t tokens, int64_t channels, int64_t thr
   p.key = array(key), p.value = array(value), p.grad = array(grad), p.output = array(output);
   p.grad_key = array(grad_key), p.grad_value = array(grad_value);
   p.grad_decay = grad_decay.data(), p.grad_bonus = grad_bonus.data();
+  generic::kernel.forward(p, type, pieces);  // which keeps no states where nobody asks for them
+  p.states = states.data();
   generic::kernel.forward(p, type, pieces);
   generic::kernel.backward(p, type, pieces);
 }

@@ -51,7 +51,8 @@ def truth(decay, bonus, key, value, grad):
 
 
 def run(decay, bonus, key, value, grad):
-    return gpu.wkv(decay, bonus, key, value), gpu.wkv_backward(decay, bonus, key, value, grad)
+    out, states = gpu.wkv_with_states(decay, bonus, key, value)
+    return out, gpu.wkv_backward(decay, bonus, key, value, states, grad)
 
 
 def gradient_error(got, expected, value, grad):
@@ -253,9 +254,11 @@ def test_gpu_nan_in_a_key_is_nan_in_its_row_and_nowhere_else():
 def test_register_serves_the_cuda_key():
     library = torch.library.Library("sola_gpu_test", "DEF")
     library.define("wkv(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor")
-    library.define("wkv_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor g) -> (Tensor, Tensor, Tensor, Tensor)")
+    library.define("wkv_with_states(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> (Tensor, Tensor)")
+    results = "(Tensor, Tensor, Tensor, Tensor)"
+    library.define(f"wkv_backward(Tensor w, Tensor u, Tensor k, Tensor v, Tensor s, Tensor g) -> {results}")
     gpu.register(library)
-    for name in ("wkv", "wkv_backward"):
+    for name in ("wkv", "wkv_with_states", "wkv_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sola_gpu_test::{name}", "CUDA")
 
 

@@ -27,7 +27,7 @@ _CPU_CHUNK = 32  # tokens, as in csrc/wkv.h
 
 
 def _new_states(key: Tensor, value: Tensor) -> Tensor:
-    """Room for the states of a CPU's kernel [B, chunks, 4, C]; of none where there is no such kernel or it keeps none."""
+    """Room for the states of a CPU's kernel [B, chunks, 4, C]; elsewhere, and in float64, kernels keep none."""
     keeps = key.device.type == "cpu" and torch.float64 not in (key.dtype, value.dtype)
     batch, num_tokens, channels = key.shape
     chunks = (num_tokens + _CPU_CHUNK - 1) // _CPU_CHUNK if keeps else 0
@@ -89,10 +89,10 @@ def _define(name: str) -> None:
     forward, with_states, backward = (getattr(torch.ops.sola, name + s) for s in ("", "_with_states", "_backward"))
 
     def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        *inputs, states = ctx.saved_tensors
+        decay, bonus, key, value, states = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: it has to be torch's own operators
-            return portable.wkv_backward(*inputs, grad)
-        return backward(*inputs, states, grad)
+            return portable.wkv_backward(decay, bonus, key, value, grad)
+        return backward(decay, bonus, key, value, states, grad)
 
     def differentiable(*inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):

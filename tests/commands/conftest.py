@@ -71,7 +71,7 @@ def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # as the number of its threads; a session's fixture would come before
 def trained(tmp_path_factory, data):
     """The folder of a finished run; tests must not write there."""
     folder = tmp_path_factory.mktemp("runs") / "first"

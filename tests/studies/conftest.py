@@ -20,7 +20,7 @@ def data(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # as the number of its threads; a session's fixture would come before
 def finished(tmp_path_factory, data):
     """The folder of a study that ran without interruption; tests must not write there."""
     out = tmp_path_factory.mktemp("studies")

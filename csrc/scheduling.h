@@ -175,16 +175,19 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t columns = (p.channels + W - 1) / W, count = p.batch * columns;
   const int64_t chunks = (p.tokens + Op::length - 1) / Op::length;
   // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
-  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
-  const int64_t cache = 3 << 19, widest = 8, of_register = p.tokens * register_bytes * Op::arrays;
-  const bool streamed = (columns < widest ? columns : widest) * of_register > cache;
-  const Source source = streamed                                      ? Source::memory
+  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest. Where
+  // images are fewer than threads, as many as stay in a core's own cache, if these are at least two.
+  const int64_t cache = 3 << 19, own = 3 << 18, widest = 8, of_register = p.tokens * register_bytes * Op::arrays;
+  const bool fits = (columns < widest ? columns : widest) * of_register <= cache;
+  const bool narrow = !fits && p.batch < p.threads && 2 * of_register <= own;
+  const int64_t tile = narrow ? own / of_register : widest;
+  const Source source = !fits && !narrow                      ? Source::memory
                         : count * of_register > cache * p.threads ? Source::memory_once
                                                                   : Source::cache;
-  const bool few = count < 2 * p.threads || (streamed && p.batch < p.threads);
+  const bool few = count < 2 * p.threads || (source == Source::memory && p.batch < p.threads);
   if (p.threads > 1 && few && chunks >= 8) return by_part<Op>(p, count, source, chunks, loop);
   parallel(loop, count, 1 + 1024 / p.tokens,
-           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, widest, source, chunks); });
+           [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, source, chunks); });
 }
 
 // float64 inputs always take the robust path, which is float64 throughout

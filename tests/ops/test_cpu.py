@@ -240,7 +240,9 @@ def test_nothing_in_nothing_out(size):
 
 
 @needs_kernel
-@pytest.mark.parametrize("size", [(1, 700, 5), (3, 257, 40), (1, 1500, 16), (1, 2200, 100)])
+@pytest.mark.parametrize(
+    "size", [(1, 700, 5), (3, 257, 40), (1, 1500, 16), (1, 2200, 100), (1, 800, 200), (1, 1900, 70)]
+)
 @pytest.mark.parametrize("key", [3, 60])
 def test_bits_do_not_depend_on_the_number_of_threads(instruction_set, size, key):
     case = inputs(*size, key=(-key, key))

@@ -159,8 +159,8 @@ struct Call {
 
   // the kernel in float64 keeps none
   std::vector<int64_t> states_sizes() const {
-    const int64_t chunks = type == Type::float64 ? 0 : (sizes[1] + chunk_tokens - 1) / chunk_tokens;
-    return {sizes[0], chunks, 4, sizes[2]};
+    if (type == Type::float64) return {0};
+    return {sizes[0], (sizes[1] + chunk_tokens - 1) / chunk_tokens, 4, sizes[2]};
   }
 
   Tensor as(Tensor made, Type own) const { return own == type ? std::move(made) : made.copy(own); }

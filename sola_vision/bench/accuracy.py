@@ -149,8 +149,8 @@ def _triton() -> Callable[..., Answer]:
 
     def kernel(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Answer:
         with np.errstate(all="ignore"):  # lanes without a token divide nothing by nothing
-            out, states = gpu.wkv_with_states(decay, bonus, key, value)
-            return out, gpu.wkv_backward(decay, bonus, key, value, states, grad)
+            _, states = gpu.wkv_with_states(decay, bonus, key, value)
+            return gpu.wkv(decay, bonus, key, value), gpu.wkv_backward(decay, bonus, key, value, states, grad)
 
     return kernel
 

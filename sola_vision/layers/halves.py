@@ -83,25 +83,27 @@ def _spatial_mix(
     decay: Tensor,
     bonus: Tensor,
     *others: Tensor,
+    keeps: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The half, the read-out, and what their backward needs."""
+    """The half, the read-out, and what their backward needs: the operator's states too if it keeps them."""
     batch, height, width, channels = x.shape
     mixes, weights = torch.stack(others[:3]), torch.stack(others[3:]).to(dtype)
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     made = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
     receptance, key, value = made.view(3, batch, height * width, channels).unbind()
-    readout, states = _op.wkv_with_states.default(decay, bonus, key, value)
+    inputs = decay, bonus, key, value
+    readout, *states = _op.wkv_with_states.default(*inputs) if keeps else (_op.wkv.default(*inputs),)
     gated = _op.gate.default(receptance, readout).flatten(0, 1)
     mixed = torch.mm(gated, weights[3].t())
     ends = (_shaped(mixed, x), _shaped(readout, x))
-    return *ends, mixes, weights, shifted, receptance, key, value, states, gated
+    return *ends, mixes, weights, shifted, receptance, key, value, gated, *states
 
 
 class _SpatialMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         with kernels_only():
-            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors)
+            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors, keeps=True)
         ctx.dtype, ctx.eps = dtype, eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, readout, *kept)  # what is handed out itself: who changes it in place is told
@@ -113,7 +115,7 @@ class _SpatialMix(torch.autograd.Function):
         if in_plain_steps((of_mixed, of_read)):
             inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
             return None, None, *differentiable_backward(half, inputs, (of_mixed, of_read))
-        last, readout, mixes, weights, shifted, receptance, key, value, states, gated = others[6:]
+        last, readout, mixes, weights, shifted, receptance, key, value, gated, states = others[6:]
         of_mixed = torch.zeros_like(gated) if of_mixed is None else of_mixed.reshape(gated.shape)
         with kernels_only():
             of_gated = torch.mm(of_mixed, weights[3]).view(key.shape)

@@ -24,6 +24,8 @@ _GROUP = 32
 _LONG = 256
 # sums that it reads at once, and parts of gradients that are read at once
 _AHEAD, _PARTS_AHEAD = 8, 16
+# float32 numbers in a line of the device's cache
+_LINE = 32
 # one warp a program; fused multiply-adds by name, because Triton's default changes from version to version
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
@@ -47,39 +49,57 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Eq. 9: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype."""
     if _double(key, value):
         return portable.wkv(decay, bonus, key, value)
-    out = torch.empty_like(value, memory_format=torch.contiguous_format)
-    if out.numel() == 0:
-        return out
-    with on_device_of(key):
-        row = _Row(decay, bonus, key, value, _FORWARD_CHUNK)
-        states = row.states_of_chunks()
-        row.launch("outputs", _OUTPUTS, row.step, row.references, row.bonus, row.key, row.value, out, states)
-    return out
+    return _forward(decay, bonus, key, value, _FORWARD_CHUNK)[0]
 
 
 def wkv_with_states(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """`wkv`, and no states [B, 0, 4, C]: the backward has shorter chunks, so that it computes its own."""
-    return wkv(decay, bonus, key, value), key.new_empty((key.shape[0], 0, 4, key.shape[2]), dtype=torch.float32)
+    """`wkv` in the backward's shorter chunks, and what enters these: `states_size` numbers, in float32."""
+    if _double(key, value):
+        return portable.wkv(decay, bonus, key, value), key.new_empty(0, dtype=torch.float32)
+    return _forward(decay, bonus, key, value, _BACKWARD_CHUNK)
+
+
+def states_size(batch: int, num_tokens: int, channels: int) -> int:
+    """How many numbers of the forward the backward needs; the arguments may be symbols of a compiler."""
+    return sum(_kept(batch, -(-num_tokens // _BACKWARD_CHUNK), channels))
+
+
+def _kept(batch: int, chunks: int, channels: int) -> tuple[int, int, int]:
+    """Numbers of a step's decay, of chunks' exponents and of the states that enter chunks, each in lines of its own."""
+    numbers = batch * chunks * channels
+    step, references, states = (-(-size // _LINE) * _LINE for size in (2 * channels, numbers, 6 * numbers))
+    return step, references, states
+
+
+def _forward(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    with on_device_of(key):
+        row = _Row(decay, bonus, key, value, length)
+        if out.numel() != 0:
+            row.enter_chunks()
+            row.launch("outputs", _OUTPUTS, row.step, row.references, row.bonus, row.key, row.value, out, row.states)
+    return out, row.kept
 
 
 def wkv_backward(
-    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, _: Tensor, grad: Tensor
+    decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, states: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `wkv` for decay, bonus [C], key and value [B, N, C], each in its input's dtype."""
+    """Gradients of `wkv` for decay, bonus [C], key and value [B, N, C], each in its input's dtype; states are what
+    `wkv_with_states` has found.
+    """
     if _double(key, value, grad):
         return portable.wkv_backward(decay, bonus, key, value, grad)
     gk, gv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (key, value))
     if key.numel() == 0:
         return torch.zeros_like(decay), torch.zeros_like(bonus), gk, gv
     with on_device_of(key):
-        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK)
+        row = _Row(decay, bonus, key, value, _BACKWARD_CHUNK, states)
         partials = row.scratch(2, row.batch, row.chunks, row.channels)
         inputs = (row.step, row.references, row.bonus, row.key, row.value, grad.contiguous(), gk, gv, partials)
-        states = row.states_of_chunks()
-        sums = row.new_states(row.chunks)
-        row.launch("backward", _BACK_SUMS, *inputs, states, sums, WRITE=False)
-        back_states = row.scan(sums, by_b=False)
-        row.launch("backward", _GRADIENTS, *inputs, states, back_states, WRITE=True)
+        back_states = row.new_states(row.chunks)
+        row.launch("backward", _BACK_SUMS, *inputs, row.states, back_states, WRITE=False)
+        row.scan(back_states, by_b=False)
+        row.launch("backward", _GRADIENTS, *inputs, row.states, back_states, WRITE=True)
         gw, gu = row.sum_partials(partials)
     return gw, gu, gk, gv
 
@@ -92,8 +112,10 @@ def _double(*tensors: Tensor) -> bool:
 class _Row:
     """The inputs of one call as the kernels want them, and its grid of chunks."""
 
-    def __init__(self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int) -> None:
-        """`length` is a chunk's, at most; a power of two."""
+    def __init__(
+        self, decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: int, kept: Tensor | None = None
+    ) -> None:
+        """`length` is a chunk's, at most; a power of two. kept: of a forward with such chunks."""
         from sola_vision.ops import triton_kernels
 
         self.kernels = triton_kernels
@@ -108,8 +130,9 @@ class _Row:
         self.blocks = -(-self.channels // self.block)
         masked = bool(self.num_tokens % self.length or self.channels % self.block)
         self.constants = {"C": self.channels, "L": self.length, "BLOCK": self.block, "MASKED": masked}
-        self.step = self.scratch(2, self.channels)
-        self.references = self.scratch(self.batch, self.chunks, self.channels)
+        sizes = _kept(self.batch, self.chunks, self.channels)
+        self.kept = self.scratch(sum(sizes)) if kept is None else kept.contiguous()
+        self.step, self.references, self.states = self.kept.split(sizes)
 
     def new_states(self, count: int) -> Tensor:
         """Room for a state on each side of every chunk: exponent, a and b [3, 2, B, count, C]."""
@@ -124,23 +147,21 @@ class _Row:
         options = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers}
         launch(getattr(self.kernels, name), programs, tensors, self.sizes, self.constants | flags, options)
 
-    def states_of_chunks(self) -> Tensor:
-        """The forward states that enter every chunk from the left and from the right."""
-        sums = self.new_states(self.chunks)
-        self.launch("chunk_sums", _SUMS, self.decay, self.key, self.value, self.step, self.references, sums)
-        return self.scan(sums, by_b=True)
+    def enter_chunks(self) -> None:
+        """Finds the states that enter every chunk from the left and from the right."""
+        self.launch("chunk_sums", _SUMS, self.decay, self.key, self.value, self.step, self.references, self.states)
+        self.scan(self.states, by_b=True)
 
-    def scan(self, sums: Tensor, by_b: bool) -> Tensor:
+    def scan(self, sums: Tensor, by_b: bool) -> None:
         """From the sums of the chunks to the states that enter them, in the same memory."""
         if self.chunks <= _LONG:
             self._scan(sums, None, sums, self.chunks, self.chunks, self.length, by_b)
-            return sums
+            return
         groups = -(-self.chunks // _GROUP)
         totals, before = self.new_states(groups), self.new_states(groups)
         self._scan(sums, None, totals, self.chunks, _GROUP, self.length, by_b, totals=True)
         self._scan(totals, None, before, groups, groups, self.length * _GROUP, by_b)
         self._scan(sums, before, sums, self.chunks, _GROUP, self.length, by_b)
-        return sums
 
     def _scan(
         self,

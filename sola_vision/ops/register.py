@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import autocast, gpu_passes, linear, passes, portable, softmax
+from sola_vision.ops import autocast, gpu, gpu_passes, linear, passes, portable, softmax
 from sola_vision.ops.arguments import register_fake
 
 library = torch.library.Library("sola", "DEF")
@@ -27,11 +27,15 @@ _CPU_CHUNK = 32  # tokens, as in csrc/wkv.h
 
 
 def _new_states(key: Tensor, value: Tensor) -> Tensor:
-    """Room for the states of a CPU's kernel [B, chunks, 4, C]; elsewhere, and in float64, kernels keep none."""
-    keeps = key.device.type == "cpu" and torch.float64 not in (key.dtype, value.dtype)
+    """Room for the states of the device's kernel, which has none in float64."""
     batch, num_tokens, channels = key.shape
-    chunks = (num_tokens + _CPU_CHUNK - 1) // _CPU_CHUNK if keeps else 0
-    return key.new_empty((batch, chunks, 4, channels), dtype=torch.float32)
+    if torch.float64 in (key.dtype, value.dtype) or key.device.type not in ("cpu", "cuda"):
+        size: tuple[int, ...] = (0,)
+    elif key.device.type == "cuda":
+        size = (gpu.states_size(batch, num_tokens, channels),)
+    else:
+        size = (batch, -(-num_tokens // _CPU_CHUNK), 4, channels)
+    return key.new_empty(size, dtype=torch.float32)
 
 
 def _portable_with_states(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sola_vision.ops import gpu, portable, reference
 
@@ -51,8 +52,8 @@ def truth(decay, bonus, key, value, grad):
 
 
 def run(decay, bonus, key, value, grad):
-    out, states = gpu.wkv_with_states(decay, bonus, key, value)
-    return out, gpu.wkv_backward(decay, bonus, key, value, states, grad)
+    _, states = gpu.wkv_with_states(decay, bonus, key, value)
+    return gpu.wkv(decay, bonus, key, value), gpu.wkv_backward(decay, bonus, key, value, states, grad)
 
 
 def gradient_error(got, expected, value, grad):
@@ -97,6 +98,20 @@ def check(inputs, out, grads):
 def test_gpu_equals_the_definition_in_float32(size, calm):
     inputs = random_inputs(*size, calm=calm)
     check(inputs, *run(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("size", "calm"), [((2, 1, 1), False), ((1, 31, 96), False), ((2, 17, 33), True), ((1, 49, 33), False)]
+)
+def test_gpu_computes_the_same_where_it_keeps_states(size, calm):
+    inputs = random_inputs(*size, calm=calm)
+    out, states = gpu.wkv_with_states(*inputs[:4])
+    assert (out.double() - truth(*inputs)[0]).abs().max() <= 5e-6 * inputs[3].double().abs().max()
+    assert states.shape == (gpu.states_size(*size),)
+    with FakeTensorMode() as mode:  # as a compiler sees it on a GPU
+        fakes = [mode.from_tensor(x).to("cuda") for x in inputs[:4]]
+        fake_out, fake_states = torch.ops.sola.wkv_with_states(*fakes)
+    assert (fake_out.shape, fake_states.shape) == (out.shape, states.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -286,10 +301,11 @@ flags = dict(C=96, BLOCK=32, MASKED=False)
 state, step = "*fp32", "*fp32"
 for name, types, options in [
     ("chunk_sums", ["*fp32", half, half, step, state], dict(L=32)),
-    ("chunk_sums", ["*fp32", half, half, step, state], dict(L=32, MASKED=True)),
+    ("chunk_sums", ["*fp32", half, half, step, state], dict(L=16, MASKED=True)),
     ("scan_states", ["*fp32", *[state] * 3, *["i32"] * 3], dict(CARRY=False, TOTALS=False, BY_B=True, AHEAD=16)),
     ("scan_states", ["*fp32", *[state] * 3, *["i32"] * 3], dict(CARRY=True, TOTALS=True, BY_B=False, AHEAD=16)),
     ("outputs", [step, "*fp32", half, half, half, state], dict(L=32)),
+    ("outputs", [step, "*fp32", half, half, half, state], dict(L=16)),
     ("backward", [step, "*fp32", *[half] * 5, "*fp32", state, state], dict(L=16, WRITE=False)),
     ("backward", [step, "*fp32", *[half] * 5, "*fp32", state, state], dict(L=16, WRITE=True, MASKED=True)),
     ("sum_partials", ["*fp32", "*fp64"], dict(AHEAD=16)),

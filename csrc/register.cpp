@@ -192,7 +192,8 @@ void wkv_backward(Value* stack, uint64_t, uint64_t) {
   expect(states, "sola::wkv: states", call.states_sizes(), "what wkv_with_states makes of them");
   Problem& p = call.problem;
   p.grad = call.input(grad, grad.type("sola::wkv: grad"));
-  if (states.type("sola::wkv: states") != Type::float32 || !states.contiguous()) states = states.copy(Type::float32);
+  if (states.type("sola::wkv: states") != Type::float32) throw std::invalid_argument("sola::wkv: states must be float32");
+  if (!states.contiguous()) states = states.copy(Type::float32);
   p.states = static_cast<float*>(const_cast<void*>(states.read()));
   Tensor grad_key = call.result(p.grad_key), grad_value = call.result(p.grad_value);
   std::vector<double> partial_decay(static_cast<size_t>(p.batch * p.channels)), partial_bonus = partial_decay;

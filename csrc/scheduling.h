@@ -175,13 +175,16 @@ void run(const Problem& p, ParallelFor loop) {
   const int64_t columns = (p.channels + W - 1) / W, count = p.batch * columns;
   const int64_t chunks = (p.tokens + Op::length - 1) / Op::length;
   // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
-  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest. Where
-  // images are fewer than threads, as many as stay in a core's own cache, if these are at least two.
+  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
+  // Where images are fewer than threads, as many registers as stay in a core's own cache, if these are at least two and
+  // threads have about the same number of them.
   const int64_t cache = 3 << 19, own = 3 << 18, widest = 8, of_register = p.tokens * register_bytes * Op::arrays;
   const bool fits = (columns < widest ? columns : widest) * of_register <= cache;
-  const bool narrow = !fits && p.batch < p.threads && 2 * of_register <= own;
+  const int64_t most = (count + p.threads - 1) / p.threads;  // registers of a thread
+  const bool even = count >= 2 * p.threads && 5 * count >= 4 * most * p.threads;
+  const bool narrow = !fits && p.batch < p.threads && even && 2 * of_register <= own;
   const int64_t tile = narrow ? own / of_register : widest;
-  const Source source = !fits && !narrow                      ? Source::memory
+  const Source source = !fits && !narrow                          ? Source::memory
                         : count * of_register > cache * p.threads ? Source::memory_once
                                                                   : Source::cache;
   const bool few = count < 2 * p.threads || (source == Source::memory && p.batch < p.threads);

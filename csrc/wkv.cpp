@@ -210,7 +210,8 @@ bool within(const Problem& p, const Register& r) {
   return outside == 0;
 }
 
-// ---- states: what enters a chunk, for the backward. Those of a register that was left to robust.h are no numbers.
+// ---- states: what enters a chunk, for the backward. Those of a register that was left to robust.h are no numbers, and
+// would make such of its gradients, which are then left to robust.h as well; has_states saves the way there.
 
 float* states_of(const Problem& p, const Register& r, int64_t start) {
   const int64_t chunks = (p.tokens + L - 1) / L;

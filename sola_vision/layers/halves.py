@@ -91,19 +91,21 @@ def _spatial_mix(
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     made = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
     receptance, key, value = made.view(3, batch, height * width, channels).unbind()
-    inputs = decay, bonus, key, value
-    readout, *states = _op.wkv_with_states.default(*inputs) if keeps else (_op.wkv.default(*inputs),)
+    if keeps:
+        readout, states = _op.wkv_with_states.default(decay, bonus, key, value)
+    else:
+        readout, states = _op.wkv.default(decay, bonus, key, value), None
     gated = _op.gate.default(receptance, readout).flatten(0, 1)
     mixed = torch.mm(gated, weights[3].t())
     ends = (_shaped(mixed, x), _shaped(readout, x))
-    return *ends, mixes, weights, shifted, receptance, key, value, gated, *states
+    return *ends, mixes, weights, shifted, receptance, key, value, gated, states
 
 
 class _SpatialMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         with kernels_only():
-            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors, keeps=True)
+            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors, keeps=any(ctx.needs_input_grad))
         ctx.dtype, ctx.eps = dtype, eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, readout, *kept)  # what is handed out itself: who changes it in place is told

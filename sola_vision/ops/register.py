@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The registered operators: one schema, and the dispatcher chooses the kernel.
 
-`sola::wkv` and `sola::wkv_backward` have the portable form as their default kernel; a compiled kernel for CPU and a
-Triton kernel for CUDA take over where they exist. `sola::wkv_portable` and its backward are the same without those
-kernels: they are what `ops.use("portable")` pins. Where gradients are wanted, autograd calls `sola::wkv_with_states`,
-which also returns what the forward has found at the edges of its chunks, for the backward of the same kernel. Fake
-tensors, autograd, autocast and the FLOPs formula are registered once for both.
+`sola::wkv`, `sola::wkv_with_states` and `sola::wkv_backward` have the portable form as their default kernel; a compiled
+kernel for CPU and a Triton kernel for CUDA take over where they exist. `sola::wkv_portable` and its relatives are the
+same without those kernels: they are what `ops.use("portable")` pins. Where gradients are wanted, autograd calls the
+operator with states, which also returns what its forward has found at the edges of its chunks, for the backward of the
+same kernel. Fake tensors, autograd, autocast and the FLOPs formula are registered once for both.
 """
 
 from typing import Any
@@ -27,9 +27,9 @@ _CPU_CHUNK = 32  # tokens, as in csrc/wkv.h
 
 
 def _new_states(key: Tensor, value: Tensor) -> Tensor:
-    """Room for the states of the device's kernel, which has none in float64."""
+    """Room for the states of the device's kernel, which has none in float64; what is on meta counts as on a CPU."""
     batch, num_tokens, channels = key.shape
-    if torch.float64 in (key.dtype, value.dtype) or key.device.type not in ("cpu", "cuda"):
+    if torch.float64 in (key.dtype, value.dtype) or key.device.type not in ("cpu", "cuda", "meta"):
         size: tuple[int, ...] = (0,)
     elif key.device.type == "cuda":
         size = (gpu.states_size(batch, num_tokens, channels),)
@@ -66,6 +66,7 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the states
 
 
 def _forward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -92,7 +93,9 @@ def _define(name: str) -> None:
         register_flop_formula(getattr(torch.ops.sola, name + suffix))(cost)
     forward, with_states, backward = (getattr(torch.ops.sola, name + s) for s in ("", "_with_states", "_backward"))
 
-    def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 4
         decay, bonus, key, value, states = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again: it has to be torch's own operators
             return portable.wkv_backward(decay, bonus, key, value, grad)

@@ -71,9 +71,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     qkv, ctx.head_dim = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the sums
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
+    if grad is None:
+        return None, None
     qkv, out, lse = ctx.saved_tensors
     backward = _attention_backward if torch.is_grad_enabled() else torch.ops.sola.attention_backward
     return backward(qkv, ctx.head_dim, out, lse, grad), None

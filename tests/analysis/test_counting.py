@@ -185,8 +185,8 @@ def test_training_memory_is_what_autograd_keeps():
         output = model(image)
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
     assert output.shape == (2, 5)
-    # kernels keep small statistics of their own: attention its sums, Bi-WKV on a CPU its states
-    assert cost.saved_bytes == pytest.approx(real, rel=0.02)
+    # attention's kernels keep their own small statistics
+    assert cost.saved_bytes == pytest.approx(real, rel=0.01)
 
 
 def test_the_page_of_costs_says_what_the_command_prints():

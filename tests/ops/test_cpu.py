@@ -328,6 +328,8 @@ def test_wrong_tensors_are_refused():
         backward(decay, bonus, key, value, states, grad[:, :3])
     with pytest.raises((ValueError, RuntimeError), match=r"states is \[1, 0, 4, 6\], expected .* \[1, 1, 4, 6\]"):
         backward(decay, bonus, key, value, states[:, :0], grad)
+    with pytest.raises((ValueError, RuntimeError), match="states must be float32"):
+        backward(decay, bonus, key, value, states.double(), grad)
     torch.testing.assert_close(forward(decay, bonus, key, value), truth(decay, bonus, key, value, grad)[0].float())
 
 
@@ -403,6 +405,7 @@ def test_states_are_kept_where_gradients_are_wanted_alone():
         ops.wkv(decay, bonus, key, value.requires_grad_()).sum().backward()
     assert "sola::wkv" not in seen.names
     assert seen.names.count("sola::wkv_with_states") == seen.names.count("sola::wkv_backward") == 1
+    assert not any("zeros" in name for name in seen.names)  # gradients of the states, of their size
 
 
 @needs_kernel

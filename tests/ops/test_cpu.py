@@ -294,6 +294,7 @@ def test_gradients_that_overflow_beside_large_values(instruction_set):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e13)
 
 
+@needs_kernel
 def test_instruction_sets_agree():
     before, case = cpu.instruction_set(), inputs(2, 130, 20, key=(-3, 3))
     results = []

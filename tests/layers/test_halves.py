@@ -7,6 +7,7 @@ import torch
 from sola_vision import ops
 from sola_vision.layers import LinearLayer, halves, linear
 
+needs_kernel = pytest.mark.skipif(ops.missing_kernel("cpu") is not None, reason="a node calls kernels")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 SIZES = [(2, 5, 3, 8), (1, 1, 1, 1), (3, 4, 7, 33), (0, 4, 7, 8), (2, 0, 7, 8)]
 
@@ -79,7 +80,7 @@ def test_node_is_the_modules(device, size, half, wanted):
             assert (got - want).abs().max() <= (1e-9 if device == "cpu" else 1e-4) * (1 + want.abs().max())
 
 
-@pytest.mark.skipif(ops.missing_kernel("cpu") is not None, reason="a node calls kernels")
+@needs_kernel
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
 def test_layer_of_nodes_is_the_layer(monkeypatch, drop_path):
     """The layer gives its nodes what belongs to them, in training and in inference; as on a GPU, where it has them."""
@@ -118,6 +119,7 @@ def test_layer_of_nodes_is_the_layer(monkeypatch, drop_path):
     assert called == 2 * ["spatial_mix", "channel_mix"]
 
 
+@needs_kernel
 def test_results_may_be_changed_in_place():
     """Not where the backward needs them: who changes the read-out is told."""
     made, x = layer(8), torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
@@ -170,7 +172,7 @@ def test_node_under_autocast(device, half, dtype):
         assert (got - want).abs().max() <= 0.03 * want.abs().max()
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_kernel), CUDA])
 @pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
 def test_many_gradients_come_as_one(device, half):
     made = layer(8, torch.float32, device)

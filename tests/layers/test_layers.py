@@ -484,6 +484,8 @@ def test_a_parameter_that_was_never_loaded_is_refused(small_tiles, name, grad):
     layer = LinearLayer(12)
     owner, _, last = name.rpartition(".")
     module = layer.get_submodule(owner)
+    if isinstance(module, torch.nn.Linear) and not cpu.multiplies(torch.float32):
+        pytest.skip("torch's own product with a weight on meta is made up, and on the CPU")
     setattr(module, last, torch.nn.Parameter(getattr(module, last).to("meta")))
     with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match="device"):
         layer(torch.randn(2, 9, 7, 12))

@@ -166,22 +166,25 @@ struct Call {
   Tensor as(Tensor made, Type own) const { return own == type ? std::move(made) : made.copy(own); }
 };
 
+Tensor forward(Call& call) {
+  Tensor output = call.result(call.problem.output);
+  if (!call.nothing()) kernel.load()->forward(call.problem, call.type, parallel_for);
+  return call.as(std::move(output), call.value_type);
+}
+
 void wkv(Value* stack, uint64_t, uint64_t) {
   Call call(stack);
   call.prepare();
-  Tensor output = call.result(call.problem.output);
-  if (!call.nothing()) kernel.load()->forward(call.problem, call.type, parallel_for);
-  stack[0] = call.as(std::move(output), call.value_type).release();
+  stack[0] = forward(call).release();
 }
 
 void wkv_with_states(Value* stack, uint64_t, uint64_t) {
   Call call(stack);
   call.prepare();
-  Tensor output = call.result(call.problem.output), states = Tensor::empty(call.states_sizes(), Type::float32);
+  Tensor states = Tensor::empty(call.states_sizes(), Type::float32);
   call.problem.states = static_cast<float*>(states.write());
-  if (!call.nothing()) kernel.load()->forward(call.problem, call.type, parallel_for);
-  stack[0] = call.as(std::move(output), call.value_type).release();
-  stack[1] = states.release();
+  Tensor output = forward(call);
+  stack[0] = output.release(), stack[1] = states.release();
 }
 
 void wkv_backward(Value* stack, uint64_t, uint64_t) {

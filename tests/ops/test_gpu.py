@@ -301,6 +301,7 @@ flags = dict(C=96, BLOCK=32, MASKED=False)
 state, step = "*fp32", "*fp32"
 for name, types, options in [
     ("chunk_sums", ["*fp32", half, half, step, state], dict(L=32)),
+    ("chunk_sums", ["*fp32", half, half, step, state], dict(L=32, MASKED=True)),
     ("chunk_sums", ["*fp32", half, half, step, state], dict(L=16, MASKED=True)),
     ("scan_states", ["*fp32", *[state] * 3, *["i32"] * 3], dict(CARRY=False, TOTALS=False, BY_B=True, AHEAD=16)),
     ("scan_states", ["*fp32", *[state] * 3, *["i32"] * 3], dict(CARRY=True, TOTALS=True, BY_B=False, AHEAD=16)),

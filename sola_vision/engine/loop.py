@@ -7,11 +7,10 @@ interrupted. Losses, failures and requests of all processes travel in one small 
 reads one step late in order not to wait; before anything is evaluated or saved all of them have been read.
 """
 
-import copy
 import math
 import time
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from . import checkpoint, loading, optim, resuming
-from .checkpoint import Progress
 from .config import Task, TrainConfig
-from .distributed import (
-    Interrupts,
-    World,
-    copy_from_main,
-    distributed,
-    local_gradients,
-    on_main,
-    parallel,
-    set_precision,
-    share_buffers,
-    whole,
-)
+from .distributed import Interrupts, distributed, local_gradients, on_main, share_buffers, whole
 from .loading import Collate, EvaluationBatches
-from .log import SUMMARY, Log, surroundings, write_json
-from .reports import Report, Reports
+from .log import SUMMARY, surroundings, write_json
+from .reports import Report
+from .run import Run, Sets, prepare
 
 
 class TrainingStopped(RuntimeError):  # noqa: N818 - an end of the run, as StopIteration is one
@@ -68,16 +56,14 @@ def fit(
     folder = Path(folder)
     with distributed(config.device) as world, Interrupts() as interrupts:
         on_main(lambda: resuming.check_folder(folder, resume))
-        sets = (train_set, val_set, collate, eval_collate)
-        run = _prepare(task, model, *sets, config, folder, world, resume, metadata, begin)
-        run.kept = kept
+        sets = Sets(train_set, val_set, collate, eval_collate)
+        run = prepare(task, model, sets, config, folder, world, resume=resume, begin=begin)
+        run.metadata, run.kept = metadata or {}, kept
         try:
             _train(run, interrupts)
             return _summarise(run)
         finally:
-            run.batches.close()
-            run.held_out.close()
-            run.log.close()
+            run.close()
 
 
 @torch.no_grad()
@@ -92,146 +78,7 @@ def evaluate(task: Task, model: nn.Module, batches: EvaluationBatches, *, amp: s
         model.train(training)
 
 
-@dataclass
-class _Run:
-    """All that the functions below share."""
-
-    task: Task
-    config: TrainConfig
-    folder: Path
-    metadata: Mapping[str, str]
-    world: World
-    epoch_steps: int
-    total: int
-    model: nn.Module
-    trained: nn.Module  # the model, or DDP around it
-    ema: optim.Ema | None
-    modules: dict[str, nn.Module]  # whose weights are saved
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    batches: Generator[Any, None, None]
-    held_out: EvaluationBatches
-    skipped: loading.Skipped
-    progress: Progress
-    log: Log
-    reports: Reports
-    began: float = field(default_factory=time.monotonic)
-    saved: float = field(default_factory=time.monotonic)
-    saved_step: int | None = None
-    logged: tuple[int, float] = (0, 0.0)  # step and time of the last training record
-    grad_norm: float = 0.0
-    kept: str = ""
-    stop: bool = False
-    save: bool = False
-
-    @property
-    def epoch(self) -> float:
-        return self.progress.step / self.epoch_steps
-
-    @property
-    def best_model(self) -> nn.Module:
-        return self.model if self.ema is None else self.ema.module
-
-
-def _prepare(
-    task: Task,
-    model: nn.Module,
-    train_set: Dataset[Any],
-    val_set: Dataset[Any],
-    collate: Collate | None,
-    eval_collate: Collate | None,
-    config: TrainConfig,
-    folder: Path,
-    world: World,
-    resume: bool,
-    metadata: dict[str, str] | None,
-    begin: Callable[[], None] | None,
-) -> _Run:
-    # torch does not promise a length
-    images = {"training": len(train_set), "evaluation": len(val_set)}  # type: ignore[arg-type]
-    size = images["training"]
-    epoch_steps = loading.count_epoch_steps(size, config)
-    total = optim.count_steps(config, epoch_steps)
-    micro_batch = loading.micro_batch_size(config, world)
-    set_precision(world.device)
-
-    model, trained, average = _place(model, config, world)
-    optimizer = optim.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
-
-    saved = on_main(lambda: checkpoint.load_progress(folder, total, config.optimizer)) if resume else None
-    progress = saved or Progress()
-    modules = {"model": model} | ({} if average is None else {"ema": average})
-    if saved is not None:
-        checkpoint.load_state(folder, modules, optimizer)
-        if saved.scaler:  # none without fp16
-            scaler.load_state_dict(saved.scaler)
-    if begin is not None:
-        on_main(begin)
-    # only now: it cuts off what the state does not know of
-    log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
-    known = resuming.known_failures(progress, images)
-    skipped = loading.Skipped("training", size, config.max_corrupt, known.get("training"))
-    held_out = EvaluationBatches(
-        val_set,
-        world,
-        batch_size=micro_batch,
-        workers=config.workers,
-        seed=config.seed,
-        max_corrupt=config.max_corrupt,
-        collate=eval_collate or collate,
-        known=known.get("evaluation"),
-    )
-    run = _Run(
-        task=task,
-        config=config,
-        folder=folder,
-        metadata=metadata or {},
-        world=world,
-        epoch_steps=epoch_steps,
-        total=total,
-        model=model,
-        trained=trained,
-        ema=None if average is None else optim.Ema(average, config.ema),
-        modules=modules,
-        optimizer=optimizer,
-        scaler=scaler,
-        batches=loading.training_batches(train_set, config, world, progress.step, total, skipped, collate),
-        held_out=held_out,
-        skipped=skipped,
-        progress=progress,
-        log=log,
-        reports=Reports(world.device),
-    )
-    if saved is not None:
-        run.saved_step = progress.step
-        if changed := resuming.changes(progress, config, images):
-            log.say(f"the run goes on with another configuration: {', '.join(changed)}")
-        log.say(f"resuming {folder} at step {progress.step} of {total}")
-    elif resume:
-        log.say(f"{folder} has no checkpoint yet: starting from the beginning")
-    progress.config, progress.images, progress.metadata = asdict(config), images, dict(run.metadata)
-    return run
-
-
-def _place(model: nn.Module, config: TrainConfig, world: World) -> tuple[nn.Module, nn.Module, nn.Module | None]:
-    """On the devices of all processes: the model, what is trained of it, and its moving average if there is one."""
-    model = model.to(world.device)
-    if world.size > 1 and world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch has none for the CPU
-    copy_from_main(model.state_dict().values())
-    average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
-    if config.compile:
-        for module in (model, average):
-            if module is not None:
-                module.compile()  # in place: the keys of checkpoints stay
-    trained = parallel(model, config.strategy, world)
-    if average is not None and config.strategy == "fsdp":
-        parallel(average, config.strategy, world)
-    return model, trained, average
-
-
-def _train(run: _Run, interrupts: Interrupts) -> None:
+def _train(run: Run, interrupts: Interrupts) -> None:
     config, progress = run.config, run.progress
     run.model.train()
     run.logged = (progress.step, time.monotonic())
@@ -264,7 +111,7 @@ def _train(run: _Run, interrupts: Interrupts) -> None:
             run.log.progress(progress.step, run.epoch)
 
 
-def _step(run: _Run, lr: float) -> dict[str, Tensor]:
+def _step(run: Run, lr: float) -> dict[str, Tensor]:
     """One optimiser step over its micro-batches; the means of the losses over them, on the device."""
     config, step = run.config, run.progress.step
     optim.set_lr(run.optimizer, lr)
@@ -293,7 +140,7 @@ def _step(run: _Run, lr: float) -> dict[str, Tensor]:
     return values
 
 
-def _receive(run: _Run, everything: bool) -> None:
+def _receive(run: Run, everything: bool) -> None:
     progress = run.progress
     for report in run.reports.receive(everything):
         run.grad_norm = report.values.pop("grad_norm")
@@ -310,7 +157,7 @@ def _receive(run: _Run, everything: bool) -> None:
         run.save |= report.flags["save"]
 
 
-def _why_stopped(run: _Run, report: Report, name: str, value: float) -> str:
+def _why_stopped(run: Run, report: Report, name: str, value: float) -> str:
     epoch = (report.step - 1) // run.epoch_steps + 1
     if run.saved_step is None:
         good = "no checkpoint had been saved"
@@ -322,7 +169,7 @@ def _why_stopped(run: _Run, report: Report, name: str, value: float) -> str:
     )
 
 
-def _log(run: _Run, lr: float) -> None:
+def _log(run: Run, lr: float) -> None:
     progress, now = run.progress, time.monotonic()
     step, before = run.logged
     speed = (progress.step - step) / max(now - before, 1e-9)
@@ -335,18 +182,18 @@ def _log(run: _Run, lr: float) -> None:
     run.logged = (progress.step, now)
 
 
-def _evaluation_due(run: _Run) -> bool:
+def _evaluation_due(run: Run) -> bool:
     step = run.progress.step
     at_mark = step % (run.epoch_steps * run.config.evaluate_every) == 0 or step == run.total
     return at_mark and step > 0 and step != run.progress.evaluated
 
 
-def _save_due(run: _Run) -> bool:
+def _save_due(run: Run) -> bool:
     step, every = run.progress.step, run.config.save_steps
     return step > 0 and step != run.saved_step and (run.save or (every is not None and step % every == 0))
 
 
-def _evaluate(run: _Run) -> None:
+def _evaluate(run: Run) -> None:
     _receive(run, everything=True)
     progress, began = run.progress, time.monotonic()
     loading.seed_all(run.config.seed, "evaluation", progress.step)
@@ -365,11 +212,11 @@ def _evaluate(run: _Run) -> None:
     run.logged = (run.logged[0], run.logged[1] + seconds)  # not a part of the training speed
 
 
-def _save(run: _Run) -> None:
+def _save(run: Run) -> None:
     _receive(run, everything=True)  # a state after a loss that was no number must not replace a good one
     progress = run.progress
     progress.metrics_bytes = run.log.position()
-    progress.scaler = run.scaler.state_dict()
+    progress.scaler, progress.metadata = run.scaler.state_dict(), dict(run.metadata)
     progress.skipped = {
         "training": {str(index): text for index, text in run.skipped.known.items()},
         "evaluation": {str(index): text for index, text in run.held_out.skipped.known.items()},
@@ -379,7 +226,7 @@ def _save(run: _Run) -> None:
     run.saved, run.saved_step, run.save = time.monotonic(), progress.step, False
 
 
-def _summarise(run: _Run) -> dict[str, Any]:
+def _summarise(run: Run) -> dict[str, Any]:
     progress = run.progress
     summary = {
         **progress.latest,

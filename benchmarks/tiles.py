@@ -3,7 +3,7 @@
 
     python benchmarks/tiles.py             # writes benchmarks/results/tiles.json; two quiet minutes
 
-`sola_vision/layers/bands.py` chooses between the two by the numbers of tokens and channels. With `--instruction-set
+`sola_vision/layers/dispatch.py` chooses between the two by the numbers of tokens and channels. With `--instruction-set
 avx2` the kernel is held to AVX2; torch's libraries are by MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 ATEN_CPU_CAPABILITY=avx2.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from sola_vision.bench.rounds import Protocol, interleave, ratio
 from sola_vision.engine.log import surroundings, write_json
 from sola_vision.engine.memory import keep_heap
-from sola_vision.layers import LinearLayer, bands
+from sola_vision.layers import LinearLayer, dispatch
 from sola_vision.ops import cpu
 
 # images, height and width, channels: stages of tiny, small and base with 8 images and with one
@@ -67,19 +67,19 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, protocol: Protocol)
     images, side, channels = shape
     layer = LinearLayer(channels).to(dtype).eval()
     x = torch.randn(images, side, side, channels, dtype=dtype)
-    chosen = bool(bands.multiplied_in_tiles(x))
+    chosen = bool(dispatch.multiplied_in_tiles(x))
 
     def run(fewest: float) -> Tensor:
-        bands._tokens_per_square = lambda dtype: fewest
+        dispatch._tokens_per_square = lambda dtype: fewest
         with torch.inference_mode():
             out: Tensor = layer(x)[0]
         return out
 
-    before = bands._tokens_per_square
+    before = dispatch._tokens_per_square
     try:
         times = interleave({"tiles": lambda: run(0.0), "bands": lambda: run(float("inf"))}, protocol)
     finally:
-        bands._tokens_per_square = before
+        dispatch._tokens_per_square = before
     faster, spread = ratio(times["bands"], times["tiles"])
     milliseconds = {name: found.median * 1e3 for name, found in times.items()}
     per_token = channels**2 / (images * side * side)

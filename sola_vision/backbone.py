@@ -3,7 +3,7 @@
 
     image [B, 3, H, W] -> Stem -> [B, H/4, W/4, C1] -> Stage 1 -> ... -> Stage 4 -> [B, H/32, W/32, C4] -> norm -> head
 
-Activations are [B, H, W, C]; NCHW only at the image and at the feature maps, which is timm's contract.
+Activations are [B, H, W, C]; only images and feature maps are NCHW, as timm's contract requires.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from sola_vision.layers import (
 )
 from sola_vision.schedule import Bridge, Layer
 
-# read-outs of the linear layers that bridges start at, by place
+# outputs of the operator in the layers that bridges start from
 States = dict[Layer, Tensor]
 
 
 class Stage(nn.Module):
-    """Patch merging (but for the first stage), then layers at one resolution, with the bridges that end among them."""
+    """Patch merging (except in the first stage), then layers at one resolution and the bridges that end in them."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.bridges = nn.ModuleList(module for _, module in bridges)
         self.bridge_ends = tuple(bridge for bridge, _ in bridges)
-        self.carried = carried  # the linear layers anywhere in the network whose state a bridge takes along
+        self.carried = carried  # the linear layers of the whole network whose state a bridge reads
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, states: States) -> tuple[Tensor, States]:
-        """The map of the stage before [B, H, W, C] -> this stage's [B, H', W', C'], and the states with its own."""
+        """The previous stage's map [B, H, W, C] -> this stage's [B, H', W', C'], and the states including its own."""
         x = self.merge(x)
         for number, layer in enumerate(self.layers):
             here = Layer(self.index, number)
@@ -71,18 +71,18 @@ class Stage(nn.Module):
 
 
 class SolaVision(nn.Module):
-    """A SoLA-Vision network as its config says; a classifier, and a backbone by timm's contract.
+    """A SoLA-Vision classifier, and a backbone that follows timm's contract.
 
     image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes], or [B, C4] with num_classes=0.
-    Other images are a ValueError.
+    Raises ValueError for an image of another rank or number of channels.
 
         network = SolaVision(sola_vision.tiny(bridges="paper", num_classes=10))
 
     Args:
-        config: what the network is.
-        global_pool: how the head pools: "avg", "max", "avgmax", "catavgmax"; "" leaves the map, with num_classes=0.
-        drop_rate: dropout before the head's projection.
-        device, dtype: of the parameters.
+        config: the architecture.
+        global_pool: the head's pooling: "avg", "max", "avgmax", "catavgmax"; "" keeps the map (num_classes=0 only).
+        drop_rate: dropout before the classifier.
+        device, dtype: where and in which dtype the parameters are created.
     """
 
     def __init__(
@@ -126,14 +126,16 @@ class SolaVision(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(config.dims[-1], **dd)
         self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
         self.apply(_initialise)
-        for name, module in self.named_modules():
-            # what ends a residual branch, and the head, starts small: the first function is all but the identity
-            # (docs/results.md)
-            if isinstance(module, nn.Linear) and name.endswith(("output", "channel_mix.value", "fc2", "head.fc")):
-                trunc_normal_(module.weight, std=0.02)
+        # residual branches and the head start near zero, so the network starts near the identity (docs/results.md)
+        for module in self.modules():
+            if isinstance(module, LinearLayer | SoftmaxLayer):
+                for projection in module.branch_outputs():
+                    trunc_normal_(projection.weight, std=0.02)
+        if isinstance(self.head.fc, nn.Linear):
+            trunc_normal_(self.head.fc.weight, std=0.02)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """image -> normalised last feature map [B, C4, H/32, W/32]."""
+        """image [B, in_chans, H, W] -> the last feature map, normalised, [B, C4, H/32, W/32]."""
         x = self.position(self.stem(image))
         states: States = {}
         for stage in self.stages:
@@ -141,10 +143,11 @@ class SolaVision(nn.Module):
         return _nchw(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, C4, H/32, W/32] -> logits [B, num_classes]; pooled features [B, C4] with `pre_logits`."""
+        """[B, C4, H/32, W/32] -> logits [B, num_classes], or pooled features [B, C4] with `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, image: Tensor) -> Tensor:
+        """image [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(image))
 
     def forward_intermediates(
@@ -156,28 +159,31 @@ class SolaVision(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's method: (final map, list of the stages' maps [B, C_i, H_i, W_i]), or the list alone with
-        `intermediates_only`. indices: the last n stages, these stages, or all; norm: normalise the last stage's map.
+        """timm's method: (final map, list of the stages' maps [B, C_i, H_i, W_i]), or only the list with
+        `intermediates_only`. indices: the last n stages, a list of stages, or None for all; norm: normalise the last
+        stage's map; stop_early: skip the stages after the last requested one.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
         shaped = _nchw if output_fmt == "NCHW" else torch.Tensor.contiguous
         take, last = feature_take_indices(len(self.stages), indices)
         x = self.position(self.stem(x))
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        complete = len(stages) == len(self.config.dims)  # `norm` is made for the last stage's channels
         states: States = {}
         maps = []
-        for index, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for index, stage in enumerate(stages):
             x, states = stage(x, states)
             if index in take:
                 maps.append(shaped(self.norm(x) if norm and index == len(self.config.dims) - 1 else x))
         if intermediates_only:
             return maps
-        return shaped(self.norm(x) if index == len(self.config.dims) - 1 else x), maps
+        return shaped(self.norm(x) if complete else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the feature maps `indices` do not need; returns the indices kept."""
+        """Remove the stages and the head that the feature maps `indices` do not need; return the indices kept."""
         take, last = feature_take_indices(len(self.stages), indices)
         cut = last < len(self.stages) - 1
         if prune_norm or cut:
@@ -190,25 +196,27 @@ class SolaVision(nn.Module):
         return take
 
     def get_classifier(self) -> nn.Module:
+        """The head's projection; nn.Identity without one."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by one for `num_classes` (0: none); the rest keeps its weights."""
+        """Replace the head by a new one with `num_classes` outputs (0: none)."""
         check_pool(global_pool, num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each layer in the backward instead of keeping its activations."""
+        """Recompute each layer's activations in the backward instead of keeping them."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers exempt from weight decay, in addition to vectors and biases."""
         return {"position.weight"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer-wise learning-rate decay: the stem, then every layer with what feeds it."""
+        """timm's parameter groups for layer-wise learning-rate decay: the stem, then each layer with its inputs."""
         layers = [
             (r"^stages\.(\d+)\.merge", (0,)),
             (r"^stages\.(\d+)\.layers\.(\d+)", None),
@@ -223,17 +231,18 @@ def _nchw(x: Tensor) -> Tensor:
 
 
 def check_pool(global_pool: str | None, num_classes: int) -> None:
-    """Refuses a head on what is not pooled, which would fail at its first image."""
+    """Raise ValueError for a classifier on an unpooled map, which would fail at the first image."""
     if global_pool == "" and num_classes:
         raise ValueError(
-            f"global_pool='' leaves the feature map, which num_classes={num_classes} cannot take: give num_classes=0"
+            f"global_pool='' keeps the feature map, which a classifier (num_classes={num_classes}) cannot take: "
+            "use num_classes=0"
         )
 
 
 def _initialise(module: nn.Module) -> None:
-    """Variance-preserving weights; layers set what is particular to them (decay, bonus, interpolations)."""
+    """Variance-preserving weights; the layers initialise decay, bonus and interpolations themselves."""
     if isinstance(module, nn.Linear):
-        # not in the paper: ViT's and Swin's 0.02 everywhere suits widths near 768; narrow networks learn sooner from
+        # not in the paper: ViT's and Swin's std of 0.02 suits widths near 768; narrow networks learn faster from
         # variance-preserving weights (docs/results.md)
         trunc_normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:

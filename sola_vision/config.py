@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network is: `SolaConfig`, and the family as functions whose columns read like Table 7. No torch.
+"""The architecture: `SolaConfig`, and the family as functions whose columns read like Table 7. Does not import torch.
 
-Depths are not stored: the schedule has them. The seed sizes are the paper's; nano is ours.
+Depths are derived from the schedule. tiny, small and base are the paper's; nano is ours.
 """
 
 from dataclasses import dataclass, replace
@@ -12,20 +12,19 @@ from sola_vision.schedule import Bridges, Schedule, parse_bridges, parse_schedul
 
 @dataclass(frozen=True, kw_only=True)
 class SolaConfig:
-    """A SoLA-Vision network. Raises ValueError for whatever does not fit together.
+    """The architecture of a SoLA-Vision network. Raises ValueError for inconsistent fields.
 
     Args:
-        schedule: the layers, such as "LL/LL/LLSLLS/LS"; as many stages as `dims`.
+        schedule: layer kinds, such as "LL/LL/LLSLLS/LS", with one stage for each of `dims`.
         dims: channels of each stage.
-        bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6", or "paper" for Table 7's, which the paper's networks
-            have. Without it there are none.
-        patch_size: pixels a side of a stem patch; stage s has stride patch_size * 2^s.
-        img_size: pixels a side that the position embedding is laid out for; other sizes interpolate it.
-        in_chans: channels of an image.
-        num_classes: numbers that the head puts out; 0 for a network without one.
-        head_dim: channels of an attention head.
-        token_shift: whether linear layers mix each token with its shifted neighbours.
-        drop_path_rate: stochastic depth of the last layer; grows linearly with depth.
+        bridges: Hidden State Bridges, such as "1.2>3.3 2.2>3.6"; "paper" for Table 7's; "" for none.
+        patch_size: side of a stem patch in pixels; stage s (from 0) has stride patch_size * 2^s.
+        img_size: image side in pixels that defines the position embedding's grid; it is interpolated for other sizes.
+        in_chans: image channels.
+        num_classes: outputs of the classifier; 0 removes it.
+        head_dim: channels per attention head.
+        token_shift: mix each token of a linear layer with its shifted neighbours.
+        drop_path_rate: stochastic depth rate of the last layer; rises linearly from 0 at the first.
     """
 
     schedule: str
@@ -45,13 +44,15 @@ class SolaConfig:
         if len(self.dims) != len(schedule.stages):
             raise ValueError(
                 f"schedule {self.schedule!r} has {len(schedule.stages)} stages but dims {self.dims} has "
-                f"{len(self.dims)} numbers: give one number of channels a stage"
+                f"{len(self.dims)} entries: give one number of channels per stage"
             )
         for name in ("patch_size", "img_size", "in_chans", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if min(self.dims) < 1 or self.num_classes < 0:
-            raise ValueError(f"dims {self.dims} must be positive and num_classes {self.num_classes} not negative")
+            raise ValueError(
+                f"dims {self.dims} must be positive and num_classes={self.num_classes} must not be negative"
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1)")
         for stage, (kinds, dim) in enumerate(zip(schedule.stages, self.dims, strict=True)):
@@ -66,17 +67,17 @@ class SolaConfig:
 
     @property
     def parsed_schedule(self) -> Schedule:
-        """The schedule as stages of letters."""
+        """The schedule as a `Schedule`."""
         return parse_schedule(self.schedule)
 
     @property
     def parsed_bridges(self) -> Bridges:
-        """The bridges as pairs of layers."""
+        """The bridges as `Bridges`."""
         return parse_bridges(self.bridges)
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels between neighbouring tokens, a number a stage: 4, 8, 16, 32 for the family."""
+        """Pixels between neighbouring tokens, per stage: 4, 8, 16, 32 for the family."""
         return tuple(self.patch_size * 2**stage for stage in range(len(self.dims)))
 
     def with_changes(self, **changes: Any) -> "SolaConfig":
@@ -88,7 +89,8 @@ class SolaConfig:
 _SOLA      = "LL/LL/LLSLLS/LS"
 _SOLA_BASE = "LL/LL/LLLSLLSLLSLLSLLS/LS"
 
-# Table 7. Its column for B counts the layers of stage 3 from zero (S at 4, 7, 10, 13, 16); T and S count from one.
+# Table 7. Its column for B counts the targets in stage 3 from zero (from one, its S layers are 4, 7, 10, 13 and 16).
+# not in the paper: everything else is counted from one, as for T and S. (3,2)L could also mean 3.3.
 _BRIDGES = {
     _SOLA:      "1.2>3.3 2.2>3.6 3.2>4.2",
     _SOLA_BASE: "1.2>3.4 1.2>3.7 2.2>3.10 2.2>3.13 3.2>3.16 3.2>4.2",
@@ -99,13 +101,13 @@ _BRIDGES = {
 def _paper_bridges(schedule: str) -> str:
     if schedule not in _BRIDGES:
         raise ValueError(
-            f"bridges='paper' belongs to Table 7's schedules {' and '.join(_BRIDGES)}, not to {schedule!r}: "
-            "name the bridges, such as bridges='1.2>3.3', or leave them out"
+            f"bridges='paper' is defined for Table 7's schedules {' and '.join(_BRIDGES)}, not for {schedule!r}: "
+            "list the bridges, such as bridges='1.2>3.3', or omit them"
         )
     return _BRIDGES[schedule]
 
 
-# not in the paper: rates of stochastic depth, 0.1 / 0.2 / 0.5. It follows Swin's strategy without naming them; Swin has
+# not in the paper: stochastic depth rates of 0.1 / 0.2 / 0.5. The paper follows Swin without naming them; Swin uses
 # 0.2 / 0.3 / 0.5 for 28 to 88 M parameters, and tiny is far smaller than Swin-T.
 # fmt: off
 def nano(**changes: Any) -> SolaConfig:

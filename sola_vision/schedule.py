@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two mini-languages: a schedule says what each layer is, bridges say which states travel forward. No torch.
+"""The two mini-languages: schedules (the kind of each layer) and bridges (states passed forward). No torch import.
 
     schedule  "LL/LL/LLSLLS/LS"            a letter a layer (L linear, S softmax attention), a slash between stages
-    bridges   "1.2>3.3 2.2>3.6 3.2>4.2"    one-based stage.layer, from a linear layer forward to a softmax layer
+    bridges   "1.2>3.3 2.2>3.6 3.2>4.2"    one-based stage.layer, from a linear layer to a later softmax layer
 
-Parsed values give their text back with `str`. Errors point at the position and say the rule.
+`str` of a parsed value returns its text. Errors mark the wrong position and state the rule.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Layer(NamedTuple):
-    """A layer's place, zero-based, as in `model.stages[stage].layers[layer]`; its text is one-based."""
+    """A layer's position, zero-based as in `model.stages[stage].layers[layer]`; `str` is one-based."""
 
     stage: int
     layer: int
@@ -24,7 +24,7 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The layers of every stage, as a string of L and S each."""
+    """The layers of each stage as a string of L and S."""
 
     stages: tuple[str, ...]
 
@@ -33,14 +33,16 @@ class Schedule:
 
     @property
     def depths(self) -> tuple[int, ...]:
+        """The number of layers of each stage."""
         return tuple(len(stage) for stage in self.stages)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
+        """All layers in order."""
         return tuple(Layer(s, n) for s, stage in enumerate(self.stages) for n in range(len(stage)))
 
     def kind(self, layer: Layer) -> str:
-        """ "L" or "S"."""
+        """Return "L" or "S"."""
         return self.stages[layer.stage][layer.layer]
 
 
@@ -56,7 +58,7 @@ class Bridge(NamedTuple):
 
 @dataclass(frozen=True)
 class Bridges:
-    """Any number of bridges, in the order in which they were written; several into one layer add up."""
+    """Bridges in the order of the text; several into one layer are summed."""
 
     bridges: tuple[Bridge, ...] = ()
 
@@ -65,9 +67,9 @@ class Bridges:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """`"LL/LL/LLSLLS/LS"` -> Schedule. Raises ValueError that points at the first wrong position."""
+    """Parse `"LL/LL/LLSLLS/LS"`. Raises ValueError that marks the first wrong position."""
     if not text:
-        raise ValueError(_pointing("schedule", text, 0, "it needs at least one layer, such as 'L'"))
+        raise ValueError(_pointing("schedule", text, 0, "a schedule needs at least one layer, such as 'L'"))
     for position, letter in enumerate(text):
         if letter not in "LS/":
             hint = f"; write '{letter.upper()}'" if letter.upper() in "LS" else ""
@@ -86,10 +88,10 @@ _BRIDGE = re.compile(r"(\d+)\.(\d+)>(\d+)\.(\d+)")
 
 
 def parse_bridges(text: str, schedule: Schedule | str | None = None) -> Bridges:
-    """`"1.2>3.3 2.2>3.6"` -> Bridges; with a schedule its layers are checked too.
+    """Parse `"1.2>3.3 2.2>3.6"`; with a schedule, check the layers against it.
 
-    Raises ValueError that points at the first wrong bridge: unreadable, backward, twice the same, outside the schedule,
-    not starting at a linear layer or not ending at a softmax layer.
+    Raises ValueError that marks the first wrong bridge: malformed, backward, duplicate, outside the schedule, not
+    starting at a linear layer or not ending at a softmax layer.
     """
     if isinstance(schedule, str):
         schedule = parse_schedule(schedule)
@@ -108,10 +110,10 @@ def parse_bridges(text: str, schedule: Schedule | str | None = None) -> Bridges:
                 )
         bridge = Bridge(Layer(numbers[0] - 1, numbers[1] - 1), Layer(numbers[2] - 1, numbers[3] - 1))
         if bridge.target <= bridge.source:
-            rule = f"{bridge} does not go forward: its end must come after its start"
+            rule = f"{bridge} does not go forward: the target must come after the source"
             raise ValueError(_pointing("bridges", text, start, rule))
         if bridge in found:
-            raise ValueError(_pointing("bridges", text, start, f"{bridge} is there twice"))
+            raise ValueError(_pointing("bridges", text, start, f"duplicate bridge {bridge}"))
         if schedule is not None:
             _check_end(text, start, bridge.source, schedule, "L", "start at a linear layer (L)")
             _check_end(text, start + match.start(3), bridge.target, schedule, "S", "end at a softmax layer (S)")
@@ -129,5 +131,5 @@ def _check_end(text: str, position: int, layer: Layer, schedule: Schedule, kind:
 
 
 def _pointing(what: str, text: str, position: int, rule: str) -> str:
-    """One line: the text with a mark before the wrong place, its position counted from 1, and the rule."""
+    """One line: the text with a mark at the wrong position (counted from 1), and the rule."""
     return f"{what} {text[:position] + '▸' + text[position:]!r}, position {position + 1}: {rule}"

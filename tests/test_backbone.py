@@ -232,7 +232,7 @@ def test_timm_schedule_and_dims_are_arguments():
 
 
 def test_a_head_needs_pooled_features():
-    with pytest.raises(ValueError, match=r"global_pool='' leaves the feature map, .* give num_classes=0"):
+    with pytest.raises(ValueError, match=r"global_pool='' keeps the feature map, .* use num_classes=0"):
         timm.create_model("sola_nano", global_pool="", num_classes=10)
     with pytest.raises(ValueError, match="num_classes=3"):
         build().reset_classifier(3, "")

@@ -40,7 +40,7 @@ def test_config_is_frozen():
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
         ({"patch_size": 0}, "patch_size=0"),
         ({"schedule": "LL/LL/LLSLLT/LS"}, "'T' is not a layer"),
-        ({"num_classes": -1}, "num_classes -1"),
+        ({"num_classes": -1}, "num_classes=-1"),
     ],
 )
 def test_config_states_what_does_not_fit(changes, message):

@@ -57,7 +57,7 @@ def test_parse_bridges_gives_its_text_back():
         ("1.2>3.0", 7, "count from 1"),
         ("3.3>1.2", 1, "does not go forward"),
         ("3.2>3.2", 1, "does not go forward"),
-        ("1.2>3.3 1.2>3.3", 9, "twice"),
+        ("1.2>3.3 1.2>3.3", 9, "duplicate bridge 1.2>3.3"),
         ("1.3>3.3", 1, "no layer 1.3; it has 1.1 to 1.2"),
         ("1.2>5.1", 5, "no layer 5.1"),
         ("1.2>3.4", 5, "layer 3.4 of LL/LL/LLSLLS/LS is L"),

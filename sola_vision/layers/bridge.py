@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hidden State Bridge: a linear layer's state, sampled to a deeper grid, refines a softmax layer's input (eq. 10).
+"""The Hidden State Bridge (eq. 10): a linear layer's state, sampled at a deeper grid, refines a softmax layer's input.
 
 X_bridge = sample(H) W_hsb,    x <- x + sigmoid(x W_g) * X_bridge
 """
@@ -11,9 +11,9 @@ from sola_vision.layers.products import project
 
 
 def sample(state: Tensor, height: int, width: int) -> Tensor:
-    """Equidistant tokens of a finer grid: [B, H_s, W_s, C] -> [B, height, width, C], without parameters."""
-    # not in the paper: eq. 10's Samp is "parameter-free, equidistant"; here the index along each axis is that of the
-    # source token at the target token's centre, floor((i + 0.5) * source / target)
+    """Pick equidistant tokens: [B, H_s, W_s, C] -> [B, height, width, C], without parameters."""
+    # not in the paper: eq. 10's Samp is "parameter-free, equidistant"; along each axis the source token at the
+    # target token's centre is taken, floor((i + 0.5) * source / target)
     rows = _centres(state.shape[1], height, state.device)
     columns = _centres(state.shape[2], width, state.device)
     return state.index_select(1, rows).index_select(2, columns)
@@ -25,10 +25,10 @@ def _centres(source: int, target: int, device: torch.device) -> Tensor:
 
 
 class HiddenStateBridge(nn.Module):
-    """One bridge; what it returns is added to the target layer's input."""
+    """One bridge; its output is added to the target layer's input."""
 
     # not in the paper: H is the WKV read-out before the receptance gate. Eqs. 3-4 speak of the hidden state, whose
-    # normalised read-out is what exists for every token at linear cost.
+    # normalised read-out exists for every token at linear cost. The projections have no bias.
 
     def __init__(
         self, source_dim: int, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -4,7 +4,9 @@
     spatial mix   r, k, v = linear(token shift(norm(x)));   x + linear(sigmoid(r) * wkv(w, u, k, v))       4 C^2
     channel mix   r, k    = linear(token shift(norm(x)));   x + sigmoid(r) * linear(relu(k)^2)             9 C^2
 
-[B, H, W, C] throughout; tokens are the pixels in raster order, N = H W.
+[B, H, W, C] throughout; tokens are the pixels in raster order, N = H W. `forward` is the formula, with matrix products
+that fuse the pass before them (`projections.py`); `add_to` adds the residual and takes the fastest implementation that
+`dispatch.py` allows.
 """
 
 from typing import Any
@@ -13,23 +15,25 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.bands import bands, in_bands, in_tiles
-from sola_vision.layers.halves import channel_mix, in_one_node, spatial_mix
-from sola_vision.layers.plain import is_exactly
+from sola_vision.layers.bands import bands
+from sola_vision.layers.dispatch import in_bands, in_one_node, in_tiles
+from sola_vision.layers.fused_gpu import channel_mix, spatial_mix
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
+from sola_vision.layers.unmodified import is_exactly
 from sola_vision.ops import gate, gated_sum, wkv
 
 
 def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype: torch.dtype | None) -> nn.Parameter:
-    """How much of the token itself each channel keeps, from 0 to 1 over the channels: some look at the neighbour, some
-    at the token, most in between (RWKV's initialisation; Vision-RWKV keeps it).
-    """
+    """The initial weight of the token itself against its shifted neighbour, from 0 to 1 over the channels."""
+    # not in the paper: RWKV's initialisation of its first layer, in every layer here. Vision-RWKV's depends on depth.
     ramp = torch.arange(dim, device=device, dtype=torch.float32) / max(1, dim - 1)
     return nn.Parameter((ramp**power).to(dtype or torch.get_default_dtype()))
 
 
 class LinearMixer(nn.Module):
-    """Bi-WKV attention (eq. 9) with its receptance gate; also returns the read-out, which a bridge may carry on."""
+    """Bi-WKV attention (eq. 9) with its receptance gate."""
+
+    # not in the paper: projections without bias, as in Vision-RWKV
 
     def __init__(
         self,
@@ -56,19 +60,19 @@ class LinearMixer(nn.Module):
 
     @torch.no_grad()
     def reset_decay(self) -> None:
-        """Decay rates from the whole image to a few tokens, and a bonus around ln 0.3 (Vision-RWKV's)."""
-        # not in the paper: its analysis needs w > 0, while Vision-RWKV starts most channels at w < 0, where the weight
-        # grows with distance. Powers from 1 to 64 spread the range of eq. 5 from the whole image, N tokens, down to
-        # N / 64; the optimiser moves w too slowly to find it.
+        """Set decays whose ranges go from the whole image to a few tokens, and Vision-RWKV's bonus around ln 0.3."""
+        # not in the paper: its analysis requires w > 0; Vision-RWKV starts most channels at w < 0, where the weight
+        # grows with distance. Values from 1 to 64 spread the range of eq. 5 from the whole image, N tokens, down to
+        # N / 64; the optimiser moves w too slowly to get there from elsewhere.
         ramp = torch.linspace(0, 1, self.decay.shape[0], device=self.decay.device)
         self.decay.copy_(64**ramp)
         zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1
         self.bonus.copy_(-1.2 + 0.5 * zigzag)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] before its norm -> the same, and the read-out wkv_t before the gate [B, H, W, C].
+        """x [B, H, W, C] before its norm -> the branch's output and the ungated read-out wkv_t, both [B, H, W, C].
 
-        The norm comes along because kernels compute it with the token shift and the products in one pass.
+        The norm is an argument because kernels fuse it with the token shift and the products.
         """
         projections = (self.receptance, self.key, self.value)
         if self.token_shift and in_one_node(x, norm, *projections, self.output):
@@ -84,23 +88,23 @@ class LinearMixer(nn.Module):
         return gate_linear(receptance, readout, self.output), readout
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """x + the first of forward(x, norm), and the read-out."""
+        """x + the branch's output, and the read-out (see `forward`)."""
         if not (self.token_shift and in_tiles(x, norm, self.receptance, self.key, self.value, self.output)):
             mixed, readout = self(x, norm)
             return x + mixed, readout
-        # the receptance is not needed before the read-out is there, and is then made where it gates
+        # the receptance is computed where it gates, after the read-out
         mixes = torch.stack((self.mix_key, self.mix_value))
         readout = self.read(*shift_linear(x, norm, mixes, (self.key, self.value)))
         mix, weights = self.mix_receptance[None], (self.receptance.weight, self.output.weight)
         return torch.ops.sola.spatial_mix(x, norm.weight, norm.bias, norm.eps, mix, *weights, readout), readout
 
     def read(self, key: Tensor, value: Tensor) -> Tensor:
-        """wkv_t of [B, H, W, C]."""
+        """Apply the operator to key and value [B, H, W, C]; the same shape."""
         return wkv(self.decay, self.bonus, key.flatten(1, 2), value.flatten(1, 2)).view(key.shape)
 
 
 class ChannelMix(nn.Module):
-    """The linear layer's feed-forward half: squared ReLU under a receptance gate."""
+    """The linear layer's feed-forward half: squared ReLU with a receptance gate."""
 
     def __init__(
         self,
@@ -122,15 +126,16 @@ class ChannelMix(nn.Module):
             self.mix_receptance = _interpolation(dim, 1.0, **dd)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x [B, H, W, C] before its norm -> the same."""
+        """x [B, H, W, C] before its norm -> the branch's output, the same shape."""
         projections = (self.key, self.receptance, self.value)
         if self.token_shift and in_one_node(x, norm, *projections):
             return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=False)
         return gate(*self.project(x, norm))
 
     def project(self, x: Tensor, norm: nn.LayerNorm, top: int = 0, bottom: int = 0) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] before its norm -> the gate's receptance and what it lets through, without the outermost rows
-        of x, which lend their tokens only.
+        """x [B, H, W, C] before its norm -> the gate's receptance and the value it multiplies.
+
+        The first `top` and last `bottom` rows are read by the token shift only; the results do not have them.
         """
         projections = (self.key, self.receptance)
         if self.token_shift:
@@ -142,7 +147,7 @@ class ChannelMix(nn.Module):
         return receptance, squared_relu_linear(hidden, self.value)
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x + forward(x, norm), in tiles or bands where gradients are not asked for."""
+        """x + the branch's output (see `forward`)."""
         projections = (self.key, self.receptance, self.value)
         if self.token_shift and in_one_node(x, norm, *projections):
             return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=True)
@@ -161,7 +166,7 @@ class ChannelMix(nn.Module):
 
 
 def _drops_nothing(drop_path: nn.Module) -> bool:
-    """Whether it lets everything through, and nobody watches it do so."""
+    """True if drop_path is the identity in this call, and no hook observes it."""
     if type(drop_path) is nn.Identity:
         return is_exactly(drop_path, nn.Identity)
     return is_exactly(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
@@ -187,8 +192,12 @@ class LinearLayer(nn.Module):
         self.channel_mix = ChannelMix(dim, token_shift=token_shift, **dd)
         self.drop_path = DropPath(drop_path)
 
+    def branch_outputs(self) -> tuple[nn.Linear, nn.Linear]:
+        """The projections that end the two residual branches."""
+        return self.mixer.output, self.channel_mix.value
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] -> the same, and the hidden state's read-out [B, H, W, C] for bridges."""
+        """x [B, H, W, C] -> the same shape, and the hidden state's read-out [B, H, W, C] for bridges."""
         undropped = _drops_nothing(self.drop_path)
         if undropped and is_exactly(self.mixer, LinearMixer):
             x, readout = self.mixer.add_to(x, self.norm1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of tokens by weights, by the faster of the two libraries that torch has on a CPU. (Those with passes
-around them are the kernel's own where it can, see `projections.py`.)
+"""Matrix products of tokens and weights by the faster of torch's two CPU libraries. (Products fused with passes are in
+`projections.py`.)
 
-torch multiplies float32 matrices with MKL, which on AMD's processors stays with AVX2, and convolves with oneDNN, which
-takes the AVX-512 that is there. A 1x1 convolution is the same product, on such a processor twice as fast (docs/
-performance.md). Everywhere else, and in half precision, where torch multiplies with oneDNN as well, it is `linear`.
+torch multiplies float32 matrices with MKL, which uses AVX2 only on AMD processors, and convolves with oneDNN, which
+uses AVX-512. On such a processor the same product written as a 1x1 convolution is twice as fast (docs/performance.md).
+Everywhere else, and in half precision, where torch multiplies with oneDNN too, `linear` is used.
 """
 
 import platform
@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 from torch.nn.grad import conv2d_weight
 
-from sola_vision.layers.plain import hooked_everywhere, is_untouched
+from sola_vision.layers.unmodified import has_global_hook, is_stock
 from sola_vision.ops import pinned, seen_through
 
-_FEWEST_VALUES = 1 << 15  # torch itself leaves small convolutions to another library
-_FEWEST_ROWS = 128  # for fewer, oneDNN's rearranging of the weight is a large part
-_DILATION = (2, 2)  # a 1x1 kernel knows no difference, but torch, which on one thread leaves plain ones to MKL, does
-# AMD's family. Earlier ones with AVX-512 compute it in halves, with which oneDNN gains nothing over MKL (benchmarks/
-# results/zen4/products.json), as mobile ones of this family may, which were not measured
+_FEWEST_VALUES = 1 << 15  # torch passes smaller convolutions to another library
+_FEWEST_ROWS = 128  # with fewer, oneDNN's reordering of the weight dominates
+_DILATION = (2, 2)  # no effect on a 1x1 kernel, but keeps torch from passing it to MKL on one thread
+# AMD's processor family. Earlier ones split AVX-512 into halves, and oneDNN gains nothing over MKL there (benchmarks/
+# results/zen4/products.json). The same may hold for mobile processors of this family, which were not measured.
 _ZEN_5 = 26
 
 
 def project(x: Tensor, projection: nn.Linear) -> Tensor:
     """projection(x): [..., K] -> [..., D]."""
     convolves = (
-        type(x) is Tensor  # not what torch.fx traces with
-        and is_untouched(projection)
+        type(x) is Tensor  # not a torch.fx proxy
+        and is_stock(projection)
         and _convolves(x, projection.weight)
         and x.shape[-1] == projection.in_features
-        and not hooked_everywhere()
+        and not has_global_hook()
         and pinned() in (None, "native")
         and not seen_through(x)
     )
@@ -57,10 +57,10 @@ def product_into(out: Tensor, rows: Tensor, weight: Tensor) -> None:
 
 
 def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
-    """grad.T @ rows: of a product's result [M, D] and its rows [M, K] -> its weight's [D, K]."""
+    """grad.T @ rows: the gradient of a product [M, D] and its input [M, K] -> the gradient of the weight [D, K]."""
     if not _convolves(rows, grad):
         return grad.t() @ rows
-    if rows.shape[1] > grad.shape[1]:  # oneDNN is faster where the results are the wider side
+    if rows.shape[1] > grad.shape[1]:  # oneDNN is faster if the output is the wider side
         return weight_gradient(rows, grad).t()
     shape = (grad.shape[1], rows.shape[1], 1, 1)
     return conv2d_weight(_image(rows), shape, _image(grad), dilation=_DILATION).flatten(1)
@@ -68,12 +68,12 @@ def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     made = conv2d(_image(x), weight[:, :, None, None], bias, dilation=_DILATION).permute(0, 2, 3, 1)
-    # not a view in autograd's eyes, so that it may be changed in place
+    # autograd must not treat it as a view, so that it may be modified in place
     return torch.ops.aten._unsafe_view(made, (*x.shape[:-1], weight.shape[0]))
 
 
 def _image(x: Tensor) -> Tensor:
-    """[..., K] as an image of one column [1, K, M, 1], channels last in memory as x is."""
+    """[..., K] as a one-column image [1, K, M, 1], channels last in memory like x."""
     return x.contiguous().view(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
@@ -81,7 +81,7 @@ def _convolves(x: Tensor, other: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _convolution_is_faster()
-        and not torch.jit.is_tracing()  # a traced file is for any processor
+        and not torch.jit.is_tracing()  # a traced file has to run on any processor
         and x.device.type == other.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
         and x.numel() >= max(_FEWEST_VALUES, _FEWEST_ROWS * x.shape[-1])
@@ -97,7 +97,7 @@ def _convolution_is_faster() -> bool:
 
 
 def matrices_stay_narrow() -> bool:
-    """Whether torch multiplies float32 matrices with AVX2 though there is AVX-512, and by no library that is faster."""
+    """True if torch multiplies float32 matrices with AVX2 although the processor has AVX-512."""
     return _mkl_is_narrow() and not _convolution_is_faster()
 
 
@@ -108,11 +108,11 @@ def _mkl_is_narrow() -> bool:
 
 @cache
 def _processor() -> tuple[str, int]:
-    """Vendor and family: ("AuthenticAMD", 26); ("", 0) where this is not Linux on x86."""
+    """Vendor and family of the processor, such as ("AuthenticAMD", 26); ("", 0) unless on Linux on x86-64."""
     file = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not file.exists():
         return "", 0
     lines = (line.split(":", 1) for line in file.read_text().split("\n\n")[0].splitlines() if ":" in line)
-    said = {name.strip(): value.strip() for name, value in lines}
-    family = said.get("cpu family", "")
-    return said.get("vendor_id", ""), int(family) if family.isdigit() else 0
+    fields = {name.strip(): value.strip() for name, value in lines}
+    family = fields.get("cpu family", "")
+    return fields.get("vendor_id", ""), int(family) if family.isdigit() else 0

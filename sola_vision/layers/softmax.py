@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The softmax layer (S): ViT's global multi-head self-attention, then an MLP with a 3x3 depth-wise convolution
-(section 4.4). Two residuals, [B, H, W, C] throughout; no windows: every token sees every token.
+(section 4.4). Two residual branches, [B, H, W, C] throughout; attention is global, without windows.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class SoftmaxMixer(nn.Module):
         self.output = nn.Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] -> the same."""
+        """x [B, H, W, C] -> the same shape."""
         mixed = attention(project(x, self.qkv).flatten(1, 2), self.head_dim)
         return project(mixed.unflatten(1, x.shape[1:3]), self.output)
 
@@ -49,9 +49,9 @@ class ConvMlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] -> the same."""
+        """x [B, H, W, C] -> the same shape."""
         x = project(x, self.fc1).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
-        # not in the paper: before the activation, as in PVT v2, which introduced this MLP
+        # not in the paper: the convolution comes before the activation, as in PVT v2, which introduced this MLP
         x = self.depthwise(x).permute(0, 2, 3, 1)
         return project(nn.functional.gelu(x), self.fc2)
 
@@ -76,7 +76,11 @@ class SoftmaxLayer(nn.Module):
         self.mlp = ConvMlp(dim, **dd)
         self.drop_path = DropPath(drop_path)
 
+    def branch_outputs(self) -> tuple[nn.Linear, nn.Linear]:
+        """The projections that end the two residual branches."""
+        return self.mixer.output, self.mlp.fc2
+
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """x [B, H, W, C] -> the same, and None: attention has no hidden state that a bridge could carry."""
+        """x [B, H, W, C] -> the same shape, and None: attention has no hidden state for a bridge to carry."""
         x = x + self.drop_path(self.mixer(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x))), None

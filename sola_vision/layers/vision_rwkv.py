@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-RWKV's layer: the parts of our linear layer, as its published networks put them together.
+"""Vision-RWKV's layer, built from the parts of our linear layer as in its published networks.
 
-Small to large normalise a branch after its mix instead of before it and scale what they add; large normalises the
-read-out and the squared ReLU too. Plain passes: these networks are here for their weights. [B, H, W, C] throughout.
+Small to large normalise a branch after its mix instead of before it and scale its output; large also normalises the
+read-out and the squared ReLU. Not fused: these networks exist here for their weights. [B, H, W, C] throughout.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,11 @@ from sola_vision.ops import gate, published_wkv, quad_shift, squared_relu, wkv
 
 
 class VisionRwkvLayer(nn.Module):
-    """Spatial mix and channel mix, two residuals; with `scale`, its initial value, scaled and normalised afterwards.
+    """Spatial mix and channel mix, two residual branches.
 
-    eq9: eq. 9 instead of the published operator; either way the bonus is divided by the number of tokens.
+    scale: initial value of the branches' scales; a branch is then normalised after its mix. None: before it, no scale.
+    key_norm: normalise the read-out and the squared ReLU as well.
+    eq9: use eq. 9 instead of the published operator; in both the bonus is divided by the number of tokens.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class VisionRwkvLayer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] -> the same."""
+        """x [B, H, W, C] -> the same shape."""
         x = x + self.drop_path(_branch(x, self.norm1, self._mix_tokens, self.scale1))
         return x + self.drop_path(_branch(x, self.norm2, self._mix_channels, self.scale2))
 
@@ -71,7 +73,7 @@ def _branch(x: Tensor, norm: nn.Module, mix: Callable[[Tensor], Tensor], scale: 
 
 
 def _mixed(x: Tensor, shifted: Tensor, mix: Tensor) -> Tensor:
-    """What each channel keeps of the token itself, the rest from its neighbour."""
+    """Interpolate per channel between the shifted neighbour (0) and the token itself (1)."""
     return torch.lerp(shifted, x, mix.to(x.dtype))
 
 

@@ -15,6 +15,7 @@ from sola_vision.layers import (
     SoftmaxMixer,
     Stem,
     bands,
+    dispatch,
     projections,
 )
 from sola_vision.layers.bridge import sample
@@ -68,7 +69,7 @@ def test_bands_change_nothing(monkeypatch, shift, budget):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """The kernel's products, of however few tokens, where there is one."""
-    monkeypatch.setattr(bands, "_tokens_per_square", lambda dtype: 0)
+    monkeypatch.setattr(dispatch, "_tokens_per_square", lambda dtype: 0)
 
 
 @pytest.fixture

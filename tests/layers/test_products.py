@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 import sola_vision  # noqa: F401 - names of the networks
 from sola_vision import layers, ops
-from sola_vision.layers import bands, products
+from sola_vision.layers import dispatch, products
 from sola_vision.ops import cpu
 
 
@@ -218,8 +218,8 @@ def test_the_processor_decides(monkeypatch, vendor, family, capability, faster, 
     ],
 )
 def test_from_how_many_tokens_on_there_are_tiles(monkeypatch, used, narrow, float32, bfloat16):
-    monkeypatch.setattr(bands.cpu, "instruction_set", lambda: used)
-    monkeypatch.setattr(bands, "matrices_stay_narrow", lambda: narrow)
-    assert bands._tokens_per_square(torch.float32) == float32
+    monkeypatch.setattr(dispatch.cpu, "instruction_set", lambda: used)
+    monkeypatch.setattr(dispatch, "matrices_stay_narrow", lambda: narrow)
+    assert dispatch._tokens_per_square(torch.float32) == float32
     if bfloat16 is not None:
-        assert bands._tokens_per_square(torch.bfloat16) == bfloat16
+        assert dispatch._tokens_per_square(torch.bfloat16) == bfloat16

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sola_vision import ops
-from sola_vision.layers import LinearLayer, halves, linear
+from sola_vision.layers import LinearLayer, fused_gpu, linear
 
 needs_kernel = pytest.mark.skipif(ops.missing_kernel("cpu") is not None, reason="a node calls kernels")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -31,15 +31,15 @@ def calls(made):
     return {
         "spatial": (
             lambda x: mixer(x, made.norm1),
-            lambda x: halves.spatial_mix(x, made.norm1, mixer.decay, mixer.bonus, of_first, first),
+            lambda x: fused_gpu.spatial_mix(x, made.norm1, mixer.decay, mixer.bonus, of_first, first),
         ),
         "channel": (
             lambda x: (mix(x, made.norm2),),
-            lambda x: (halves.channel_mix(x, made.norm2, of_second, second, residual=False),),
+            lambda x: (fused_gpu.channel_mix(x, made.norm2, of_second, second, residual=False),),
         ),
         "channel with residual": (
             lambda x: (x + mix(x, made.norm2),),
-            lambda x: (halves.channel_mix(x, made.norm2, of_second, second, residual=True),),
+            lambda x: (fused_gpu.channel_mix(x, made.norm2, of_second, second, residual=True),),
         ),
     }
 

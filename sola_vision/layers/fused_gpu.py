@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two halves of a linear layer as one autograd node each, for eager mode on a GPU.
+
+There the network is limited by the host's time per call: every recorded operator, view and autocast conversion costs
+as much as a kernel launch, forward and backward. So a node launches its kernels one after the other on rows of
+channels, and its backward is written out. The results are those of `LinearMixer` and `ChannelMix`. T counts the tokens
+of all images, N those of one.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sola_vision import ops
+from sola_vision.ops.again import differentiable_backward, in_plain_steps
+from sola_vision.ops.autocast import autocast_dtype, kernels_only
+
+_op = torch.ops.sola
+
+
+def spatial_mix(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    decay: Tensor,
+    bonus: Tensor,
+    mixes: Sequence[Tensor],
+    projections: Sequence[nn.Linear],
+) -> tuple[Tensor, Tensor]:
+    """The first half of a layer: x [B, H, W, C] before its norm -> the branch's output, without the residual, and the
+    read-out; both [B, H, W, C] in the products' dtype. mixes: receptance, key, value; projections: the same and output.
+    """
+    weights = (projection.weight for projection in projections)
+    tensors = (x, norm.weight, norm.bias, decay, bonus, *mixes, *weights)
+    if torch.is_grad_enabled():
+        return _SpatialMix.apply(autocast_dtype(x), norm.eps, *tensors)
+    with kernels_only():
+        mixed, readout, *_ = _spatial_mix(autocast_dtype(x), norm.eps, *tensors)
+    return mixed, readout
+
+
+def channel_mix(
+    x: Tensor, norm: nn.LayerNorm, mixes: Sequence[Tensor], projections: Sequence[nn.Linear], *, residual: bool
+) -> Tensor:
+    """The second half of a layer: x [B, H, W, C] before its norm -> x plus the branch's output, or without `residual`
+    the output alone in the products' dtype. mixes: key, receptance; projections: key, receptance, value.
+    """
+    weights = (projection.weight for projection in projections)
+    tensors = (x, norm.weight, norm.bias, *mixes, *weights)
+    if torch.is_grad_enabled():
+        return _ChannelMix.apply(autocast_dtype(x), norm.eps, residual, *tensors)
+    with kernels_only():
+        return _channel_mix(autocast_dtype(x), norm.eps, residual, *tensors)[0]
+
+
+def _spatial_mix(
+    dtype: torch.dtype,
+    eps: float,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    *others: Tensor,
+    keeps: bool = False,
+) -> tuple[Tensor, ...]:
+    """The branch's output, the read-out, and the tensors that the backward needs; with `keeps` the scan states too."""
+    batch, height, width, channels = x.shape
+    mixes, weights = torch.stack(others[:3]), torch.stack(others[3:]).to(dtype)
+    shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+    projected = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
+    receptance, key, value = projected.view(3, batch, height * width, channels).unbind()
+    if keeps:
+        readout, states = _op.wkv_with_states.default(decay, bonus, key, value)
+    else:
+        readout, states = _op.wkv.default(decay, bonus, key, value), None
+    gated = _op.gate.default(receptance, readout).flatten(0, 1)
+    mixed = torch.mm(gated, weights[3].t())
+    results = (_shaped(mixed, x), _shaped(readout, x))
+    return *results, mixes, weights, shifted, receptance, key, value, gated, states
+
+
+class _SpatialMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        with kernels_only():
+            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors, keeps=any(ctx.needs_input_grad))
+        ctx.dtype, ctx.eps = dtype, eps
+        ctx.set_materialize_grads(False)
+        # the returned read-out itself, so that autograd detects in-place changes of it
+        ctx.save_for_backward(*tensors, readout, *kept)
+        return mixed, readout
+
+    @staticmethod
+    def backward(ctx: Any, grad_mixed: Tensor | None, grad_read: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, scale, shift, decay, bonus, *others = ctx.saved_tensors
+        if in_plain_steps((grad_mixed, grad_read)):
+            inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
+            return None, None, *differentiable_backward(half, inputs, (grad_mixed, grad_read))
+        last, readout, mixes, weights, shifted, receptance, key, value, gated, states = others[6:]
+        grad_mixed = torch.zeros_like(gated) if grad_mixed is None else grad_mixed.reshape(gated.shape)
+        with kernels_only():
+            grad_gated = torch.mm(grad_mixed, weights[3]).view(key.shape)
+            grad_receptance, grad_readout = _op.gate_backward.default(receptance, readout.view(key.shape), grad_gated)
+            if grad_read is not None:
+                grad_readout += grad_read.reshape(key.shape)
+            grad_wkv = _op.wkv_backward.default(decay, bonus, key, value, states, grad_readout)
+            grad_decay, grad_bonus, grad_key, grad_value = grad_wkv
+            rows = [grad.flatten(0, 1) for grad in (grad_receptance, grad_key, grad_value)]
+            grad_shifted, grad_weights = _products_backward(rows, shifted, weights, last.dtype)
+            grad_weights.append(_weight_gradient(grad_mixed, gated, last.dtype))
+            *grad_norm, grad_mixes = _op.norm_shift_backward.default(
+                x, scale, shift, ctx.eps, mixes, grad_shifted.view(3, *x.shape)
+            )
+        return None, None, *grad_norm, grad_decay, grad_bonus, *grad_mixes, *grad_weights
+
+
+def _channel_mix(
+    dtype: torch.dtype, eps: float, residual: bool, x: Tensor, scale: Tensor, shift: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """The branch's output, with or without the residual, and the tensors that the backward needs."""
+    mixes, weights = torch.stack(others[:2]), [weight.to(dtype) for weight in others[2:]]
+    shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+    hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
+    squared = _op.squared_relu.default(hidden)
+    value = torch.mm(squared, weights[2].t())
+    rows = x.reshape(value.shape)
+    out = ops.gated_sum(rows, receptance, value) if residual else _op.gate.default(receptance, value)
+    return _shaped(out, x), mixes, shifted, hidden, receptance, squared, value, *weights
+
+
+class _ChannelMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, eps: float, residual: bool, *tensors: Tensor) -> Tensor:
+        with kernels_only():
+            out, *kept = _channel_mix(dtype, eps, residual, *tensors)
+        ctx.dtype, ctx.eps, ctx.residual = dtype, eps, residual
+        ctx.save_for_backward(*tensors, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, *others = ctx.saved_tensors
+        if in_plain_steps((grad,)):
+            inputs, half = (x, scale, shift, *others[:5]), partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual)
+            return None, None, None, *differentiable_backward(half, inputs, (grad,))
+        last, mixes, shifted, hidden, receptance, squared, value, *weights = others[4:]
+        with kernels_only():
+            grad_receptance, grad_value = _op.gate_backward.default(receptance, value, grad.reshape(value.shape))
+            grad_hidden = _op.squared_relu_backward.default(hidden, torch.mm(grad_value, weights[2]))
+            grad_shifted, grad_weights = _products_backward(
+                (grad_hidden, grad_receptance), shifted, weights, last.dtype
+            )
+            grad_weights.append(_weight_gradient(grad_value, squared, last.dtype))
+            grad_x, *grad_norm, grad_mixes = _op.norm_shift_backward.default(
+                x, scale, shift, ctx.eps, mixes, grad_shifted.view(2, *x.shape)
+            )
+            if ctx.residual:
+                grad_x += grad
+        return None, None, None, grad_x, *grad_norm, *grad_mixes, *grad_weights
+
+
+def _shaped(result: Tensor, x: Tensor) -> Tensor:
+    """`result` in the shape of x; not a view for autograd, so that it may be modified in place."""
+    return torch.ops.aten._unsafe_view(result, x.shape)
+
+
+def _products_backward(
+    rows: Sequence[Tensor], shifted: Tensor, weights: Sequence[Tensor] | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of shifted [M, T, C] and of the first M weights from the gradients `rows` [T, D] of their products."""
+    grad_shifted = torch.empty_like(shifted)
+    grad_weights = []
+    for row, part, weight, grad_part in zip(rows, shifted, weights, grad_shifted, strict=False):
+        torch.mm(row, weight, out=grad_part)
+        grad_weights.append(_weight_gradient(row, part, dtype))
+    return grad_shifted, grad_weights
+
+
+def _weight_gradient(rows: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient [D, K] of a weight in its dtype, from the product's gradient [T, D] and its input [T, K]."""
+    if rows.dtype == dtype:
+        return torch.mm(rows.t(), inputs)
+    if rows.is_cuda and dtype == torch.float32:
+        return torch.mm(rows.t(), inputs, out_dtype=dtype)  # summed and stored without rounding to half precision
+    return torch.mm(rows.t(), inputs).to(dtype)

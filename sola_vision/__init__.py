@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SoLA-Vision: a vision backbone of linear (Bi-WKV) and softmax attention layers, chosen by one string.
 
-Importing it registers `sola_nano`, `sola_tiny`, `sola_small` and `sola_base` with timm, and Vision-RWKV as `vrwkv_*`.
+Importing it registers `sola_nano`, `sola_tiny`, `sola_small`, `sola_base` and Vision-RWKV's `vrwkv_*` with timm.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # all that can be trained comes with them: whoever wants the network alone need not wait for it
+    # imported on first use, because they import all tasks
     if name in ("load", "save_pretrained"):
         from sola_vision import tasks
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family in timm's registry: `timm.create_model("sola_tiny", ...)`; it files them under this module's name."""
+"""Registration of the family with timm: `timm.create_model("sola_tiny", ...)`. timm lists it as module "sola"."""
 
 from typing import Any
 
@@ -16,16 +16,16 @@ from sola_vision import config, layers
 from sola_vision.backbone import SolaVision, check_pool
 from sola_vision.layers import resize_position
 
-# what looks at sizes is a leaf for torch.fx, as timm's own models have it
+# modules whose forward reads shapes are leaves for torch.fx, as in timm
 register_notrace_module(layers.PositionEmbedding)
 register_notrace_module(layers.HiddenStateBridge)
 register_notrace_module(layers.LinearLayer)
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's description of a network without published weights."""
+    """timm's pretrained configuration for a network without published weights."""
     return {
-        "url": "",  # no weights are published: pretrained=True says so
+        "url": "",  # no published weights: pretrained=True logs a warning
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -48,19 +48,19 @@ default_cfgs = generate_default_cfgs(
 
 
 def one_side(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a network with an img_size (height, width), as timm notes it, as one number."""
+    """Replace an img_size of (height, width), timm's form, by one number. Raises TypeError unless it is square."""
     sides = arguments.get("img_size")
     if not isinstance(sides, list | tuple):
         return arguments
     if len(set(sides)) != 1:
         raise TypeError(
-            f"img_size={sides}: positions are laid out on a square; give one number, any size of image works"
+            f"img_size={sides}: the position embedding's grid is square; use one number (images may have any size)"
         )
     return {**arguments, "img_size": sides[0]}
 
 
 def fit_position(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook for weights that are loaded: the position embedding is laid out for the network's own image size."""
+    """timm's hook for loading weights: resize the position embedding to the network's grid."""
     own = model.get_parameter("position.weight")
     weight = stored.get("position.weight")
     if weight is None or weight.shape[:-2] != own.shape[:-2]:
@@ -69,15 +69,15 @@ def fit_position(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
 
 
 def check_getter(arguments: dict[str, Any], why: str) -> None:
-    """Refuses timm's other ways to feature maps, which give none or others."""
+    """Raise ValueError for timm's other feature extractors, which fail or return other maps."""
     if arguments.get("feature_cls", "getter") != "getter":
         raise ValueError(
             f"feature_cls={arguments['feature_cls']!r}: {why}, so feature maps come from forward_intermediates; "
-            "leave feature_cls out or give 'getter'"
+            "omit feature_cls or use 'getter'"
         )
 
 
-def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
+def _create(name: str, preset: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
     def build(
         global_pool: str = "avg",
         drop_rate: float = 0.0,
@@ -85,14 +85,19 @@ def _create(name: str, size: config.SolaConfig, pretrained: bool, **kwargs: Any)
         dtype: torch.dtype | None = None,
         **changes: Any,
     ) -> SolaVision:
-        # what is left must be a field of SolaConfig: an unknown name is a TypeError
-        built = size.with_changes(**one_side(changes))
-        return SolaVision(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+        # the remaining arguments are fields of SolaConfig; an unknown name is a TypeError
+        return SolaVision(
+            preset.with_changes(**one_side(changes)),
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            device=device,
+            dtype=dtype,
+        )
 
     check_getter(kwargs, "bridges cross the stages")
     if not kwargs.get("features_only"):
-        check_pool(kwargs.get("global_pool"), kwargs.get("num_classes", size.num_classes))
-    stages = len(kwargs.get("dims") or size.dims)
+        check_pool(kwargs.get("global_pool"), kwargs.get("num_classes", preset.num_classes))
+    stages = len(kwargs.get("dims") or preset.dims)
     feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
     return build_model_with_cfg(
         build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=fit_position, **kwargs

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports without garbage collection, which looks through thousands of new definitions again and again, finds nothing
-to free among them, and takes a fifth of the time.
+"""Imports without garbage collection, which scans thousands of new definitions repeatedly, frees nothing, and takes a
+fifth of the import time.
 """
 
 import gc
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Suspends garbage collection within the block, if it is on."""
+    """Suspend garbage collection within the block, if it is enabled."""
     on = gc.isenabled()
     gc.disable()
     try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-RWKV of our layers, for its published weights: an isotropic stack of linear layers on patches of 16 pixels.
+"""Vision-RWKV built from our layers, for its published weights: an isotropic stack of linear layers, patch size 16.
 
     image [B, 3, H, W] -> patches -> + position -> norm -> layers, all [B, H/16, W/16, C] -> norm -> mean -> head
 
-`vrwkv_tiny`, `vrwkv_small`, `vrwkv_base` and `vrwkv_large` are in timm's registry and take the keys of the original
-files too (`checkpoint_filter_fn`). Source: Duan et al., Vision-RWKV, arXiv 2403.02308, and its published settings.
+`vrwkv_tiny`, `vrwkv_small`, `vrwkv_base` and `vrwkv_large` are registered with timm and also load the keys of the
+original files (`checkpoint_filter_fn`). Source: Duan et al., Vision-RWKV, arXiv 2403.02308, and its published settings.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ from sola_vision.layers.vision_rwkv import VisionRwkvLayer
 from sola_vision.sola import check_getter, default_cfg, fit_position, one_side
 from sola_vision.vrwkv_weights import is_published, renamed
 
-# what looks at sizes is a leaf for torch.fx, as timm's own models have it
+# modules whose forward reads shapes are leaves for torch.fx, as in timm
 register_notrace_module(VisionRwkvLayer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VrwkvConfig:
-    """A Vision-RWKV network. Raises ValueError for whatever does not fit together.
+    """The architecture of a Vision-RWKV network. Raises ValueError for inconsistent fields.
 
     dim, depth: channels, a multiple of 4, and number of layers.
-    layer_scale: what branches are scaled by at the start; with it a branch is normalised after its mix, as in all
-        published networks that scale; None: before it, without a scale.
+    layer_scale: initial scale of the residual branches, which are then normalised after their mix, as in all published
+        networks that have a scale; None: no scale, normalised before the mix.
     key_norm: normalise the operator's result and the squared ReLU as well.
-    head_hidden: width of a hidden layer in the head; 0: none.
-    img_size: pixels a side that the position embedding is laid out for; other sizes interpolate it.
-    eq9: eq. 9 and its kernels instead of the operator as published (docs/weights.md says how far they differ).
+    head_hidden: width of the head's hidden layer; 0: none.
+    img_size: image side in pixels that defines the position embedding's grid; it is interpolated for other sizes.
+    eq9: use eq. 9 and its kernels instead of the published operator (docs/weights.md: how far they differ).
     """
 
     dim: int
@@ -63,7 +63,7 @@ class VrwkvConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.dim % 4:
-            raise ValueError(f"dim={self.dim} must be a multiple of 4: a quarter of the channels for each neighbour")
+            raise ValueError(f"dim={self.dim} must be a multiple of 4: each neighbour gets a quarter of the channels")
         if self.num_classes < 0 or self.head_hidden < 0:
             raise ValueError(f"num_classes={self.num_classes} and head_hidden={self.head_hidden} must not be negative")
         if not 0 <= self.drop_path_rate < 1:
@@ -71,7 +71,7 @@ class VrwkvConfig:
 
 
 class VisionRwkv(nn.Module):
-    """A Vision-RWKV network as its config says; a classifier, and a backbone by timm's contract.
+    """A Vision-RWKV classifier, and a backbone that follows timm's contract.
 
     image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes], or [B, C] with num_classes=0.
     """
@@ -94,7 +94,7 @@ class VisionRwkv(nn.Module):
         self.grad_checkpointing = False
 
         self.stem = Stem(config.in_chans, config.dim, patch_size=config.patch_size, **dd)
-        self.stem.norm = nn.Identity()  # it comes after the position embedding here
+        self.stem.norm = nn.Identity()  # here the norm comes after the position embedding
         self.position = PositionEmbedding(-(-config.img_size // config.patch_size), config.dim, **dd)
         self.norm_in = nn.LayerNorm(config.dim, **dd)
         self.layers = nn.ModuleList(
@@ -120,7 +120,7 @@ class VisionRwkv(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Vision-RWKV's start: decays and interpolations that change with depth, and normal weights of 0.02."""
+        """Vision-RWKV's initialisation: decays and interpolations depend on depth; weights are normal with std 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -141,16 +141,18 @@ class VisionRwkv(nn.Module):
             channels.mix_receptance.copy_(ramp**left)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        """image -> normalised last feature map [B, C, H/16, W/16]."""
+        """image [B, in_chans, H, W] -> the last feature map, normalised, [B, C, H/16, W/16]."""
         x = self._embed(image)
         for layer in self.layers:
             x = self._run(layer, x)
         return _nchw(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, C, H/16, W/16] -> logits [B, num_classes], or pooled features with `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, image: Tensor) -> Tensor:
+        """image [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(image))
 
     def _embed(self, image: Tensor) -> Tensor:
@@ -170,8 +172,8 @@ class VisionRwkv(nn.Module):
         output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the layers (timm's method): a list [B, C, H/16, W/16], and the final map before it unless
-        `intermediates_only`. indices: the last n layers, these layers, or all; norm: normalise every map.
+        """timm's method: (final map, list of the layers' maps [B, C, H/16, W/16]), or only the list with
+        `intermediates_only`. indices: the last n layers, a list of layers, or None for all; norm: normalise every map.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
@@ -188,7 +190,7 @@ class VisionRwkv(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the feature maps `indices` do not need; returns the indices kept."""
+        """Remove the layers and the head that the feature maps `indices` do not need; return the indices kept."""
         take, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:
@@ -198,22 +200,24 @@ class VisionRwkv(nn.Module):
         return take
 
     def get_classifier(self) -> nn.Module:
+        """The head's projection; nn.Identity without one."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by one for `num_classes` (0: none); the rest keeps its weights."""
+        """Replace the classifier by a new one with `num_classes` outputs (0: none)."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each layer in the backward instead of keeping its activations."""
+        """Recompute each layer's activations in the backward instead of keeping them."""
         self.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimisers exempt from weight decay, in addition to vectors and biases."""
         return {"position.weight"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer-wise learning-rate decay: the stem, then every layer."""
+        """timm's parameter groups for layer-wise learning-rate decay: the stem, then each layer."""
         return {"stem": r"^stem|^position|^norm_in", "blocks": [(r"^layers\.(\d+)", None), (r"^norm\.", (99999,))]}
 
 
@@ -222,7 +226,7 @@ def _nchw(x: Tensor) -> Tensor:
 
 
 def checkpoint_filter_fn(stored: dict[str, Tensor], model: VisionRwkv) -> dict[str, Tensor]:
-    """timm's hook: published names to ours, the position embedding to the network's own grid."""
+    """timm's hook for loading weights: rename published keys, resize the position embedding to the network's grid."""
     return fit_position(renamed(stored) if is_published(stored) else stored, model)
 
 
@@ -242,7 +246,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, size: VrwkvConfig, pretrained: bool, **kwargs: Any) -> VisionRwkv:
+def _create(name: str, preset: VrwkvConfig, pretrained: bool, **kwargs: Any) -> VisionRwkv:
     def build(
         global_pool: str = "avg",
         drop_rate: float = 0.0,
@@ -250,10 +254,10 @@ def _create(name: str, size: VrwkvConfig, pretrained: bool, **kwargs: Any) -> Vi
         dtype: torch.dtype | None = None,
         **changes: Any,
     ) -> VisionRwkv:
-        built = replace(size, **one_side(changes))
-        return VisionRwkv(built, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+        config = replace(preset, **one_side(changes))
+        return VisionRwkv(config, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
-    check_getter(kwargs, "layers hold maps with channels last")
+    check_getter(kwargs, "the layers' maps are channels-last")
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     return build_model_with_cfg(
         build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-RWKV's published files of weights, by our names: what network they are of, and which tensor is which.
+"""Vision-RWKV's published weight files: recognise them, derive the network from them, rename their tensors.
 
-A file of mmpretrain's has `backbone.*` and `head.fc.*`; that of the large network has two layers in its head.
+mmpretrain's files have `backbone.*` and `head.fc.*`; the large network's head has two layers.
 """
 
 import re
@@ -12,7 +12,7 @@ from torch import Tensor
 
 _BASE_DIM = 768
 
-# their names -> ours, applied in this order to names without "backbone."
+# published names -> ours, applied in this order after removing "backbone."
 _NAMES = (
     (r"^patch_embed\.projection\.", "stem.proj."),
     (r"^pos_embed$", "position.weight"),
@@ -35,25 +35,25 @@ _NAMES = (
 
 
 def is_published(stored: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights under the names of the original repository. Its Vision-RWKV 6 is a ValueError."""
+    """True if the tensors have the names of the original repository. Raises ValueError for its Vision-RWKV 6."""
     names = [name.removeprefix("backbone.") for name in stored]
     if "layers.0.att.time_decay" in names:
         raise ValueError(
-            "these are weights of Vision-RWKV 6, another operator: load vrwkv_t, vrwkv_s, vrwkv_b, vrwkv_l"
+            "these are weights of Vision-RWKV 6, which has another operator: load vrwkv_t, vrwkv_s, vrwkv_b or vrwkv_l"
         )
     return "layers.0.att.spatial_decay" in names
 
 
 def from_published(stored: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """The name in the registry and the fields of VrwkvConfig that published weights belong to."""
+    """Return the timm name and the VrwkvConfig fields of the network that published weights belong to."""
     weights = renamed(stored)
     if not {"stem.proj.weight", "position.weight"} <= weights.keys() or weights["position.weight"].ndim != 4:
-        raise ValueError("these weights of Vision-RWKV have no patch_embed.projection.weight or no square pos_embed")
+        raise ValueError("these Vision-RWKV weights lack patch_embed.projection.weight or a square pos_embed")
     dim, in_chans, patch_size, _ = weights["stem.proj.weight"].shape
     head = weights.get("head.fc.weight")
     hidden = weights.get("head.pre_logits.fc.weight")
     scaled, key_norm = "layers.0.scale1" in weights, "layers.0.readout_norm.weight" in weights
-    # what a file does not show, such as the initial scale, is the same for all of a kind
+    # fields that a file does not determine, such as the initial scale, are those of the preset
     name = "vrwkv_large" if key_norm else "vrwkv_small" if scaled else "vrwkv_tiny"
     name = "vrwkv_base" if name == "vrwkv_small" and dim == _BASE_DIM else name
     return (
@@ -72,10 +72,10 @@ def from_published(stored: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
 
 
 def renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights by our names, in our shapes; what has no place in the network keeps its name."""
+    """Rename and reshape published weights to ours; unknown tensors keep their names."""
     weights = {}
-    for theirs, value in stored.items():
-        name = theirs.removeprefix("backbone.")
+    for published, value in stored.items():
+        name = published.removeprefix("backbone.")
         for pattern, ours in _NAMES:
             name = re.sub(pattern, ours, name)
         if name == "position.weight":

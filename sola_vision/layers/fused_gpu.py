@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sola_vision import ops
-from sola_vision.ops.again import differentiable_backward, in_plain_steps
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
+from sola_vision.ops.double_backward import differentiable_backward, needs_differentiable_backward
 
 _op = torch.ops.sola
 
@@ -96,7 +96,7 @@ class _SpatialMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_mixed: Tensor | None, grad_read: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, shift, decay, bonus, *others = ctx.saved_tensors
-        if in_plain_steps((grad_mixed, grad_read)):
+        if needs_differentiable_backward((grad_mixed, grad_read)):
             inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
             return None, None, *differentiable_backward(half, inputs, (grad_mixed, grad_read))
         last, readout, mixes, weights, shifted, receptance, key, value, gated, states = others[6:]
@@ -143,7 +143,7 @@ class _ChannelMix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, *others = ctx.saved_tensors
-        if in_plain_steps((grad,)):
+        if needs_differentiable_backward((grad,)):
             inputs, half = (x, scale, shift, *others[:5]), partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual)
             return None, None, None, *differentiable_backward(half, inputs, (grad,))
         last, mixes, shifted, hidden, receptance, squared, value, *weights = others[4:]

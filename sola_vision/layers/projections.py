@@ -21,8 +21,8 @@ from sola_vision.layers.bands import BAND_BYTES, bands
 from sola_vision.layers.dispatch import in_bands, in_tiles, multiplied_in_tiles, recomputed
 from sola_vision.layers.products import product, product_into, project, weight_gradient
 from sola_vision.layers.unmodified import is_affine
-from sola_vision.ops.again import differentiable_backward, in_plain_steps
 from sola_vision.ops.autocast import autocast_dtype
+from sola_vision.ops.double_backward import differentiable_backward, needs_differentiable_backward
 from sola_vision.ops.passes import gate_backward, interpolated, norm_shift_backward
 
 _LARGEST_SUMS = 1 << 18  # elements of a weight's gradient that fit a core's second-level cache while it is summed
@@ -184,7 +184,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing counts the accesses
-        if in_plain_steps(grads):
+        if needs_differentiable_backward(grads):
             computed = partial(_plain_linear, ctx.first, ctx.counts, grads[0].dtype)
             return None, None, None, *differentiable_backward(computed, tensors, grads)
         inputs, parameters, weights = _split(tensors, ctx.counts)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernel of `sola::wkv`: a shared library in C++ (`csrc/`), built at install where a compiler was there.
+"""The CPU kernels: a C++ shared library (`csrc/`), built during installation if a compiler is available.
 
-`load` registers it with torch's dispatcher, after which CPU tensors take it everywhere: eager, compiled and exported.
-The library speaks torch's stable C ABI only, and picks the instruction set when it is loaded.
+`load` registers them with torch's dispatcher, which then selects them for CPU tensors in eager, compiled and exported
+code. The library uses only torch's stable C ABI; it selects the instruction set when it is loaded.
 """
 
 import ctypes
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import torch
 
 from sola_vision.ops import register  # noqa: F401 - defines the operators that the library implements
 
-# glibc gives the top of its heap back to the system when more is free than twice the largest block that was ever freed
-# in one piece, 32 MiB at most. Activations then cost page faults in every forward. Freeing one such block, untouched,
-# makes the process keep 64 MiB.
+# glibc returns the top of its heap to the system once more memory is free there than twice the largest mmapped block
+# freed so far, which counts up to 32 MiB. Activations then cost page faults in every forward. Freeing one such block,
+# never written to, makes the process keep 64 MiB.
 torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 _LIBRARY = Path(__file__).with_name("_kernel.so")
@@ -23,45 +24,62 @@ _LIBRARY = Path(__file__).with_name("_kernel.so")
 
 @cache
 def load() -> str | None:
-    """Registers the CPU kernel, the first time. None, or why there is none and the portable form runs instead."""
+    """Register the CPU kernels on the first call. Return None, or the reason why they are unavailable."""
     if not _LIBRARY.exists():
-        # a clone that was installed as a copy has none in its own folder, which Python finds first when it starts there
+        # after a non-editable install, Python started in the clone imports the clone's package, which has no library
         return (
-            f"no CPU kernel in {_LIBRARY.parent}; install where a C++ compiler is found (CXX, default c++), "
-            "and a clone with pip install --editable"
+            f"no CPU kernel in {_LIBRARY.parent}; reinstall with a C++ compiler available (CXX, default c++), "
+            "and install a clone with pip install --editable"
         )
     try:
         reason = _functions().sola_load(0)
+        if reason is None:
+            _select(None)
     except (OSError, AttributeError) as error:
-        return f"the CPU kernel does not load: {error}"
-    return f"the CPU kernel does not fit this torch: {reason.decode()}" if reason else None
+        return f"the CPU kernel could not be loaded: {error}"
+    return f"the CPU kernel is incompatible with this torch: {reason.decode()}" if reason else None
 
 
 def instruction_set(name: str | None = None) -> str:
-    """What the CPU kernel uses: "amx", "avx512_bf16", "avx512", "avx2" or "generic"; with a name, switches to it first
-    (for the process). "avx512_bf16" and "amx" are "avx512" with other products of bfloat16.
+    """Return the instruction set of the CPU kernels: "amx", "avx512_bf16", "avx512", "avx2" or "generic". With a name,
+    switch to it first (for the process). "avx512_bf16" and "amx" are "avx512" with other matrix products in bfloat16.
 
-    RuntimeError where there is no kernel, ValueError for an instruction set that this machine lacks.
+    Raises RuntimeError if the kernels are unavailable, ValueError if this CPU does not support the instruction set.
     """
     reason = load()
     if reason is not None:
         raise RuntimeError(reason)
-    found = _functions().sola_instruction_set(name.encode() if name is not None else None)
-    if found is None:
-        raise ValueError(
-            f"instruction_set({name!r}): this machine has not got it; choose a simpler one, such as generic"
-        )
-    return found.decode()
+    selected = _select(name)
+    if selected is None:
+        raise ValueError(f"instruction_set({name!r}): not supported by this CPU; use a lower one, such as 'generic'")
+    return selected
+
+
+# instruction sets with fast matrix products; without AVX2 there are no fused multiply-adds
+_FAST_PRODUCTS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16", "amx")}
+# the dtypes of the current instruction set, cached because calling the library is slower; the lock keeps both in step
+_fast_dtypes: frozenset[torch.dtype] = frozenset()
+_selecting = threading.Lock()
+
+
+def _select(name: str | None) -> str | None:
+    """Switch to an instruction set if a name is given; return the current one, or None if it is not supported."""
+    global _fast_dtypes
+    with _selecting:
+        selected = _functions().sola_instruction_set(name.encode() if name is not None else None)
+        if selected is None:
+            return None
+        current: str = selected.decode()
+        _fast_dtypes = frozenset(dtype for dtype, names in _FAST_PRODUCTS.items() if current in names)
+        return current
 
 
 @torch.compiler.assume_constant_result
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether there is a kernel whose products hold their own beside those of torch's libraries."""
-    if load() is not None:
-        return False
-    # without AVX2 there are no fused multiply-adds
-    sets = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16", "amx")}
-    return instruction_set() in sets.get(dtype, ())
+    """True if the kernels of the current instruction set multiply matrices of this dtype about as fast as torch's
+    libraries do.
+    """
+    return load() is None and dtype in _fast_dtypes
 
 
 @cache

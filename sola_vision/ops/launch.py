@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching Triton kernels without losing more time on the host than they take on the device.
+"""Launch Triton kernels with less host time than the kernels take on the device.
 
-Triton looks at every argument of every launch to find the binary that it compiled for such arguments, and eager
-networks wait for it (docs/performance.md). What decides here is known: dtypes, constants and alignment.
+Triton inspects every argument of every launch to look up the binary compiled for such arguments, which makes eager
+networks host-bound (docs/performance.md). Here the key is known in advance: dtypes, constants and alignment.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 _binaries: dict[Any, Any] = {}
-_ALIGNED = 16  # bytes: what Triton makes a difference by
+_ALIGNED = 16  # bytes: the alignment that Triton specializes on
 _INT32 = 2**31
-_AMD = torch.version.hip is not None  # whose kernels are compiled for storages below or beyond 2 GiB, too
+_AMD = torch.version.hip is not None  # its kernels are also specialized on whether a storage is below 2 GiB
 
 
 def launch(
@@ -26,8 +26,8 @@ def launch(
     constants: dict[str, int],
     options: dict[str, Any],
 ) -> None:
-    """kernel(*tensors, *numbers, *constants), in this order, on the tensors' device, which is the current one. A kernel
-    lives as long as the process and always comes with the same options for the same constants.
+    """Launch kernel(*tensors, *numbers, *constants), in this order, on the tensors' device, which must be the current
+    one. A kernel must live as long as the process and always be launched with the same options for the same constants.
     """
     grid = (programs, 1, 1)
     addresses, dtypes = [], []
@@ -39,22 +39,23 @@ def launch(
         addresses.append(address)
         dtypes.append(tensor.dtype)
     values = tuple(constants.values())
-    kinds = [(n == 1, n % _ALIGNED == 0, n >= _INT32) for n in numbers]  # Triton makes kernels of their own for these
+    # the properties of an integer that Triton specializes a kernel on
+    specializations = [(n == 1, n % _ALIGNED == 0, n >= _INT32) for n in numbers]
     device = tensors[0].get_device()
-    key = (id(kernel), device, *dtypes, *kinds, *values, options.get("maxnreg"))
+    key = (id(kernel), device, *dtypes, *specializations, *values, options.get("maxnreg"))
     binary = _binaries.get(key)
     if binary is None:
-        # None in the interpreter, which has no binaries
+        # the interpreter has no binaries and returns None
         binary = _binaries[key] = kernel[grid](*tensors, *numbers, **constants, **options) or kernel
     elif binary is kernel:
         kernel[grid](*tensors, *numbers, **constants, **options)
     else:
-        # addresses instead of tensors: a binary would ask every tensor for its own, and the driver whether it is one
+        # addresses instead of tensors: for a tensor the launcher reads its pointer and checks it with the driver
         binary[grid](*addresses, *numbers, *values)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The tensor's device as the current one; nothing where it is that already, or no GPU at all."""
+    """Context manager that makes the tensor's device the current one; a no-op if it already is, or is not a GPU."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device_of(tensor)

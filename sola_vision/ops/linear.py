@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products with the passes before and after them, for a CPU: what a pass makes of a token is multiplied where it
-is, in a core's own cache (`csrc/linear.cpp`), in inference and in the forward of training.
+"""Matrix products fused with the passes before and after them, for CPUs: a pass writes a tile of tokens to the core's
+cache, where it is multiplied (`csrc/linear.cpp`), in inference and in the training forward.
 
-What they compute is their plain form here, which is the default kernel of `sola::NAME`. They have no gradients: who
-wants those takes `layers/projections.py`, which has them.
+The plain forms in this file define the results and are the default kernels of `sola::NAME`. The operators have no
+autograd formula: `layers/projections.py` calls the backwards explicitly.
 """
 
 import math
@@ -43,7 +43,7 @@ def _spatial_mix(
     output: Tensor,
     readout: Tensor,
 ) -> Tensor:
-    """What follows the operator, with its read-out [B, H, W, C]; mixes [1, C]."""
+    """Return the rest of the spatial mix, given the operator's output, the readout [B, H, W, C]; mixes [1, C]."""
     (gate,) = _norm_shift_linear(x, weight, bias, eps, mixes, [receptance])
     return x + _gate_linear(gate, readout, output)
 
@@ -62,12 +62,12 @@ def _channel_mix(
     return passes._gated_sum(x, gate, _squared_relu_linear(hidden, value))
 
 
-# ---- their backwards
+# ---- the backwards
 
 
-def _product_backward(made: Tensor, projection: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of what was multiplied, and of the weight."""
-    return grad @ projection, grad.flatten(0, -2).t() @ made.flatten(0, -2)
+def _product_backward(x: Tensor, projection: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of linear(x, projection) with respect to x and projection."""
+    return grad @ projection, grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def _norm_shift_linear_backward(
@@ -81,20 +81,21 @@ def _norm_shift_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     shifted = passes._norm_shift(x, weight, bias, eps, mixes, 0, 0)
     pairs = [_product_backward(*each) for each in zip(shifted, projections, grads, strict=True)]
-    of_shifted = torch.stack([of_part for of_part, _ in pairs])
-    return *passes._norm_shift_backward(x, weight, bias, eps, mixes, of_shifted), [of_weight for _, of_weight in pairs]
+    grad_shifted = torch.stack([grad_part for grad_part, _ in pairs])
+    grad_projections = [grad_projection for _, grad_projection in pairs]
+    return *passes._norm_shift_backward(x, weight, bias, eps, mixes, grad_shifted), grad_projections
 
 
 def _gate_linear_backward(
     receptance: Tensor, value: Tensor, projection: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    of_made, of_projection = _product_backward(passes._gate(receptance, value), projection, grad)
-    return *passes._gate_backward(receptance, value, of_made), of_projection
+    grad_gated, grad_projection = _product_backward(passes._gate(receptance, value), projection, grad)
+    return *passes._gate_backward(receptance, value, grad_gated), grad_projection
 
 
 def _squared_relu_linear_backward(x: Tensor, projection: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    of_made, of_projection = _product_backward(passes._squared_relu(x), projection, grad)
-    return passes._squared_relu_backward(x, of_made), of_projection
+    grad_squared, grad_projection = _product_backward(passes._squared_relu(x), projection, grad)
+    return passes._squared_relu_backward(x, grad_squared), grad_projection
 
 
 # ---- registration
@@ -104,11 +105,11 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _with_last(x: Tensor, projection: Tensor) -> Tensor:
+def _product_like(x: Tensor, projection: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], projection.shape[0]))
 
 
-# two operations for each multiply-add, as FlopCounterMode counts; shapes are all that it tells
+# two operations for each multiply-add, as FlopCounterMode counts them; it passes shapes instead of tensors
 
 
 def _cost(x: Any, *weights: Any) -> int:
@@ -122,12 +123,12 @@ def _norm_shift_linear_cost(
 
 
 def _element_linear_cost(*tensors: Any, out_shape: Any = None) -> int:
-    """(receptance, value, projection) or (value, projection)."""
+    """The tensors are (receptance, value, projection) or (value, projection)."""
     return _cost(tensors[0], tensors[-1])
 
 
 def _mix_cost(x: Any, weight: Any, bias: Any, eps: Any, mixes: Any, *others: Any, out_shape: Any = None) -> int:
-    """Products of two dimensions among the others."""
+    """The weights are the two-dimensional ones of the other tensors."""
     return _cost(x, *(other for other in others if len(other) == 2))
 
 
@@ -140,7 +141,7 @@ def _element_linear_backward_cost(*tensors: Any, out_shape: Any = None) -> int:
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines the products with their plain forms as default kernels."""
+    """Define the products, with their plain forms as default kernels."""
 
     def define(schema: str, kernel: Any, fake: Any) -> None:
         name = schema.partition("(")[0]
@@ -152,14 +153,14 @@ def register(library: torch.library.Library) -> None:
     define(
         f"norm_shift_linear{shift}Tensor[] projections) -> Tensor[]",
         _norm_shift_linear,
-        lambda x, weight, bias, eps, mixes, projections: [_with_last(x, projection) for projection in projections],
+        lambda x, weight, bias, eps, mixes, projections: [_product_like(x, projection) for projection in projections],
     )
     define(
         "gate_linear(Tensor receptance, Tensor value, Tensor projection) -> Tensor",
         _gate_linear,
-        lambda receptance, value, projection: _with_last(value, projection),
+        lambda receptance, value, projection: _product_like(value, projection),
     )
-    define("squared_relu_linear(Tensor x, Tensor projection) -> Tensor", _squared_relu_linear, _with_last)
+    define("squared_relu_linear(Tensor x, Tensor projection) -> Tensor", _squared_relu_linear, _product_like)
     define(
         f"spatial_mix{shift}Tensor receptance, Tensor output, Tensor readout) -> Tensor",
         _spatial_mix,

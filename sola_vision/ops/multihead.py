@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention, the other kind of layer: torch's own, and on a CPU with AVX2 or AVX-512 a kernel of ours.
+"""Softmax attention, for the softmax layers: torch's SDPA, or the kernel `csrc/attention.cpp` on a CPU with AVX2 or
+AVX-512.
 
-torch's attention on a CPU multiplies small matrices with a library, a block at a time, at a third of the processor's
-rate (docs/performance.md); `csrc/attention.cpp` keeps the tiles in registers. torch's own (`softmax.py`) is the
-definition, and what GPUs, exported graphs, float64 and `ops.use("reference" or "portable")` take.
+On a CPU torch's SDPA multiplies small matrices with a BLAS library, one block at a time, at a third of the processor's
+peak rate (docs/performance.md); the kernel keeps the tiles in registers. SDPA (`softmax.py`) is the definition, and is
+used on GPUs, in exported graphs, in float64 and under `ops.use("reference")` and `ops.use("portable")`.
 """
 
 import torch
@@ -15,41 +16,49 @@ from sola_vision.ops.path import exporting_onnx, pinned, transformed
 
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
-    """Multi-head softmax attention of every token to all (eq. 1), at a cost that is quadratic in their number.
+    """Multi-head softmax attention of every token to all tokens (eq. 1), at a cost quadratic in N.
 
-    qkv [B, N, 3C], in a token queries, then keys, then values, each C / head_dim heads -> [B, N, C].
-    Second derivatives are there in half precision and float32 on a CPU with the kernel; elsewhere torch's own have none
-    but within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
-    Raises ValueError for shapes and TypeError for dtypes that do not fit.
+    qkv [B, N, 3C], per token the queries, keys and values of C / head_dim heads -> [B, N, C].
+    Double backward works with the kernel (half precision and float32 on a CPU); torch's SDPA supports it only within
+    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    Raises ValueError for unsupported shapes and TypeError for unsupported dtypes.
     """
-    if type(qkv) is not Tensor:  # what torch.fx or torch.export trace with
+    if type(qkv) is not Tensor:  # a proxy of torch.fx or a fake tensor of torch.export
         return softmax.attention(qkv, head_dim)
     check_kind("attention", qkv=qkv)
     if qkv.ndim != 3 or head_dim < 1 or qkv.shape[2] % (3 * head_dim):
         raise ValueError(f"attention: qkv {size(qkv)} must be [B, N, 3C] with C a multiple of head_dim={head_dim}")
     if transformed(qkv):
         return softmax.products(qkv, head_dim)
-    if _torchs_own(qkv):
+    if _use_sdpa(qkv):
         return softmax.attention(qkv, head_dim)
     return torch.ops.sola.attention(qkv, head_dim)[0]
 
 
-_KERNEL = cpu.multiplies(torch.float32)
-# in bfloat16 torch's attention multiplies on the processor's matrix unit, which the kernel does not know: faster from
-# so many tokens on, but for the backward, which takes torch longer than the unit gains (docs/performance.md)
-_MATRIX_UNIT = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-_TOKENS_FOR_MATRIX_UNIT = 256
+# in bfloat16 torch's SDPA uses AMX, which the kernel does not: SDPA is faster from this number of tokens on, except in
+# training, where its slower backward costs more than AMX gains (docs/performance.md)
+_MIN_TOKENS_FOR_AMX = 256
 
 
-def _torchs_own(qkv: Tensor) -> bool:
-    unit = _MATRIX_UNIT and qkv.dtype == torch.bfloat16 and not (torch.is_grad_enabled() and qkv.requires_grad)
+@torch.compiler.assume_constant_result
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
+def _use_sdpa(qkv: Tensor) -> bool:
     return (
-        not _KERNEL
-        or qkv.device.type != "cpu"
+        qkv.device.type != "cpu"
         or qkv.dtype == torch.float64
-        or (unit and qkv.shape[1] >= _TOKENS_FOR_MATRIX_UNIT)
+        or not cpu.multiplies(torch.float32)  # depends on the current instruction set
+        or _amx_is_faster(qkv)
         or pinned() in ("reference", "portable")
-        or torch.compiler.is_exporting()  # what is exported is for any device
+        or torch.compiler.is_exporting()  # an exported graph must run on any device
         or torch.jit.is_tracing()
         or exporting_onnx()
     )
+
+
+def _amx_is_faster(qkv: Tensor) -> bool:
+    training = torch.is_grad_enabled() and qkv.requires_grad
+    # the shape last: a compiler guards on it
+    return qkv.dtype == torch.bfloat16 and not training and _has_amx() and qkv.shape[1] >= _MIN_TOKENS_FOR_AMX

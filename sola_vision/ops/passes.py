@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The element-wise passes around the operator: each is one operator in which a value crosses memory once.
+"""The element-wise passes around the operator: each is one operator that reads and writes a value in memory once.
 
-What a pass computes is its plain form here, the underscored function of the same name: it is the default kernel of
-`sola::NAME`, what `ops.use("portable")` runs and what `torch.compile` fuses on a GPU. On a CPU the C++ kernel takes
-over (`csrc/passes.cpp`), on CUDA the Triton kernel (`gpu_passes.py`). The backwards read the inputs again; nothing else
-is kept.
+A pass is defined by its plain form in this file, the function of the same name with an underscore. It is the default
+kernel of `sola::NAME`, used by `ops.use("portable")` and fused by `torch.compile` on a GPU. On a CPU the C++ kernel
+(`csrc/passes.cpp`) overrides it, on CUDA the Triton kernel (`gpu_passes.py`). A backward needs only the inputs, and
+recomputes everything else.
 """
 
 import functools
@@ -28,15 +28,15 @@ def norm_shift(
     bottom: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """mix * n + (1 - mix) * quad_shift(n) with n the layer norm of x, for each row of mixes.
+    """Return mix * n + (1 - mix) * quad_shift(n) with n the layer norm of x, for each row of mixes.
 
-    x [B, H, W, C], weight and bias [C], mixes [M, C] -> [M, B, H - top - bottom, W, C]: the outermost rows of a part of
-    an image only lend their tokens to their neighbours. `dtype` is the result's, else it is that of x.
+    x [B, H, W, C], weight and bias [C], mixes [M, C] -> [M, B, H - top - bottom, W, C]: `top` and `bottom` rows of x
+    are only read as neighbours. `dtype` is that of the result, by default that of x.
     """
     _check_shift(x, weight, bias, mixes, top, bottom)
-    if _plain(x, weight, bias, mixes):
-        made = _norm_shift(x, weight, bias, eps, mixes, top, bottom)
-        return made if dtype is None else made.to(dtype)
+    if _use_plain_form(x, weight, bias, mixes):
+        out = _norm_shift(x, weight, bias, eps, mixes, top, bottom)
+        return out if dtype is None else out.to(dtype)
     operator = torch.ops.sola.norm_shift
     if dtype in (None, x.dtype):
         return operator.default(x, weight, bias, eps, mixes, top, bottom)
@@ -46,37 +46,38 @@ def norm_shift(
 def norm_shift_backward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, top: int, bottom: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `norm_shift` for x, weight, bias and mixes, each in its input's dtype, from that of its result
-    [M, B, H - top - bottom, W, C] in any.
+    """Return the gradients of `norm_shift` with respect to x, weight, bias and mixes, in the inputs' dtypes, given that
+    of its result [M, B, H - top - bottom, W, C] in any dtype.
     """
-    if top or bottom:  # padding by nothing is a copy
+    if top or bottom:  # F.pad copies even if it adds no rows
         grad = torch.nn.functional.pad(grad, (0, 0, 0, 0, top, bottom))
     return _backward("norm_shift")(x, weight, bias, eps, mixes, grad)
 
 
 def gate(receptance: Tensor, value: Tensor) -> Tensor:
-    """sigmoid(receptance) * value, of one shape."""
+    """Return sigmoid(receptance) * value, both of the same shape."""
     check_same_shape("gate", receptance=receptance, value=value)
-    if _plain(receptance, value) or _mixed(receptance, value):
+    if _use_plain_form(receptance, value) or _mixed_dtypes(receptance, value):
         return _gate(receptance, value)
     return torch.ops.sola.gate(receptance, value)
 
 
 def gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `gate` for its arguments, in steps that autograd does not see."""
-    if _mixed(receptance, value, grad):
+    """Return the gradients of `gate` with respect to its arguments, without recording a graph."""
+    if _mixed_dtypes(receptance, value, grad):
         return _gate_backward(receptance, value, grad)
-    found: tuple[Tensor, Tensor] = torch.ops.sola.gate_backward(receptance, value, grad)
-    return found
+    grads: tuple[Tensor, Tensor] = torch.ops.sola.gate_backward(receptance, value, grad)
+    return grads
 
 
 def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor | None = None) -> Tensor:
-    """residual + sigmoid(receptance) * value, of one shape; written to `out` if there is one, contiguous and of the
-    dtype that theirs promote to. That has no gradients: RuntimeError where one is wanted.
+    """Return residual + sigmoid(receptance) * value, all of the same shape; written to `out` if given, which must be
+    contiguous and of the promoted dtype. With `out` the result is not differentiable: raises RuntimeError if a tensor
+    requires a gradient.
     """
     operands = {"residual": residual, "receptance": receptance, "value": value}
     check_same_shape("gated_sum", **operands, **({} if out is None else {"out": out}))
-    plain = _plain(*operands.values()) or _mixed(*operands.values())
+    plain = _use_plain_form(*operands.values()) or _mixed_dtypes(*operands.values())
     if out is None:
         return (_gated_sum if plain else torch.ops.sola.gated_sum)(residual, receptance, value)
     _check_out(out, *operands.values())
@@ -84,29 +85,30 @@ def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor |
         return out.copy_(_gated_sum(residual, receptance, value))
     torch.ops.sola.gated_sum_(residual, receptance, value, out)
     if not (torch.compiler.is_compiling() or out.is_inference()):
-        torch.autograd.graph.increment_version(out)  # for a backward that has kept it
+        torch.autograd.graph.increment_version(out)  # so that a backward that saved it raises an error
     return out
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)^2."""
+    """Return max(x, 0)^2."""
     check_kind("squared_relu", x=x)
-    return _squared_relu(x) if _plain(x) else torch.ops.sola.squared_relu(x)
+    return _squared_relu(x) if _use_plain_form(x) else torch.ops.sola.squared_relu(x)
 
 
 def quad_shift(x: Tensor) -> Tensor:
-    """Each quarter of the channels comes from another neighbour: left, right, above, below; zero outside the image.
+    """Shift each quarter of the channels by one pixel, from the left, right, upper and lower neighbour; zero outside
+    the image.
 
-    x [B, H, W, C] -> [B, H, W, C]. Channels beyond four times C // 4 stay where they are.
+    x [B, H, W, C] -> [B, H, W, C]. The channels after the first 4 (C // 4) are not shifted.
     """
-    # not in the paper: Vision-RWKV's mixes begin with it (Q-Shift, worth 3.6 points there) and SoLA-Vision takes its
-    # linear layer from Vision-RWKV, while its own text never names the shift. One argument of the network turns it off.
+    # not in the paper: Vision-RWKV's mixes start with this shift (Q-Shift, worth 3.6 points there). SoLA-Vision adopts
+    # Vision-RWKV's linear layer, but its text never mentions the shift. An argument of the network disables it.
     quarter = x.shape[-1] // 4
     left, right, above, below, rest = x.split([quarter] * 4 + [x.shape[-1] - 4 * quarter], dim=-1)
     pad = torch.nn.functional.pad
     return torch.cat(
         (
-            # cut after padding: an image without pixels keeps its size
+            # sliced after padding, so that an empty image keeps its shape
             pad(left, (0, 0, 1, 0))[:, :, :-1],
             pad(right, (0, 0, 0, 1))[:, :, 1:],
             pad(above, (0, 0, 0, 0, 1, 0))[:, :-1],
@@ -118,7 +120,7 @@ def quad_shift(x: Tensor) -> Tensor:
 
 
 def interpolated(n: Tensor, mixes: Tensor, top: int, bottom: int) -> Tensor:
-    """mix * n + (1 - mix) * quad_shift(n) for each row of mixes [M, C], in plain torch: n [B, H, W, C] ->
+    """Return mix * n + (1 - mix) * quad_shift(n) for each row of mixes [M, C], in plain torch: n [B, H, W, C] ->
     [M, B, H - top - bottom, W, C].
     """
     shifted, height = quad_shift(n), n.shape[1]
@@ -126,16 +128,18 @@ def interpolated(n: Tensor, mixes: Tensor, top: int, bottom: int) -> Tensor:
     return torch.lerp(shifted, n, mixes.to(n.dtype)[:, None, None, None])
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether plain torch is to be seen: pinned, by transforms that know nothing else, or by a compiler that fuses it
-    better than it calls a kernel.
+def _use_plain_form(*tensors: Tensor) -> bool:
+    """True if the plain form is pinned, required by a tracer or transform, or fused by a compiler on a GPU, which is
+    faster there than calling a kernel.
     """
     compiled = torch.compiler.is_compiling() and tensors[0].device.type != "cpu"
     return pinned() in ("reference", "portable") or compiled or seen_through(*tensors)
 
 
-def _mixed(*tensors: Tensor) -> bool:
-    """Whether dtypes differ where only one kernel, CUDA's, takes them as they are: with autocast residuals are wide."""
+def _mixed_dtypes(*tensors: Tensor) -> bool:
+    """True if dtypes differ, as under autocast, where residuals stay float32, on a device whose kernel does not support
+    that. Only CUDA's does.
+    """
     return tensors[0].device.type != "cuda" and any(x.dtype != tensors[0].dtype for x in tensors)
 
 
@@ -151,7 +155,9 @@ def _check_shift(x: Tensor, weight: Tensor, bias: Tensor, mixes: Tensor, top: in
             f"and mixes {size(mixes)} [M, C], the channels of x {size(x)}"
         )
     if top < 0 or bottom < 0 or top + bottom > height:
-        raise ValueError(f"norm_shift: top {top} and bottom {bottom} must be rows of x's height of {height}")
+        raise ValueError(
+            f"norm_shift: top {top} and bottom {bottom} must be >= 0 and sum to at most the height {height} of x"
+        )
 
 
 def _check_out(out: Tensor, *operands: Tensor) -> None:
@@ -159,7 +165,7 @@ def _check_out(out: Tensor, *operands: Tensor) -> None:
     if out.dtype != dtype or not out.is_contiguous():
         raise ValueError(f"gated_sum: out must be contiguous and {dtype}, got {out.dtype} with strides {out.stride()}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (out, *operands)):
-        raise RuntimeError("gated_sum: what is written to out has no gradient; leave out away, or use torch.no_grad()")
+        raise RuntimeError("gated_sum: a result written to out has no gradient; omit out, or use torch.no_grad()")
 
 
 def _promoted(*tensors: Tensor) -> torch.dtype:
@@ -170,7 +176,7 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 
 
 def _norm_shift(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int) -> Tensor:
-    # int: where TorchScript traces, sizes are tensors
+    # int: during TorchScript tracing sizes are tensors
     n = torch.nn.functional.layer_norm(x, (int(x.shape[-1]),), weight, bias, eps)
     return interpolated(n, mixes, top, bottom)
 
@@ -187,27 +193,28 @@ def _squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
-# ---- their backwards
+# ---- the backwards
 
 
 def _norm_shift_backward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    again = torch.is_grad_enabled()  # then the result is to be differentiated, and the inputs are part of a graph
+    # with grad mode enabled this is double backward: the inputs are part of a graph, and so are the results
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [tensor.view_as(tensor) if again else tensor.detach() for tensor in (x, weight, bias, mixes)]
+        inputs = [tensor.view_as(tensor) if create_graph else tensor.detach() for tensor in (x, weight, bias, mixes)]
         for tensor in inputs:
             if not tensor.requires_grad:
                 tensor.requires_grad_()
         out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
-        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=again)
+        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=create_graph)
     return gx.contiguous(), gw, gb, gm
 
 
 def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    opened = torch.sigmoid(receptance)
-    through = grad * opened
-    return (through * (1 - opened) * value).to(receptance.dtype), through.to(value.dtype)
+    sigmoid = torch.sigmoid(receptance)
+    grad_value = grad * sigmoid
+    return (grad_value * (1 - sigmoid) * value).to(receptance.dtype), grad_value.to(value.dtype)
 
 
 def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
@@ -259,7 +266,7 @@ def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(name: str) -> Any:
-    """An operator's backward; its plain form where the result is to be differentiated again."""
+    """Return an operator's backward; its plain form, which is differentiable, in double backward."""
     return _BACKWARDS[name] if torch.is_grad_enabled() else getattr(torch.ops.sola, f"{name}_backward")
 
 
@@ -288,7 +295,7 @@ def _gated_sum_out(residual: Tensor, receptance: Tensor, value: Tensor, out: Ten
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines the passes with their plain forms as default kernels."""
+    """Define the passes, with their plain forms as default kernels."""
 
     def define(schema: str, kernel: Any, fake: Any, differentiate: Any = None) -> None:
         name = schema.partition("(")[0]

@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bi-WKV in plain torch at a cost linear in N, right for every key, value, decay and bonus: the default kernel.
+"""Bi-WKV in plain torch at a cost linear in N, correct for every key, value, decay and bonus: the default kernel.
 
-With d = w / N, eq. 9 is the quotient of two sums that a left-to-right and a right-to-left scan provide:
+With d = w / N, eq. 9 is the quotient of two sums, computed by a left-to-right and a right-to-left scan:
 
     A_t = sum_{i<t} e^{-(t-i-1) d + k_i} (v_i, 1),    R_t = sum_{i>t} e^{-(i-t-1) d + k_i} (v_i, 1)
     y_t = (A + R + e^{u+k_t} (v_t, 1)),  first component over second
 
-A state is kept as e^m s with m the largest exponent in it, in float64, so that nothing over- or underflows and the
-rounding of an exponent does not show in float32. The mixing matrix is symmetric: the backward needs the same scans.
+A state is stored as e^m s with m the largest exponent in it, in float64, so that nothing over- or underflows and the
+rounding of an exponent is negligible in float32. The mixing matrix is symmetric: the backward needs the same scans.
 
-Time comes first inside this file: [N, B, C], and a state carries K sums: [N, K, B, C].
+Tensors in this file are time-major, [N, B, C]; a state of K sums is [N, K, B, C].
 """
 
 import torch
 from torch import Tensor
 
-# an empty state: e^EMPTY is 0 beside anything, and EMPTY - EMPTY is 0 where -inf would give nan
+# exponent of an empty state: e^EMPTY is 0 relative to any weight, and EMPTY - EMPTY is 0 where -inf would give nan
 _EMPTY = -1e300
-# beyond this a token's weight is all or nothing; the bound keeps sums of exponents exact enough to tell ties apart
-_STEEPEST = 1e8
+# beyond this decay a weight is zero or dominates; the bound keeps sums of exponents exact enough to resolve ties
+_MAX_DECAY = 1e8
 
 
 def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Eq. 9: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype."""
+    """Return eq. 9: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype."""
     if key.numel() == 0:
         return torch.empty_like(value, memory_format=torch.contiguous_format)
     d, u, k, v = _prepare(decay, bonus, key, value)
@@ -33,11 +33,11 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def wkv_backward(
     decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `wkv` for decay, bonus [C], key and value [B, N, C], each in its input's dtype.
+    """Return the gradients of `wkv` with respect to decay, bonus [C], key and value [B, N, C], in the inputs' dtypes.
 
     With D = e^m den the denominator, h = g / D and q = h y; H = S h and Q = S q with the symmetric mixing matrix S:
-    gv = e^k H, gk = e^k (v H - Q), gu = e^u sum(e^k (v h - q)). The decay's gradient counts, for every pair, the tokens
-    between them: each token m in between sees the left state of one side and the right state of the other.
+    gv = e^k H, gk = e^k (v H - Q), gu = e^u sum(e^k (v h - q)). In the decay's gradient each pair of tokens counts as
+    often as there are tokens m between them, which is a sum over m of left states times right states.
     """
     if key.numel() == 0:
         return torch.zeros_like(decay), torch.zeros_like(bonus), torch.zeros_like(key), torch.zeros_like(value)
@@ -46,9 +46,9 @@ def wkv_backward(
     y = num / den
     h = grad.double().transpose(0, 1) / den
     q = h * y
-    # the pair (h, q) is scanned like (v, 1), its weight being e^-m
+    # (h, q) is scanned like (v, 1), with the weight e^-m
     back_left, back_right = _both_scans(d, -top, torch.stack((h, q), dim=1))
-    own = torch.exp(u + k - top)  # weight of a token on itself, over D's scale
+    own = torch.exp(u + k - top)  # a token's weight for itself, relative to the scale of D
 
     mixed = own[:, None] * torch.stack((h, q), dim=1)
     for m, s in (back_left, back_right):
@@ -61,23 +61,23 @@ def wkv_backward(
     for (m, s), (bm, bs) in ((left, back_right), (right, back_left)):
         gd = gd - (torch.exp(m + bm - d) * (s[:, 0] * bs[:, 0] - s[:, 1] * bs[:, 1])).sum((0, 1))
 
-    def shaped(gradient: Tensor, like: Tensor) -> Tensor:
+    def batch_major(gradient: Tensor, like: Tensor) -> Tensor:
         return gradient.transpose(0, 1).to(like.dtype).contiguous()
 
     gw = gd / k.shape[0]
-    return gw.to(decay.dtype), gu.to(bonus.dtype), shaped(gk, key), shaped(gv, value)
+    return gw.to(decay.dtype), gu.to(bonus.dtype), batch_major(gk, key), batch_major(gv, value)
 
 
 def _prepare(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k, v = (x.double().transpose(0, 1).contiguous() for x in (key, value))
     d = decay.double() / k.shape[0]
-    return d.clamp(-_STEEPEST, _STEEPEST), bonus.double(), k, v
+    return d.clamp(-_MAX_DECAY, _MAX_DECAY), bonus.double(), k, v
 
 
 def _states(
     d: Tensor, u: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Numerator and denominator of eq. 9 as e^top (num, den), and the left and right states they came from."""
+    """Return numerator and denominator of eq. 9 as e^top (num, den), and the left and right states they consist of."""
     pair = torch.stack((v, torch.ones_like(v)), dim=1)
     left, right = _both_scans(d, k, pair)
     own = u + k
@@ -90,17 +90,17 @@ def _states(
 
 
 def _both_scans(d: Tensor, logw: Tensor, s: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Exclusive scans from the left and from the right, side by side in one batch: half the steps."""
+    """Exclusive scans from the left and from the right, concatenated along the batch to halve the number of steps."""
     batch = logw.shape[1]
     m, s = _scan(d, torch.cat((logw, logw.flip(0)), dim=1), torch.cat((s, s.flip(0)), dim=2))
     return (m[:, :batch], s[:, :, :batch]), (m[:, batch:].flip(0), s[:, :, batch:].flip(0))
 
 
 def _scan(d: Tensor, logw: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """State before each token: sum_{i<t} e^{-(t-i-1) d + logw_i} s_i, as e^m times the returned sums.
+    """Return the state before each token, sum_{i<t} e^{-(t-i-1) d + logw_i} s_i, as (m, sums): e^m times the sums.
 
-    d [C], logw [N, B, C], s [N, K, B, C]. Chunks of about sqrt(N) tokens are scanned side by side; their sums are a
-    shorter sequence that is scanned in the same way, with the decay of a whole chunk.
+    d [C], logw [N, B, C], s [N, K, B, C]. Chunks of about sqrt(N) tokens are scanned in parallel; their totals form a
+    shorter sequence, which is scanned recursively with the decay of a whole chunk.
     """
     num_tokens, sums, batch, channels = s.shape
     length = min(64, max(8, round(num_tokens**0.5)))

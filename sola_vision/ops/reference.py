@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of Bi-WKV, eq. 9 as the paper writes it: O(N^2), float64, obvious. The referee for every other path.
+"""The definition of Bi-WKV, eq. 9 as written in the paper: O(N^2), in float64. Every other path is tested against it.
 
     wkv_t = sum_i p_ti v_i,    p_t = softmax_i(a_t),    a_ti = k_i - (|t - i| - 1) w / N  for i != t,    a_tt = u + k_t
 
-B batch, N tokens, C channels; t is the reading token, i the token that is read.
+B batch, N tokens, C channels; t is the output (query) token, i the input (key) token.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def weights(decay: Tensor, bonus: Tensor, key: Tensor, rows: slice = slice(None)) -> Tensor:
-    """p_ti of eq. 9 in float64: how much token t reads from token i, a row sums to 1.
+    """Return p_ti of eq. 9 in float64, the weight of token i in the output of token t; a row sums to 1.
 
     decay, bonus [C], key [B, N, C] -> [B, T, N, C] for the T tokens that `rows` selects.
     """
@@ -26,9 +26,9 @@ def weights(decay: Tensor, bonus: Tensor, key: Tensor, rows: slice = slice(None)
 
 
 def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Eq. 9 row by row: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype. Differentiable."""
+    """Return eq. 9, differentiable: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype."""
     batch, num_tokens, channels = key.shape
-    # as many rows at once as fit in 2^24 weights, so that the memory stays bounded at any size
+    # at most 2^24 weights at a time (but at least one row), to bound the memory
     step = max(1, 2**24 // max(1, batch * num_tokens * channels))
     rows = [
         torch.einsum("btnc,bnc->btc", weights(decay, bonus, key, slice(start, start + step)), value.double())

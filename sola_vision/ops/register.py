@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registered operators: one schema, and the dispatcher chooses the kernel.
+"""Registration of the operators: one schema each, for which the dispatcher chooses the kernel.
 
-`sola::wkv`, `sola::wkv_with_states` and `sola::wkv_backward` have the portable form as their default kernel; a compiled
-kernel for CPU and a Triton kernel for CUDA take over where they exist. `sola::wkv_portable` and its relatives are the
-same without those kernels: they are what `ops.use("portable")` pins. Where gradients are wanted, autograd calls the
-operator with states, which also returns what its forward has found at the edges of its chunks, for the backward of the
-same kernel. Fake tensors, autograd, autocast and the FLOPs formula are registered once for both.
+`sola::wkv`, `sola::wkv_with_states` and `sola::wkv_backward` have the portable form as their default kernel; compiled
+kernels for CPU and Triton kernels for CUDA override it where available. `sola::wkv_portable` and its two counterparts
+are the same operators without those kernels: `ops.use("portable")` selects them. If an input requires gradients,
+autograd calls the operator with states, which also returns the scan states at the chunk boundaries for the backward of
+the same kernel. Fake tensors, autograd, autocast and the FLOPs formula are registered once for both.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ _CPU_CHUNK = 32  # tokens, as in csrc/wkv.h
 
 
 def _new_states(key: Tensor, value: Tensor) -> Tensor:
-    """Room for the states of the device's kernel, which has none in float64; what is on meta counts as on a CPU."""
+    """Allocate the states of the device's kernel; empty in float64, which has no kernel. Meta tensors count as CPU."""
     batch, num_tokens, channels = key.shape
     if torch.float64 in (key.dtype, value.dtype) or key.device.type not in ("cpu", "cuda", "meta"):
         size: tuple[int, ...] = (0,)
@@ -66,11 +66,11 @@ def _fake_backward(
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # zeros for the states
+    ctx.set_materialize_grads(False)  # no zeros as the gradient of the states
 
 
 def _forward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """29 N C multiply-adds, Vision-RWKV's convention; FlopCounterMode counts two operations for each."""
+    """Count 29 N C multiply-adds, Vision-RWKV's convention, as two operations each like FlopCounterMode."""
     batch, num_tokens, channels = key
     return 2 * 29 * batch * num_tokens * channels
 
@@ -97,7 +97,7 @@ def _define(name: str) -> None:
         if grad is None:
             return (None,) * 4
         decay, bonus, key, value, states = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again: it has to be torch's own operators
+        if torch.is_grad_enabled():  # double backward, which needs ATen operators
             return portable.wkv_backward(decay, bonus, key, value, grad)
         return backward(decay, bonus, key, value, states, grad)
 
@@ -110,7 +110,7 @@ def _define(name: str) -> None:
     torch.library.register_autograd(f"sola::{name}_with_states", differentiate, setup_context=_save, lib=library)
     library.impl(name, differentiable, "Autograd")
     for operator in (forward, with_states):
-        # key and value; decay and bonus stay, since w may be large
+        # only key and value: w may be too large for half precision
         autocast.register(library, operator.__name__, operator, (2, 3))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention as a registered operator: definition, fake tensors, autograd, FLOPs (`multihead.py` calls it)."""
+"""Softmax attention as a registered operator: definition, fake tensors, autograd, FLOPs (called by `multihead.py`)."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ from sola_vision.ops.arguments import register_fake
 
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
-    """The definition. qkv [B, N, 3C] -> [B, N, C]."""
+    """Return multi-head softmax attention by torch's SDPA, the definition: qkv [B, N, 3C] -> [B, N, C]."""
     return _tokens(scaled_dot_product_attention(*_heads(qkv, head_dim)))
 
 
 def products(qkv: Tensor, head_dim: int) -> Tensor:
-    """The same of products and a softmax, which can be differentiated in any way; N^2 scores in memory."""
+    """Like `attention`, by matrix products and a softmax: differentiable in every mode, with N^2 scores in memory."""
     query, key, value = _heads(qkv, head_dim)
     return _tokens(_weights(query, key) @ value)
 
 
 def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, values: [B, heads, N, head_dim] each."""
+    """Split qkv into queries, keys and values, [B, heads, N, head_dim] each."""
     query, key, value = qkv.unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
     return query, key, value
 
@@ -35,7 +35,7 @@ def _tokens(heads: Tensor) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor) -> Tensor:
-    # scaled first: in float16 the product may be too large
+    # the query is scaled first: in float16 the product may overflow
     return (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
 
 
@@ -44,20 +44,20 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _attention_and_sums(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """The operator's default kernel: the result, and the logarithms of the sums that normalise it [B, heads, N]."""
+    """The operator's default kernel: return the result and the log-sum-exp of its scores [B, heads, N]."""
     query, key, _ = _heads(qkv, head_dim)
     return attention(qkv, head_dim).contiguous(), torch.logsumexp(_scores(query.float(), key.float()), dim=-1)
 
 
 def _attention_backward(qkv: Tensor, head_dim: int, out: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """The default kernel of the backward; itself differentiable, for it takes nothing from out and lse."""
+    """The default kernel of the backward; it is differentiable itself, since it does not use out and lse."""
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     query, key, value = _heads(qkv.to(dtype), head_dim)
-    of_heads = grad.to(dtype).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    grad_out = grad.to(dtype).unflatten(-1, (-1, head_dim)).transpose(1, 2)
     weights = _weights(query, key)
-    of_weights = of_heads @ value.transpose(-1, -2)
-    of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * head_dim**-0.5
-    parts = of_scores @ key, of_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ of_heads
+    grad_weights = grad_out @ value.transpose(-1, -2)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * head_dim**-0.5
+    parts = grad_scores @ key, grad_scores.transpose(-1, -2) @ query, weights.transpose(-1, -2) @ grad_out
     return torch.cat([_tokens(part) for part in parts], dim=-1).to(qkv.dtype)
 
 
@@ -71,7 +71,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     qkv, ctx.head_dim = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # zeros for the sums
+    ctx.set_materialize_grads(False)  # no zeros as the gradient of the log-sum-exp
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
@@ -83,18 +83,18 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 def _cost(qkv: Any, head_dim: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """N^2 multiply-adds for each channel of queries and of values; FlopCounterMode counts two operations for each."""
+    """Count N^2 multiply-adds per channel of queries and of values, as two operations each like FlopCounterMode."""
     batch, tokens, width = qkv
     return 2 * 2 * batch * tokens * tokens * (width // 3)
 
 
 def _backward_cost(qkv: Any, head_dim: int, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    # five products where the forward has two, as FlopCounterMode counts torch's own
+    # five products instead of the forward's two, as FlopCounterMode counts torch's own backward
     return _cost(qkv, head_dim) * 5 // 2
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines the operator with torch's own as its default kernel."""
+    """Define the operator, with torch's SDPA as its default kernel."""
     pt2 = (torch.Tag.pt2_compliant_tag,)
     library.define("attention(Tensor qkv, int head_dim) -> (Tensor, Tensor)", tags=pt2)
     library.define(

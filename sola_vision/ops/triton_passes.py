@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of the element-wise passes (`passes.py`). `gpu_passes.py` launches them.
+"""The Triton kernels of the element-wise passes (`passes.py`), launched by `gpu_passes.py`.
 
-A tile is [T, BLOCK]: T tokens of all images in raster order by contiguous channels. What is masked reads as zero, which
-is what lies outside an image. Arithmetic is float32; offsets of values are int64, numbers of tokens int32.
+A tile is [T, BLOCK]: T tokens of all images in raster order by contiguous channels. Masked values load as zero, the
+padding of an image. Arithmetic is float32; offsets of values are int64, indices of tokens int32.
 """
 
 # a kernel is not Python: no types but constexpr
@@ -11,7 +11,7 @@ is what lies outside an image. Arithmetic is float32; offsets of values are int6
 import triton
 import triton.language as tl
 
-# tl.sum and tl.zeros are kernels' helpers of Triton's own: interpreted only if Triton was imported for that
+# tl.sum and tl.zeros are jitted functions of Triton: interpreted only if Triton itself was imported for that
 
 
 @triton.jit
@@ -20,8 +20,8 @@ def add(a, b):
 
 
 @triton.jit
-def _look(quarter):
-    """Columns and rows from a token to the one that this quarter of the channels looks at; from 4 on it is itself."""
+def _neighbour_offset(quarter):
+    """The offset, in columns and rows, from a token to the neighbour of a quarter of the channels; zero from 4 on."""
     across = tl.where(quarter == 0, -1, tl.where(quarter == 1, 1, 0))
     along = tl.where(quarter == 2, -1, tl.where(quarter == 3, 1, 0))
     return across, along
@@ -33,86 +33,88 @@ def _within(column, row, width, height):
 
 
 @triton.jit
-def _statistics(v, inside, eps, C: tl.constexpr):
-    """Mean [T], deviations from it [T, BLOCK], and one over their size [T]."""
+def _statistics(v, mask, eps, C: tl.constexpr):
+    """Mean [T], deviations from it [T, BLOCK], and reciprocal standard deviation [T]."""
     mean = tl.reduce(v, 1, add) / C
-    centred = tl.where(inside, v - mean[:, None], 0.0)
+    centred = tl.where(mask, v - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.reduce(centred * centred, 1, add) / C + eps)
     return mean, centred, rstd
 
 
 @triton.jit
-def _parameter(of, channel, inside):
-    """A parameter [C] as a tile: read anew from the cache by every row, it needs no exchange between threads."""
-    return tl.load(of + tl.broadcast_to(channel, inside.shape), mask=inside, other=0.0).to(tl.float32)
+def _parameter(pointer, channel, mask):
+    """Load a parameter [C] as a tile: every row loads it from the cache, which needs no exchange between threads."""
+    return tl.load(pointer + tl.broadcast_to(channel, mask.shape), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def statistics(x, stats, eps, tokens, C: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
-    """x [tokens, C] -> each token's mean and 1 / deviation, stats [2, tokens] in float32."""
+    """x [tokens, C] -> each token's mean and 1 / standard deviation, stats [2, tokens] in float32."""
     token = tl.program_id(0) * T + tl.arange(0, T)
     channel = tl.arange(0, BLOCK)
-    there = token < tokens
-    inside = there[:, None] & (channel < C)[None, :]
+    token_mask = token < tokens
+    mask = token_mask[:, None] & (channel < C)[None, :]
     at = token.to(tl.int64)[:, None] * C + channel[None, :]
-    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    mean, _, rstd = _statistics(v, inside, eps, C)
-    tl.store(stats + token, mean, mask=there)
-    tl.store(stats + tokens.to(tl.int64) + token, rstd, mask=there)
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    mean, _, rstd = _statistics(v, mask, eps, C)
+    tl.store(stats + token, mean, mask=token_mask)
+    tl.store(stats + tokens.to(tl.int64) + token, rstd, mask=token_mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "made", "height", "rows", "width", "top"])
+@triton.jit(do_not_specialize=["tokens", "out_tokens", "height", "rows", "width", "top"])
 def norm_shift(
-    x, weight, bias, mixes, stats, out, tokens, made, height, rows, width, top,
+    x, weight, bias, mixes, stats, out, tokens, out_tokens, height, rows, width, top,
     C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, C] of images with `height` rows -> out [M, made, C], `rows` rows of each from `top` on.
+    """x [tokens, C] of images with `height` rows -> out [M, out_tokens, C], `rows` rows of each image from `top` on.
 
-    A program owns one quarter of the channels (or what is beyond them), so that each of its tokens has one neighbour.
+    A program owns one quarter of the channels (or the remainder), so that each of its tokens has one neighbour.
     """
     Q: tl.constexpr = C // 4
     REST: tl.constexpr = C % 4
     FIRST: tl.constexpr = 0 if Q > 0 else 4
     LAST: tl.constexpr = 4 if REST > 0 else 3
     quarter = tl.program_id(0) % (LAST - FIRST + 1) + FIRST
-    number = tl.program_id(0) // (LAST - FIRST + 1) * T + tl.arange(0, T)  # of the token in out
+    index = tl.program_id(0) // (LAST - FIRST + 1) * T + tl.arange(0, T)  # indices in out
     lane = tl.arange(0, BLOCK)
-    real = lane < Q
+    lane_mask = lane < Q
     if REST > 0:
-        real = lane < tl.where(quarter < 4, Q, REST)
+        lane_mask = lane < tl.where(quarter < 4, Q, REST)
     channel = (quarter * Q + lane)[None, :]
 
-    there = number < made
-    column = number % width
-    line = number // width
-    row = line % rows + top
-    token = (line // rows * height + row) * width + column  # in x
-    across, along = _look(quarter)
-    looked_at = token + along * width + across
-    seen = there & _within(column + across, row + along, width, height)
+    token_mask = index < out_tokens
+    column = index % width
+    image_row = index // width
+    row = image_row % rows + top
+    token = (image_row // rows * height + row) * width + column  # in x
+    across, along = _neighbour_offset(quarter)
+    neighbour = token + along * width + across
+    neighbour_mask = token_mask & _within(column + across, row + along, width, height)
     deviations = stats + tokens.to(tl.int64)
-    inside = there[:, None] & real[None, :]
-    own = tl.load(x + token.to(tl.int64)[:, None] * C + channel, mask=inside, other=0.0)
-    other = tl.load(x + looked_at.to(tl.int64)[:, None] * C + channel, mask=seen[:, None] & real[None, :], other=0.0)
-    mean = tl.load(stats + token, mask=there, other=0.0)[:, None]
-    rstd = tl.load(deviations + token, mask=there, other=0.0)[:, None]
-    other_mean = tl.load(stats + looked_at, mask=seen, other=0.0)[:, None]
-    other_rstd = tl.load(deviations + looked_at, mask=seen, other=0.0)[:, None]
+    mask = token_mask[:, None] & lane_mask[None, :]
+    own = tl.load(x + token.to(tl.int64)[:, None] * C + channel, mask=mask, other=0.0)
+    other = tl.load(
+        x + neighbour.to(tl.int64)[:, None] * C + channel, mask=neighbour_mask[:, None] & lane_mask[None, :], other=0.0
+    )
+    mean = tl.load(stats + token, mask=token_mask, other=0.0)[:, None]
+    rstd = tl.load(deviations + token, mask=token_mask, other=0.0)[:, None]
+    other_mean = tl.load(stats + neighbour, mask=neighbour_mask, other=0.0)[:, None]
+    other_rstd = tl.load(deviations + neighbour, mask=neighbour_mask, other=0.0)[:, None]
 
-    w = _parameter(weight, channel, inside)
-    b = _parameter(bias, channel, inside)
+    w = _parameter(weight, channel, mask)
+    b = _parameter(bias, channel, mask)
     n = (own.to(tl.float32) - mean) * rstd * w + b
-    shifted = tl.where(seen[:, None], (other.to(tl.float32) - other_mean) * other_rstd * w + b, 0.0)
-    to = number.to(tl.int64)[:, None] * C + channel
+    shifted = tl.where(neighbour_mask[:, None], (other.to(tl.float32) - other_mean) * other_rstd * w + b, 0.0)
+    to = index.to(tl.int64)[:, None] * C + channel
     for m in tl.static_range(M):
-        mix = _parameter(mixes + m * C, channel, inside)
-        tl.store(out + made.to(tl.int64) * (m * C) + to, mix * n + (1.0 - mix) * shifted, mask=inside)
+        mix = _parameter(mixes + m * C, channel, mask)
+        tl.store(out + out_tokens.to(tl.int64) * (m * C) + to, mix * n + (1.0 - mix) * shifted, mask=mask)
 
 
 @triton.jit
-def _blend(mixes, channel, inside, own, back):
-    """What a row of the mixes sends to a token, and its factor in the mix's own gradient."""
-    mix = _parameter(mixes, channel, inside)
+def _blend(mixes, channel, mask, own, back):
+    """The gradient of a token through one row of the mixes, and its factor in the gradient of the mix."""
+    mix = _parameter(mixes, channel, mask)
     own = own.to(tl.float32)
     back = back.to(tl.float32)
     return mix * own + (1.0 - mix) * back, own - back
@@ -123,133 +125,133 @@ def norm_shift_backward(
     x, weight, bias, mixes, grad, grad_x, partials, eps, tokens, tiles, height, width,
     C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, C], grad [M, tokens, C] -> grad_x [tokens, C], and of each program the sums over its tokens of the
+    """x [tokens, C], grad [M, tokens, C] -> grad_x [tokens, C], and for each program the sums over its tokens of the
     gradients of weight, bias and mixes, partials [programs, 2 + M, C]. M is at most 3.
 
-    A token t gets a gradient of its own and one from the token that looks at it, r(t). With n the norm, sum_t g(t)
-    (n(t) - n(looked at)) = sum_t n(t) (g(t) - g(r(t))), so that no other token's norm is wanted.
+    A token t receives its own gradient and that of the token r(t) whose neighbour it is. With n the norm and s(t) the
+    neighbour of t, sum_t g(t) (n(t) - n(s(t))) = sum_t n(t) (g(t) - g(r(t))), which needs no other token's norm.
     """
     Q: tl.constexpr = C // 4
     channel = tl.arange(0, BLOCK)[None, :]
     quarter = tl.full(channel.shape, 4, tl.int32)
     if Q > 0:
         quarter = channel // Q
-    across, along = _look(quarter)
+    across, along = _neighbour_offset(quarter)
     back = (along * width + across) * -C
     part = tokens.to(tl.int64) * C
-    # sums stay apart for each of the T rows until the end: adding is then no matter of other threads
-    of_weight = tl.full([T, BLOCK], 0.0, tl.float32)
-    of_bias = tl.full([T, BLOCK], 0.0, tl.float32)
-    of_mix0 = tl.full([T, BLOCK], 0.0, tl.float32)
-    of_mix1 = tl.full([T, BLOCK], 0.0, tl.float32)
-    of_mix2 = tl.full([T, BLOCK], 0.0, tl.float32)
+    # each of the T rows has its own sums until the end, so that adding needs no other threads
+    grad_weight = tl.full([T, BLOCK], 0.0, tl.float32)
+    grad_bias = tl.full([T, BLOCK], 0.0, tl.float32)
+    grad_mix0 = tl.full([T, BLOCK], 0.0, tl.float32)
+    grad_mix1 = tl.full([T, BLOCK], 0.0, tl.float32)
+    grad_mix2 = tl.full([T, BLOCK], 0.0, tl.float32)
 
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token = (tile * T + tl.arange(0, T))[:, None]
-        inside = (token < tokens) & (channel < C)
-        seen = inside & _within(token % width - across, token // width % height - along, width, height)
+        mask = (token < tokens) & (channel < C)
+        neighbour_mask = mask & _within(token % width - across, token // width % height - along, width, height)
         at = token.to(tl.int64) * C + channel
-        # all that is read comes first, before anything waits for other threads
-        v = tl.load(x + at, mask=inside, other=0.0)
-        own0 = tl.load(grad + at, mask=inside, other=0.0)
-        back0 = tl.load(grad + at + back, mask=seen, other=0.0)
+        # all loads come first, before any reduction synchronizes threads
+        v = tl.load(x + at, mask=mask, other=0.0)
+        own0 = tl.load(grad + at, mask=mask, other=0.0)
+        back0 = tl.load(grad + at + back, mask=neighbour_mask, other=0.0)
         if M > 1:
-            own1 = tl.load(grad + part + at, mask=inside, other=0.0)
-            back1 = tl.load(grad + part + at + back, mask=seen, other=0.0)
+            own1 = tl.load(grad + part + at, mask=mask, other=0.0)
+            back1 = tl.load(grad + part + at + back, mask=neighbour_mask, other=0.0)
         if M > 2:
-            own2 = tl.load(grad + part * 2 + at, mask=inside, other=0.0)
-            back2 = tl.load(grad + part * 2 + at + back, mask=seen, other=0.0)
+            own2 = tl.load(grad + part * 2 + at, mask=mask, other=0.0)
+            back2 = tl.load(grad + part * 2 + at + back, mask=neighbour_mask, other=0.0)
 
-        _, centred, rstd = _statistics(v.to(tl.float32), inside, eps, C)
+        _, centred, rstd = _statistics(v.to(tl.float32), mask, eps, C)
         rstd = rstd[:, None]
-        normal = tl.where(inside, centred * rstd, 0.0)  # no token, and eps = 0: nothing times infinity
-        w = _parameter(weight, channel, inside)
-        n = normal * w + _parameter(bias, channel, inside)
-        g, difference = _blend(mixes, channel, inside, own0, back0)
-        of_mix0 += n * difference
+        normal = tl.where(mask, centred * rstd, 0.0)  # without a token and with eps = 0: 0 times infinity
+        w = _parameter(weight, channel, mask)
+        n = normal * w + _parameter(bias, channel, mask)
+        g, difference = _blend(mixes, channel, mask, own0, back0)
+        grad_mix0 += n * difference
         if M > 1:
-            more, difference = _blend(mixes + C, channel, inside, own1, back1)
-            of_mix1 += n * difference
+            more, difference = _blend(mixes + C, channel, mask, own1, back1)
+            grad_mix1 += n * difference
             g += more
         if M > 2:
-            more, difference = _blend(mixes + 2 * C, channel, inside, own2, back2)
-            of_mix2 += n * difference
+            more, difference = _blend(mixes + 2 * C, channel, mask, own2, back2)
+            grad_mix2 += n * difference
             g += more
-        of_weight += g * normal
-        of_bias += g
+        grad_weight += g * normal
+        grad_bias += g
         g *= w
         level = (tl.reduce(g, 1, add) / C)[:, None]
         slope = (tl.reduce(g * normal, 1, add) / C)[:, None]
-        tl.store(grad_x + at, rstd * (g - level - normal * slope), mask=inside)
+        tl.store(grad_x + at, rstd * (g - level - normal * slope), mask=mask)
 
     lane = tl.arange(0, BLOCK)
-    real = lane < C
+    lane_mask = lane < C
     to = partials + tl.program_id(0) * ((2 + M) * C) + lane
-    tl.store(to, tl.reduce(of_weight, 0, add), mask=real)
-    tl.store(to + C, tl.reduce(of_bias, 0, add), mask=real)
-    tl.store(to + 2 * C, tl.reduce(of_mix0, 0, add), mask=real)
+    tl.store(to, tl.reduce(grad_weight, 0, add), mask=lane_mask)
+    tl.store(to + C, tl.reduce(grad_bias, 0, add), mask=lane_mask)
+    tl.store(to + 2 * C, tl.reduce(grad_mix0, 0, add), mask=lane_mask)
     if M > 1:
-        tl.store(to + 3 * C, tl.reduce(of_mix1, 0, add), mask=real)
+        tl.store(to + 3 * C, tl.reduce(grad_mix1, 0, add), mask=lane_mask)
     if M > 2:
-        tl.store(to + 4 * C, tl.reduce(of_mix2, 0, add), mask=real)
+        tl.store(to + 4 * C, tl.reduce(grad_mix2, 0, add), mask=lane_mask)
 
 
-# ---- values of any shape. Triton's own specialisation of `count` (whether 16 divides it) is what lets a thread read
-# several values at once: the end of the tensor then never lies between them
+# ---- element-wise kernels for any shape. Triton's specialization of `count` (divisible by 16) lets a thread load
+# several values at once: the end of the tensor is then never between them
 
 
 @triton.jit
-def _place(count, BLOCK: tl.constexpr):
+def _block(count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return at, at < count
 
 
 @triton.jit
-def _open(receptance, at, there):
-    return 1.0 / (1.0 + tl.exp(-tl.load(receptance + at, mask=there, other=0.0).to(tl.float32)))
+def _sigmoid(receptance, at, mask):
+    return 1.0 / (1.0 + tl.exp(-tl.load(receptance + at, mask=mask, other=0.0).to(tl.float32)))
 
 
 @triton.jit
-def _relu(x, at, there):
-    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    return tl.where(v < 0.0, 0.0, v)  # NaN stays
+def _relu(x, at, mask):
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(v < 0.0, 0.0, v)  # propagates NaN
 
 
 @triton.jit
 def gate(receptance, value, out, count, BLOCK: tl.constexpr):
-    at, there = _place(count, BLOCK)
-    v = tl.load(value + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, _open(receptance, at, there) * v, mask=there)
+    at, mask = _block(count, BLOCK)
+    v = tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, _sigmoid(receptance, at, mask) * v, mask=mask)
 
 
 @triton.jit
 def gate_backward(receptance, value, grad, grad_receptance, grad_value, count, BLOCK: tl.constexpr):
-    at, there = _place(count, BLOCK)
-    v = tl.load(value + at, mask=there, other=0.0).to(tl.float32)
-    g = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
-    opened = _open(receptance, at, there)
-    through = g * opened
-    tl.store(grad_receptance + at, through * (1.0 - opened) * v, mask=there)
-    tl.store(grad_value + at, through, mask=there)
+    at, mask = _block(count, BLOCK)
+    v = tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid(receptance, at, mask)
+    grad_v = g * sigmoid
+    tl.store(grad_receptance + at, grad_v * (1.0 - sigmoid) * v, mask=mask)
+    tl.store(grad_value + at, grad_v, mask=mask)
 
 
 @triton.jit
 def gated_sum(residual, receptance, value, out, count, BLOCK: tl.constexpr):
-    at, there = _place(count, BLOCK)
-    r = tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
-    v = tl.load(value + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, r + _open(receptance, at, there) * v, mask=there)
+    at, mask = _block(count, BLOCK)
+    r = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, r + _sigmoid(receptance, at, mask) * v, mask=mask)
 
 
 @triton.jit
 def squared_relu(x, out, count, BLOCK: tl.constexpr):
-    at, there = _place(count, BLOCK)
-    v = _relu(x, at, there)
-    tl.store(out + at, v * v, mask=there)
+    at, mask = _block(count, BLOCK)
+    v = _relu(x, at, mask)
+    tl.store(out + at, v * v, mask=mask)
 
 
 @triton.jit
 def squared_relu_backward(x, grad, out, count, BLOCK: tl.constexpr):
-    at, there = _place(count, BLOCK)
-    g = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, 2.0 * _relu(x, at, there) * g, mask=there)
+    at, mask = _block(count, BLOCK)
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, 2.0 * _relu(x, at, mask) * g, mask=mask)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels of `triton_kernels.py` are made of: numbers with exponents, scans over a tile, states.
+"""Building blocks of the kernels in `triton_kernels.py`: numbers with exponents, scans over a tile, states.
 
-A state is (n, a, b): the pair (a, b) times 2^n, so that no key, decay or bonus over- or underflows. Where a chunk's
-exponents lie close together (always, in a trained network) one exponent serves the whole chunk ("narrow", else "wide");
-each program looks at its own keys and takes its path by itself, so nothing waits for the host. What goes token by token
-is taken out of the tile row by row. A lane holds its channel's whole column, so that nothing crosses between lanes.
+A state is (n, a, b): the pair (a, b) times 2^n, so that no key, decay or bonus over- or underflows. If a chunk's
+exponents are close together (always, in a trained network) the whole chunk shares one exponent ("narrow", else "wide");
+each program chooses the path from its own keys, without the host. Scans process the rows of a tile one after the other.
+A lane holds the whole column of its channel, so that no data moves between lanes.
 """
 
 # a kernel is not Python: no unpacking, no types but constexpr, and tuples that grow
@@ -17,17 +17,17 @@ import torch
 import triton
 import triton.language as tl
 
-# the exponent of a state without tokens: below every real one, and far enough from int32's end to be added to another
+# exponent of an empty state: below any other, and far enough from the limit of int32 that two of them can be added
 EMPTY = tl.constexpr(-(2**29))
-# in the place of a chunk's exponent
+# stored instead of a chunk's exponent if the chunk is wide
 TOO_WIDE = tl.constexpr(2**29)
-# beyond these a token's weight is all or nothing: 2^22 for a key or bonus, 2^23 for a step, 2^27 for the whole row
+# above these limits a weight is zero or dominates: 2^22 for a key or bonus, 2^23 for a step, 2^27 for the whole row
 KEY_LIMIT = tl.constexpr(2.9e6)
 STEP_LIMIT = tl.constexpr(2.0**23)
 ROW_LIMIT = tl.constexpr(2.0**27)
-# what "close together" means, in powers of two: far from float32's range and small enough to round well
+# the largest span of a narrow chunk in powers of two: far from the range of float32, with small rounding errors
 NARROW = tl.constexpr(24.0)
-# how far an entering state may stand above the chunk's own tokens
+# the largest exponent of an entering state relative to the chunk's, on the narrow path
 NARROW_STATE = tl.constexpr(48)
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,13 +36,13 @@ LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
 
 
-# whether a kernel may name instructions of NVIDIA's
+# True if kernels may contain inline PTX
 PTX = tl.constexpr(torch.version.cuda is not None and os.environ.get("TRITON_INTERPRET") != "1")
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a normal x, to a unit in the last place; a division would look for numbers that have no such inverse."""
+    """1 / x for normal x, to one unit in the last place; a division would also handle denormals and overflow."""
     if PTX:
         return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     else:
@@ -63,13 +63,13 @@ def power64(n):
 
 @triton.jit
 def bounded(x, limit):
-    """x within +-limit; by comparison, because minimum and maximum would drop a nan."""
+    """Clamp x to +-limit; by comparison, because minimum and maximum would drop a NaN."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
 @triton.jit
 def mantissa(x, n):
-    """e^x / 2^n in float32, exact to rounding although both may be large."""
+    """e^x / 2^n in float32, accurate to rounding even if both are large."""
     return tl.exp2((x - n * LN2_HIGH) * LOG2E - n * (LN2_LOW * LOG2E))
 
 
@@ -82,9 +82,9 @@ def split(x):
 
 
 @triton.jit
-def fade_over(decay_ptr, channel, inside, steps, num_tokens):
-    """lam^steps as 2^n m: (n int32, m float64). The only place that knows that w is divided by N."""
-    w = tl.load(decay_ptr + channel, mask=inside, other=0.0).to(tl.float64)
+def fade_over(decay_ptr, channel, lane_mask, steps, num_tokens):
+    """lam^steps as 2^n m: (n int32, m float64). Only here is w divided by N."""
+    w = tl.load(decay_ptr + channel, mask=lane_mask, other=0.0).to(tl.float64)
     per_step = bounded(bounded(w * LOG2E, ROW_LIMIT) / num_tokens, STEP_LIMIT)
     x = bounded(-per_step * steps, 2 * ROW_LIMIT)
     n = tl.floor(x + 0.5)
@@ -92,17 +92,17 @@ def fade_over(decay_ptr, channel, inside, steps, num_tokens):
 
 
 @triton.jit
-def fade_of_step(decay_ptr, channel, inside, num_tokens):
-    """lam as 2^n m in float32, whose rounding a chunk's few tokens repeat; scan_states, over many, has float64."""
-    n, m = fade_over(decay_ptr, channel, inside, 1, num_tokens)
+def fade_of_step(decay_ptr, channel, lane_mask, num_tokens):
+    """lam as 2^n m in float32: over a chunk's few tokens its rounding is harmless; scan_states uses float64."""
+    n, m = fade_over(decay_ptr, channel, lane_mask, 1, num_tokens)
     return n, m.to(tl.float32)
 
 
 @triton.jit
-def load_step(step, channel, inside, C: tl.constexpr):
-    """lam as chunk_sums has left it, [2, C]: float64 takes longer than the rest of a short chunk's beginning."""
-    n = tl.load((step + channel).to(tl.pointer_type(tl.int32)), mask=inside, other=0)
-    return n, tl.load(step + C + channel, mask=inside, other=0.0)
+def load_step(step, channel, lane_mask, C: tl.constexpr):
+    """Load lam as stored by chunk_sums, [2, C]: recomputing it in float64 would dominate the start of a short chunk."""
+    n = tl.load((step + channel).to(tl.pointer_type(tl.int32)), mask=lane_mask, other=0)
+    return n, tl.load(step + C + channel, mask=lane_mask, other=0.0)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def levels(n):
 
 @triton.jit
 def rows_of(tile, L: tl.constexpr, BLOCK: tl.constexpr):
-    """The L rows of a tile [L, BLOCK], by halving: Triton cannot index registers."""
+    """Split a tile [L, BLOCK] into its L rows by halving, because Triton cannot index registers."""
     parts = (tile,)
     for level in tl.static_range(levels(L)):
         halves = ()
@@ -149,7 +149,7 @@ def rows_of(tile, L: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def fold(tile, combine: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile's rows combined into one, in a fixed order: halves onto halves."""
+    """Reduce a tile's rows to one in a fixed order, by combining halves."""
     for level in tl.static_range(levels(L)):
         pair = tl.permute(tl.reshape(tile, (2, L // 2 ** (level + 1), BLOCK)), (1, 2, 0))
         first, second = tl.split(pair)
@@ -159,7 +159,7 @@ def fold(tile, combine: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_of_products(a, b, c, d, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """The sum over rows of a b - c d, one row after the other as a scan makes them, so that none has to be kept."""
+    """The sum over rows of a b - c d, row by row in the order of a scan, so that no row stays in registers."""
     first = rows_of(a, L, BLOCK)
     second = rows_of(b, L, BLOCK)
     third = rows_of(c, L, BLOCK)
@@ -173,7 +173,7 @@ def sum_of_products(a, b, c, d, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: t
 
 @triton.jit
 def tile_of(rows, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """L rows, or from the last to the first, as a tile [L, BLOCK]."""
+    """Join L rows, in reversed order if REVERSE, to a tile [L, BLOCK]."""
     parts = ()
     for i in tl.static_range(L):
         parts = parts + (tl.reshape(rows[L - 1 - i if REVERSE else i], (1, BLOCK)),)
@@ -187,12 +187,12 @@ def tile_of(rows, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, FROM_LAST: tl.constexpr):
-    """Which chunk and channels this program owns. One grid axis: only the first may pass 65535. Phases go through the
-    chunks in turn from the first and from the last, so that they begin with what the cache still has.
+def locate(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr, FROM_LAST: tl.constexpr):
+    """The chunk and channels of this program. The grid has one axis, since only the first may exceed 65535. Consecutive
+    phases traverse the chunks in opposite directions, so that each starts with data that is still in the cache.
 
-    Returns the channels and which of them exist, the offsets of the chunk's tokens and which of them exist (tiles), the
-    offset of the chunk's state, and how many tokens there are.
+    Returns the channels and their mask, the offsets of the chunk's tokens and their mask (tiles), the offset of the
+    chunk's state, and the number of tokens.
     """
     blocks: tl.constexpr = (C + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
@@ -202,64 +202,64 @@ def place(chunks, num_tokens, C: tl.constexpr, L: tl.constexpr, BLOCK: tl.conste
     index = program // blocks  # [B, chunks]
     start = (index % chunks) * L
     token = tl.arange(0, L)[:, None]
-    # channel and place of the first token, then as many channels more as are known when this is compiled
+    # the offset of the first token, plus row offsets that are compile-time constants
     tokens = ((index // chunks).to(tl.int64) * num_tokens + start) * C + channel[None, :] + token * C
-    # a lane would else take neighbouring channels, and the tile would have to be turned for the scan
+    # otherwise a lane would hold neighbouring channels, and the scan would have to transpose the tile
     tokens = tl.multiple_of(tokens, (1, 1))
-    there = (token < num_tokens - start) & (channel < C)[None, :]
-    return channel, channel < C, tokens, there, index.to(tl.int64) * C + channel, tl.minimum(num_tokens - start, L)
+    mask = (token < num_tokens - start) & (channel < C)[None, :]
+    return channel, channel < C, tokens, mask, index.to(tl.int64) * C + channel, tl.minimum(num_tokens - start, L)
 
 
 @triton.jit
-def load_tile(pointers, there, MASKED: tl.constexpr):
-    """A tile as it is in memory, 0 where it is not there: to be converted where it is needed."""
+def load_tile(pointers, mask, MASKED: tl.constexpr):
+    """Load a tile in its own dtype, 0 where masked; the caller converts it."""
     if MASKED:
-        return tl.load(pointers, mask=there, other=0.0)
+        return tl.load(pointers, mask=mask, other=0.0)
     else:
         return tl.load(pointers)
 
 
 @triton.jit
-def store_tile(pointers, tile, there, MASKED: tl.constexpr):
+def store_tile(pointers, tile, mask, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=there)
+        tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=mask)
     else:
         tl.store(pointers, tile.to(pointers.dtype.element_ty))
 
 
 @triton.jit
-def where_there(there, tile, other, MASKED: tl.constexpr):
+def where_valid(mask, tile, other, MASKED: tl.constexpr):
     if MASKED:
-        return tl.where(there, tile, other)
+        return tl.where(mask, tile, other)
     else:
         return tile
 
 
 @triton.jit
-def survey(k, there, fade, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """The chunk's reference exponent a channel (its largest key's), and where the span is too wide for one exponent."""
-    high = fold(where_there(there, k, -float("inf"), MASKED), larger, L, BLOCK)
-    low = fold(where_there(there, k, float("inf"), MASKED), smaller, L, BLOCK)
+def reference_exponent(k, mask, fade, L: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Each channel's reference exponent (that of its largest key), and where the span is too wide for one exponent."""
+    high = fold(where_valid(mask, k, -float("inf"), MASKED), larger, L, BLOCK)
+    low = fold(where_valid(mask, k, float("inf"), MASKED), smaller, L, BLOCK)
     reference = tl.floor(bounded(high, KEY_LIMIT) * LOG2E + 0.5).to(tl.int32)
-    # what fades may vanish; what grows with the distance has no bound but 2^(L/2) over a chunk without an exponent
+    # decaying weights may underflow; growing ones reach at most 2^(L/2) in a chunk, unless lam has an exponent above 0
     return reference, ((high - low) * LOG2E > NARROW) | (tl.abs(high) > KEY_LIMIT) | (fade > 0)
 
 
 @triton.jit
-def store_reference(pointers, reference, wide, inside):
-    tl.store(pointers.to(tl.pointer_type(tl.int32)), tl.where(wide, TOO_WIDE, reference), mask=inside)
+def store_reference(pointers, reference, wide, lane_mask):
+    tl.store(pointers.to(tl.pointer_type(tl.int32)), tl.where(wide, TOO_WIDE, reference), mask=lane_mask)
 
 
 @triton.jit
-def load_reference(pointers, inside):
-    """A chunk's reference exponent and where it was too wide for one, as `survey` has found."""
-    reference = exponent(pointers, inside)
+def load_reference(pointers, lane_mask):
+    """A chunk's reference exponent and where it is too wide for one, as stored by `store_reference`."""
+    reference = exponent(pointers, lane_mask)
     return reference, reference == TOO_WIDE
 
 
 @triton.jit
-def far(own_n, left, right, reference):
-    """Where bonus or an entering state is too far from the chunk's reference for the narrow path."""
+def out_of_range(own_n, left, right, reference):
+    """Where the bonus or an entering state is too far from the chunk's reference for the narrow path."""
     return (tl.abs(own_n).to(tl.float32) > NARROW) | (tl.maximum(left[0], right[0]) - reference > NARROW_STATE)
 
 
@@ -269,13 +269,13 @@ def any_lane(lanes):
 
 
 @triton.jit
-def weights(k, there, reference, MASKED: tl.constexpr, WIDE: tl.constexpr):
-    """e^k of every token as 2^n m: n the chunk's where narrow (a row), the token's own where wide (a tile)."""
+def weights(k, mask, reference, MASKED: tl.constexpr, WIDE: tl.constexpr):
+    """e^k of every token as 2^n m; n is the chunk's (a row) on the narrow path, the token's (a tile) on the wide."""
     if WIDE:
         n, m = split(k)
-        return where_there(there, n, EMPTY, MASKED), where_there(there, m, 0.0, MASKED)
+        return where_valid(mask, n, EMPTY, MASKED), where_valid(mask, m, 0.0, MASKED)
     else:
-        return reference, where_there(there, mantissa(k, reference.to(tl.float32)[None, :]), 0.0, MASKED)
+        return reference, where_valid(mask, mantissa(k, reference.to(tl.float32)[None, :]), 0.0, MASKED)
 
 
 @triton.jit
@@ -283,9 +283,9 @@ def scan(
     E, a, b, n, a1, b1, fade, lam, count,
     L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The scan itself, token by token from the state (a, b) 2^E: state <- lam state + (a1, b1) 2^n.
+    """Scan token by token from the state (a, b) 2^E: state <- lam state + (a1, b1) 2^n.
 
-    Returns the states before every token (tiles; one row of exponents where narrow) and the one behind the last token.
+    Returns the states before every token (tiles; on the narrow path one row of exponents) and the one after the last.
     """
     if WIDE:
         return _wide_scan(E, a, b, n, a1, b1, fade, lam, count, L, BLOCK, REVERSE)
@@ -306,7 +306,7 @@ def scan(
 def _wide_scan(
     E, a, b, n, a1, b1, fade, lam, count, L: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
 ):  # fmt: skip
-    """The first `count` rows in a loop, since wide chunks are rare: rows are taken out of tiles and put in by index."""
+    """Scan the first `count` rows in a loop, not unrolled because wide chunks are rare, selecting rows by masks."""
     rows = tl.arange(0, L)[:, None]
     before_n = tl.full((L, BLOCK), EMPTY, tl.int32)
     before_a = tl.full((L, BLOCK), 0.0, tl.float32)
@@ -328,8 +328,8 @@ def _wide_scan(
 
 
 @triton.jit
-def normal(E, a, b, size):
-    """The same state with size, a bound of a and b, in [1, 2). In the pair's precision."""
+def normalize(E, a, b, size):
+    """Rescale a state so that size, a bound of a and b, is in [1, 2). In the pair's precision."""
     raised = (size.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255
     shift = tl.minimum(raised - 127, 126)
     scale = power(-shift).to(size.dtype)
@@ -337,30 +337,30 @@ def normal(E, a, b, size):
 
 
 @triton.jit
-def exponent(pointers, inside):
+def exponent(pointers, lane_mask):
     empty: tl.constexpr = EMPTY
-    return tl.load(pointers.to(tl.pointer_type(tl.int32)), mask=inside, other=empty)
+    return tl.load(pointers.to(tl.pointer_type(tl.int32)), mask=lane_mask, other=empty)
 
 
 @triton.jit
-def load_state(states, state, side, stride, inside):
-    """The state that enters a chunk from one side: (exponent, a, b)."""
-    E = exponent(states + side * stride + state, inside)
-    a = tl.load(states + (2 + side) * stride + state, mask=inside, other=0.0)
-    b = tl.load(states + (4 + side) * stride + state, mask=inside, other=0.0)
+def load_state(states, state, side, stride, lane_mask):
+    """Load the state that enters a chunk from one side: (exponent, a, b)."""
+    E = exponent(states + side * stride + state, lane_mask)
+    a = tl.load(states + (2 + side) * stride + state, mask=lane_mask, other=0.0)
+    b = tl.load(states + (4 + side) * stride + state, mask=lane_mask, other=0.0)
     return E, a, b
 
 
 @triton.jit
-def store_state(states, state, side, stride, inside, E, a, b):
-    tl.store((states + side * stride + state).to(tl.pointer_type(tl.int32)), E, mask=inside)
-    tl.store(states + (2 + side) * stride + state, a.to(tl.float32), mask=inside)
-    tl.store(states + (4 + side) * stride + state, b.to(tl.float32), mask=inside)
+def store_state(states, state, side, stride, lane_mask, E, a, b):
+    tl.store((states + side * stride + state).to(tl.pointer_type(tl.int32)), E, mask=lane_mask)
+    tl.store(states + (2 + side) * stride + state, a.to(tl.float32), mask=lane_mask)
+    tl.store(states + (4 + side) * stride + state, b.to(tl.float32), mask=lane_mask)
 
 
 @triton.jit
-def enter(state, reference, WIDE: tl.constexpr):
-    """An entering state in the chunk's terms: as it is where wide, at the chunk's exponent where narrow."""
+def rebase(state, reference, WIDE: tl.constexpr):
+    """Convert an entering state to the chunk's exponent on the narrow path; return it unchanged on the wide one."""
     E, a, b = state
     if WIDE:
         return E, a, b
@@ -370,7 +370,7 @@ def enter(state, reference, WIDE: tl.constexpr):
 
 
 @triton.jit
-def nothing(reference, WIDE: tl.constexpr):
+def empty_state(reference, WIDE: tl.constexpr):
     """A state without tokens."""
     zero = tl.full(reference.shape, 0.0, tl.float32)
     if WIDE:
@@ -380,8 +380,8 @@ def nothing(reference, WIDE: tl.constexpr):
 
 
 @triton.jit
-def whole(n, m, WIDE: tl.constexpr):
-    """A factor 2^n m with the exponent beside it where wide, inside it where narrow."""
+def adapt_factor(n, m, WIDE: tl.constexpr):
+    """Return a factor 2^n m as (n, m) on the wide path, as (0, 2^n m) on the narrow one."""
     if WIDE:
         return n, m
     else:
@@ -389,8 +389,8 @@ def whole(n, m, WIDE: tl.constexpr):
 
 
 @triton.jit
-def meeting(n, E, WIDE: tl.constexpr):
-    """2^(n + E) of a forward and a backward state (or token), whose product is a plain number: at most about 1."""
+def product_scale(n, E, WIDE: tl.constexpr):
+    """2^(n + E), the scale of the product of a forward and a backward state (or token): at most about 1."""
     if WIDE:
         return power(tl.minimum(n + E, 127))
     else:
@@ -399,7 +399,7 @@ def meeting(n, E, WIDE: tl.constexpr):
 
 @triton.jit
 def total(An, ax, ae, Rn, rx, re, own_n, x, e, WIDE: tl.constexpr):
-    """Left state, right state and the token itself as one: (exponent, numerator, denominator, the token's own part)."""
+    """Add left state, right state and the token itself: (exponent, numerator, denominator, the token's part)."""
     if WIDE:
         top = tl.maximum(tl.maximum(An, Rn), own_n)
         left = power(An - top)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-RWKV's operator as its published kernels compute it, which is not eq. 9: for networks trained with it.
+"""Vision-RWKV's operator as computed by its published kernels, for networks trained with them. It is not eq. 9.
 
-The kernels cut N tokens into chunks of L = ceil(N / 32). With d = w / N, for token t in the chunk that begins at token
-s, token j has the weight
+The kernels split N tokens into chunks of L = ceil(N / 32). With d = w / N, for token t in the chunk that begins at
+token s, token j has the weight
 
     j < s               e^{k_j - (t - j) d}                 (eq. 9: t - j - 1)
     s <= j < t          e^{k_j - (t - j - 1) d}
     j = t               e^{k_t + u / N}                     (eq. 9: u)
     j > t               e^{k_j - (j - t) d}                 (eq. 9: j - t - 1)
 
-and every token s < j <= t another (1 - e^d) e^{k_j + (t - j) d}: where the running sum of what lies ahead drops a token
-that is passed, its decay is one step off, and this rest stays and grows. 1e-6 is added to the sum of weights, which is
-kept relative to the largest exponent met so far.
+and every token s < j <= t has an additional weight (1 - e^d) e^{k_j + (t - j) d}: when a passed token is subtracted
+from the running sum of later tokens, its decay is off by one step, and this remainder stays and grows. 1e-6 is added to
+the sum of weights, which is stored relative to the largest exponent so far.
 
-Here this is written with cumulative sums inside the chunks and a table of 32 x 32 between them: plain torch in float64,
-linear in N, differentiated by autograd. Right where |w| is below about 600, beyond anything that trains.
+This implementation uses cumulative sums inside the chunks and a table of 32 x 32 between them: plain torch in float64,
+linear in N, differentiated by autograd. It is correct for |w| below about 600, beyond any value that trains.
 """
 
 import torch
@@ -28,13 +28,14 @@ _EPS = 1e-6
 
 
 def published_wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype. decay and bonus are divided by N inside.
+    """Return Vision-RWKV's published operator: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype.
+    decay and bonus are divided by N here.
 
-    Raises ValueError for shapes, TypeError for dtypes and ValueError for devices that do not fit together.
+    Raises ValueError if shapes or devices do not match, TypeError for unsupported dtypes.
     """
     check_wkv("published_wkv", decay, bonus, key, value)
     if torch.compiler.is_exporting():
-        raise ValueError("Vision-RWKV's published operator is not exported: build the network with eq9=True")
+        raise ValueError("Vision-RWKV's published operator cannot be exported: build the network with eq9=True")
     batch, num_tokens, channels = key.shape
     if num_tokens == 0:
         return torch.zeros_like(value)
@@ -51,8 +52,8 @@ def published_wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> T
     place = torch.arange(length, device=key.device)[:, None]
     grow, fall = torch.exp(place * d)[..., None], torch.exp(-place * d)[..., None]  # [L, C, 1]
     rising, falling = own * grow, own * fall
-    apart = torch.arange(chunks, device=key.device)
-    table = torch.exp(-d[:, None, None] * length * (apart[:, None] - apart).abs())  # [C, chunks, chunks]
+    chunk = torch.arange(chunks, device=key.device)
+    table = torch.exp(-d[:, None, None] * length * (chunk[:, None] - chunk).abs())  # [C, chunks, chunks]
     earlier = torch.einsum("cij,bjcp->bicp", table.tril(-1), rising.sum(2))[:, :, None]
     later = torch.einsum("cij,bjcp->bicp", table.triu(1), falling.sum(2))[:, :, None]
     before = _up_to(rising)
@@ -69,24 +70,24 @@ def published_wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> T
 
 
 def _up_to(x: Tensor) -> Tensor:
-    """The sum of the tokens before each one, inside its chunk: [B, chunks, L, C, 2] -> the same."""
+    """Return the exclusive cumulative sum inside each chunk: [B, chunks, L, C, 2] -> [B, chunks, L, C, 2]."""
     return pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(2)
 
 
 @torch.no_grad()
 def _largest(d: Tensor, u: Tensor, k: Tensor) -> Tensor:
-    """The largest exponent that the kernels have met at each token: d, u [C], k [B, chunks, L, C] -> the like of k."""
+    """Return the kernels' running maximum of exponents at each token: d, u [C], k [B, chunks, L, C] -> as k."""
     chunks, length = k.shape[1:3]
     place = d * torch.arange(length, device=k.device)[:, None]
     begin = d * length * torch.arange(chunks, device=k.device)[:, None]  # of each chunk
     rising, falling = k + place, k - place
     none = torch.full_like(k[:, :1, :1], -torch.inf)
-    # what lies behind: other chunks, then the tokens of this one
+    # earlier tokens: of other chunks, then of this one
     ends = (rising.amax(2) + begin).cummax(1).values
     earlier = torch.cat((none[:, 0], ends[:, :-1]), dim=1) - begin
     before = torch.cat((none.expand(-1, chunks, -1, -1), rising[:, :, :-1]), dim=2).cummax(2).values + d
-    # what lies ahead, which is not lowered when a token is passed
+    # later tokens; the maximum is not lowered when a token is passed
     ahead = (falling.amax(2) - begin).flip(1).cummax(1).values.flip(1) + begin
     passed = torch.cat((none.expand(-1, chunks, -1, -1), falling[:, :, 1:]), dim=2).cummax(2).values + d
-    behind = torch.maximum(earlier[:, :, None], before) - place
-    return torch.maximum(torch.maximum(behind, torch.maximum(ahead[:, :, None], passed) + place), u + k)
+    past = torch.maximum(earlier[:, :, None], before) - place
+    return torch.maximum(torch.maximum(past, torch.maximum(ahead[:, :, None], passed) + place), u + k)

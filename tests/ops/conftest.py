@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the kernels share."""
+"""Fixtures shared by the tests of the kernels."""
 
 import numpy as np
 import pytest
@@ -10,26 +10,26 @@ from sola_vision.ops import cpu
 
 @pytest.fixture
 def switch():
-    """A function that takes an instruction set for the length of a test, and skips it where there is none such."""
+    """A function that selects an instruction set for the rest of the test, or skips the test if it is not supported."""
     reason = cpu.load()
     before = cpu.instruction_set() if reason is None else ""
 
-    def to(name):
+    def select(name):
         if reason is not None:
             pytest.skip(reason)
         try:
             return cpu.instruction_set(name)
-        except ValueError as missing:
-            pytest.skip(str(missing))
+        except ValueError as error:
+            pytest.skip(str(error))
 
-    yield to
+    yield select
     if before:
         cpu.instruction_set(before)
 
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty holds NaN, so that what a kernel forgets to write shows."""
+    """torch.empty is filled with NaN, which reveals values that a kernel does not write."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -38,14 +38,14 @@ def poisoned_memory():
 
 @pytest.fixture
 def kernels_scratch(monkeypatch):
-    """For Triton's kernels: memory that nobody wrote is nan, and without a device the interpreter patches
-    triton.language once, not at every call of a helper.
+    """For Triton's kernels: uninitialized memory is NaN, and without a device the interpreter patches triton.language
+    once, not at every call of a helper.
     """
 
-    def poisoned(make):
+    def poisoned(allocate):
         def call(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan") if made.is_floating_point() else 2**30)
+            memory = allocate(*args, **kwargs)
+            return memory.fill_(float("nan") if memory.is_floating_point() else 2**30)
 
         return call
 
@@ -55,6 +55,6 @@ def kernels_scratch(monkeypatch):
         from triton.runtime import interpreter
 
         monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", lambda self, *a, **k: self.rewrite()(*a, **k))
-    # lanes without a channel and rows without a token divide nothing by nothing, and exponentials overflow
+    # masked lanes and rows compute 0 / 0, and exponentials overflow
     with np.errstate(all="ignore"):
         yield

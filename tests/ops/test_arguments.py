@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does not fit is refused on every path; transforms and second derivatives are the definition's."""
+"""Invalid arguments raise errors on every path; transforms and second derivatives equal those of the definition."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def shift(x, weight=WEIGHT, bias=BIAS, mixes=MIXES, **rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
-def test_other_dtypes_are_refused(path, dtype):
+def test_unsupported_dtypes_raise(path, dtype):
     name = str(dtype).removeprefix("torch.")
     for call in (
         lambda: ops.wkv(DECAY, BONUS, KEY.to(dtype), VALUE),
@@ -44,7 +44,7 @@ def test_other_dtypes_are_refused(path, dtype):
             call()
 
 
-def test_sparse_and_nested_tensors_are_refused(path):
+def test_sparse_and_nested_tensors_raise(path):
     nested = torch.nested.nested_tensor([KEY[0], KEY[1]])
     for wrong in (KEY.to_sparse(), nested):
         with pytest.raises(TypeError, match="wkv: decay, bonus, key and value must be dense"):
@@ -53,8 +53,8 @@ def test_sparse_and_nested_tensors_are_refused(path):
             ops.squared_relu(wrong)
 
 
-def test_mixed_devices_are_refused(path):
-    """Torch takes the fake kernel where one tensor is on meta, and that returns memory that nobody wrote."""
+def test_mixed_devices_raise(path):
+    """If one tensor is on meta, torch calls the fake kernel, which returns uninitialized memory."""
     for call in (
         lambda: ops.wkv(DECAY, BONUS, KEY, VALUE.to("meta")),
         lambda: shift(X, weight=WEIGHT.to("meta")),
@@ -75,18 +75,19 @@ def test_mixed_devices_are_refused(path):
         ({"bias": BIAS[None]}, r"bias \[1, 8\]"),
         ({"mixes": MIXES[0]}, r"mixes \[8\] \[M, C\]"),
         ({"mixes": MIXES[:, :1]}, r"mixes \[3, 1\]"),
-        ({"top": -1}, "top -1 and bottom 0 must be rows of x's height of 5"),
+        ({"top": -1}, "top -1 and bottom 0 must be >= 0 and sum to at most the height 5 of x"),
         ({"top": 3, "bottom": 7}, "top 3 and bottom 7"),
     ],
 )
-def test_norm_shift_states_what_does_not_fit(path, arguments, message):
+def test_norm_shift_names_invalid_arguments(path, arguments, message):
     with pytest.raises(ValueError, match=message):
         shift(**{"x": X} | arguments)
 
 
 def test_gates_do_not_broadcast(path):
     with pytest.raises(
-        ValueError, match=r"gate: all must have one shape, got receptance \[2, 5, 4, 8\], value \[5, 4, 8\]"
+        ValueError,
+        match=r"gate: all arguments must have the same shape, got receptance \[2, 5, 4, 8\], value \[5, 4, 8\]",
     ):
         ops.gate(X, X[0])
     with pytest.raises(ValueError, match=r"gated_sum: .* out \[2, 5, 4\]"):
@@ -100,15 +101,15 @@ def test_gated_sum_into_out(path):
             ops.gated_sum(X, X, X, out=wrong)
     for leaf in (True, False):
         given = [X.clone().requires_grad_(leaf), X.clone().requires_grad_(not leaf)]
-        with pytest.raises(RuntimeError, match="what is written to out has no gradient"):
+        with pytest.raises(RuntimeError, match="a result written to out has no gradient"):
             ops.gated_sum(X, given[0], X, out=given[1])
-    # over its own arguments, in place and one element further
+    # out overlaps the arguments, exactly and shifted by one element
     for a, b in ((memory[1:], memory[1:]), (memory[:-1], memory[1:]), (memory[1:], memory[:-1])):
         copy = a.clone()
         torch.testing.assert_close(ops.gated_sum(a, copy, a, out=b), copy + copy.sigmoid() * copy)
 
 
-def test_a_backward_notices_what_gated_sum_has_overwritten(path):
+def test_a_backward_detects_tensors_overwritten_by_gated_sum(path):
     kept, weight = X.clone(), X.clone().requires_grad_()
     product = (kept * weight).sum()
     ops.gated_sum(X, X, X, out=kept)
@@ -119,7 +120,7 @@ def test_a_backward_notices_what_gated_sum_has_overwritten(path):
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])
-def test_no_tokens_have_no_gradients(path, shape):
+def test_empty_inputs_have_zero_gradients(path, shape):
     leaves = [torch.ones(s, requires_grad=True) for s in (shape[2:], shape[2:], shape, shape)]
     out = ops.wkv(*leaves)
     assert out.shape == shape
@@ -130,9 +131,9 @@ def test_no_tokens_have_no_gradients(path, shape):
 
 @pytest.mark.parametrize("shape", [(0, 5, 4, 8), (2, 0, 4, 8), (2, 5, 0, 8), (2, 5, 4, 0), (2, 3, 2, 5)])
 @pytest.mark.parametrize("count", [0, 2])
-def test_no_pixels_or_no_mixes(path, shape, count):
+def test_norm_shift_without_pixels_or_mixes(path, shape, count):
     leaves = [torch.ones(s, requires_grad=True) for s in (shape, shape[3:], shape[3:], (count, shape[3]))]
-    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+    torch.use_deterministic_algorithms(True)  # uninitialized memory is NaN
     try:
         out = shift(*leaves)
         grads = torch.autograd.grad(out.sum(), leaves)
@@ -145,7 +146,7 @@ def test_no_pixels_or_no_mixes(path, shape, count):
         assert not any(g.any() for g in grads)
 
 
-def test_a_single_number_passes_the_gates(path):
+def test_passes_of_a_scalar(path):
     x = torch.tensor(1.5, requires_grad=True)
     out = ops.gated_sum(x, x, x) + ops.gate(x, x) + ops.squared_relu(x)
     torch.testing.assert_close(out, x + 2 * x.sigmoid() * x + x**2)
@@ -157,7 +158,7 @@ def test_a_single_number_passes_the_gates(path):
 
 
 def penalty(call, *tensors):
-    """The gradient of the squared gradient, as of a gradient penalty."""
+    """The gradient of the squared gradient, as in a gradient penalty."""
     leaves = [t.double().requires_grad_() for t in tensors]
     grads = torch.autograd.grad(call(*leaves).square().sum(), leaves, create_graph=True)
     return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
@@ -173,7 +174,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_second_derivatives_are_the_definitions(path, name):
+def test_second_derivatives_equal_the_definition(path, name):
     got = penalty(*CALLS[name])
     with ops.use("reference"):
         expected = penalty(*CALLS[name])
@@ -181,7 +182,7 @@ def test_second_derivatives_are_the_definitions(path, name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_forward_mode_is_the_definitions(name):
+def test_forward_mode_equals_the_definition(name):
     call, *tensors = CALLS[name]
     tensors = [t.double() for t in tensors]
     tangents = [t.cos() for t in tensors]
@@ -195,7 +196,7 @@ def test_forward_mode_is_the_definitions(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_functions_of_torch_func_see_through(name):
+def test_torch_func_transforms(name):
     call, *tensors = CALLS[name]
     tensors = [t.double() for t in tensors]
 

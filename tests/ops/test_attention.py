@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention's kernel against torch's in float64: every instruction set, dtype, ugly shapes, hostile values."""
+"""Softmax attention's kernel against torch's in float64: every instruction set, dtype, odd shapes, extreme values."""
 
 import contextlib
 
@@ -51,54 +51,54 @@ def inputs(batch, tokens, heads, head_dim, *, size=1.0, dtype=torch.float32, see
 
 def both(qkv, grad, head_dim, function=None):
     """Result, log-sum-exp (of the operator) and gradient."""
-    own = qkv.clone().requires_grad_()
-    found = (function or torch.ops.sola.attention)(own, head_dim)
-    out, sums = found if isinstance(found, tuple) else (found, None)
-    return out.detach(), sums, torch.autograd.grad(out, own, grad.to(out.dtype))[0]
+    leaf = qkv.clone().requires_grad_()
+    result = (function or torch.ops.sola.attention)(leaf, head_dim)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    return out.detach(), lse, torch.autograd.grad(out, leaf, grad.to(out.dtype))[0]
 
 
-def error(found, expected):
-    return ((found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
+def error(got, expected):
+    return ((got.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(path, shape, dtype):
     qkv, grad = inputs(*shape, dtype=dtype)
-    out, sums, found = both(qkv, grad, shape[3])
-    expected, _, wanted = both(qkv.double(), grad, shape[3], softmax.attention)
-    assert (out.dtype, found.dtype, sums.dtype) == (dtype, dtype, torch.float32)
+    out, lse, got = both(qkv, grad, shape[3])
+    expected, _, expected_grad = both(qkv.double(), grad, shape[3], softmax.attention)
+    assert (out.dtype, got.dtype, lse.dtype) == (dtype, dtype, torch.float32)
     assert error(out, expected) < ROUNDING[dtype]
-    assert error(found, wanted) < 2 * ROUNDING[dtype]
+    assert error(got, expected_grad) < 2 * ROUNDING[dtype]
     query, key, _ = softmax._heads(qkv.double(), shape[3])
     scores = query @ key.transpose(-1, -2) / shape[3] ** 0.5
-    torch.testing.assert_close(sums.double(), torch.logsumexp(scores, -1), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [0.0, 6.0, 40.0])
-def test_scores_of_any_size_are_as_exact_as_torchs(path, size):
+def test_scores_of_any_size_are_as_accurate_as_torchs(path, size):
     qkv, grad = inputs(2, 150, 2, 32, size=size)
     exact = both(qkv.double(), grad, 32, softmax.attention)
     torchs = both(qkv, grad, 32, softmax.attention)
-    found = both(qkv, grad, 32)
+    got = both(qkv, grad, 32)
     for part in (0, 2):
-        assert error(found[part], exact[part]) <= 4 * error(torchs[part], exact[part]) + 1e-6
+        assert error(got[part], exact[part]) <= 4 * error(torchs[part], exact[part]) + 1e-6
 
 
-def test_scores_that_grow_along_the_keys_and_ones_that_fall(path):
-    """Each block's maximum replaces the one before, or none of the later ones counts."""
+def test_scores_that_increase_or_decrease_along_the_keys(path):
+    """Each block's maximum replaces the previous one, or the later ones are negligible."""
     qkv, grad = inputs(1, 300, 1, 8)
     qkv[..., :8] = 3.0
     for sign in (1, -1):
         qkv[..., 8:16] = sign * torch.linspace(-30, 30, 300)[:, None]
         exact = both(qkv.double(), grad, 8, softmax.attention)
-        found = both(qkv, grad, 8)
-        assert error(found[0], exact[0]) < 1e-5
-        assert error(found[2], exact[2]) < 1e-4
+        got = both(qkv, grad, 8)
+        assert error(got[0], exact[0]) < 1e-5
+        assert error(got[2], exact[2]) < 1e-4
 
 
 @pytest.mark.parametrize("score", [sign * size for size in (1e3, 1e6, 4e9, 1e12, 1e15) for sign in (1, -1)])
-def test_keys_that_are_all_the_same_weigh_the_same(path, score):
+def test_equal_keys_have_equal_weights(path, score):
     """Below, at and above the largest scores of the fast path; then a third of the keys exceeds the others."""
     root = abs(score) ** 0.5 / 2  # times sqrt(16)
     qkv, _ = inputs(1, 99, 1, 16)
@@ -114,8 +114,8 @@ def test_keys_that_are_all_the_same_weigh_the_same(path, score):
 @pytest.mark.parametrize("score", [1e5, 3e6, 5e6, 1.5e9, 1e10, 1e11])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512_bf16"])
-def test_scores_far_beyond_any_networks(switch, name, score, dtype):
-    """Where an integer near the maximum is no longer exact in float32."""
+def test_scores_far_beyond_those_of_networks(switch, name, score, dtype):
+    """Integers near the maximum are not exact in float32."""
     switch(name)
     for size in (score, -score):
         qkv = torch.zeros(1, 1, 3)
@@ -123,11 +123,11 @@ def test_scores_far_beyond_any_networks(switch, name, score, dtype):
         assert torch.ops.sola.attention(qkv.to(dtype), 1)[0].item() == pytest.approx(1.0, abs=1e-6)
     qkv, grad = inputs(1, 70, 1, 8, size=(score / 8) ** 0.5, dtype=dtype)
     qkv[..., 16:] = torch.randn(70, 8, generator=torch.Generator().manual_seed(1))
-    out, _, found = both(qkv, grad, 8)
+    out, _, got = both(qkv, grad, 8)
     exact, theirs = (softmax.attention(x, 8) for x in (qkv.double(), qkv))
-    # 1e5 is within the bound of float32; from 3e6 on products of the largest numbers are not, and float64 has no error
+    # 1e5 is within the bound of the float32 path; from 3e6 on the kernel computes in float64
     assert error(out, exact) <= (ROUNDING[dtype] if score > 1e6 else 2e-2 + 2 * error(theirs, exact))
-    assert found.isfinite().all()
+    assert got.isfinite().all()
 
 
 def test_laws(path):
@@ -142,14 +142,14 @@ def test_laws(path):
     constant[..., 192:] = torch.arange(96.0)
     torch.testing.assert_close(run(constant, 32)[0], torch.arange(96.0).expand(2, 77, 96), rtol=1e-6, atol=1e-6)
     alone = qkv.clone()
-    alone[0] = 0  # neither heads nor images see each other
+    alone[0] = 0  # heads and images are independent
     alone[..., :32] = alone[..., 96:128] = alone[..., 192:224] = 0
     assert torch.equal(run(alone, 32)[0][1, :, 32:], out[1, :, 32:])
 
 
 @pytest.mark.parametrize("head_dim", [32, 5])
-def test_constant_values_come_back_in_half_precision(path, head_dim):
-    """To the bit, though weights may have been rounded before they are multiplied: their sum is that of the rounded."""
+def test_constant_values_are_preserved_in_half_precision(path, head_dim):
+    """Bitwise, even if weights are rounded before the product: they are divided by the sum of the rounded weights."""
     qkv, _ = inputs(2, 77, 3, head_dim, size=3.0)
     values = torch.arange(3.0 * head_dim) - 8
     qkv[..., 6 * head_dim :] = values
@@ -160,7 +160,7 @@ def test_constant_values_come_back_in_half_precision(path, head_dim):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("where", [0, 40, 70])
 @pytest.mark.parametrize("name", ["avx2", "avx512", "avx512_bf16"])
-def test_what_is_no_number_in_half_precision_does_as_in_float64(switch, name, where, value):
+def test_non_finite_values_in_half_precision_act_as_in_float64(switch, name, where, value):
     switch(name)
     qkv, _ = inputs(2, 70, 2, 16, dtype=torch.bfloat16)
     clean = torch.ops.sola.attention(qkv, 16)[0]
@@ -178,27 +178,27 @@ def test_what_is_no_number_in_half_precision_does_as_in_float64(switch, name, wh
 @needs_kernel
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
 @pytest.mark.parametrize("where", [0, 40, 70])
-def test_what_is_no_number_or_too_large_does_as_in_torch(where, value):
-    """In a query, a key and a value; the other images and heads do not see it."""
+def test_non_finite_and_huge_values_act_as_in_torch(where, value):
+    """In a query, a key and a value; other images and heads are unaffected."""
     qkv, grad = inputs(2, 70, 2, 16)
     clean = both(qkv, grad, 16)
     qkv[0, 5, where] = value
-    out, _, found = both(qkv, grad, 16)
-    expected, _, wanted = both(qkv.double(), grad, 16, softmax.attention)
-    for got, right in ((out, expected), (found, wanted)):
-        right = right.float()  # 3e38 times something overflows there as well
+    out, _, grad_qkv = both(qkv, grad, 16)
+    expected, _, expected_grad = both(qkv.double(), grad, 16, softmax.attention)
+    for got, right in ((out, expected), (grad_qkv, expected_grad)):
+        right = right.float()  # products of 3e38 overflow here as well
         torch.testing.assert_close(got.isfinite(), right.isfinite())
         finite = right.isfinite()
-        # where one weight is all but 1, what multiplies the large number in the gradient is rounding
+        # if one weight is almost 1, the factor of the large value in the gradient is a rounding error
         rounding = 1e-14 * abs(value) if abs(value) < 4e38 else 0.0
         torch.testing.assert_close(got[finite], right[finite], rtol=1e-4, atol=1e-5 + rounding)
     assert torch.equal(out[1], clean[0][1])
-    assert torch.equal(found[1], clean[2][1])
+    assert torch.equal(grad_qkv[1], clean[2][1])
     assert torch.equal(out[0, :, 16:], clean[0][0, :, 16:])
 
 
 @needs_kernel
-def test_neither_threads_nor_batch_change_a_bit():
+def test_bits_do_not_depend_on_threads_or_batch():
     qkv, grad = inputs(3, 700, 2, 32)
     threads = torch.get_num_threads()
     try:
@@ -215,10 +215,10 @@ def test_neither_threads_nor_batch_change_a_bit():
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 2, 8), (2, 0, 2, 8), (2, 4, 0, 8)])
-def test_nothing_gives_nothing(path, shape):
+def test_empty_inputs(path, shape):
     qkv, grad = inputs(*shape)
-    out, _, found = both(qkv, grad, 8)
-    assert (out.shape, found.shape) == (grad.shape, qkv.shape)
+    out, _, got = both(qkv, grad, 8)
+    assert (out.shape, got.shape) == (grad.shape, qkv.shape)
 
 
 @needs_kernel
@@ -227,9 +227,9 @@ def test_memory_of_any_layout():
     expected = both(qkv, grad, 8)
     for layout in (qkv.transpose(0, 1).contiguous().transpose(0, 1), qkv.mT.contiguous().mT):
         for grads in (grad, grad.mT.contiguous().mT):
-            out, _, found = both(layout, grads, 8)
+            out, _, got = both(layout, grads, 8)
             assert torch.equal(out, expected[0])
-            assert torch.equal(found, expected[2])
+            assert torch.equal(got, expected[2])
     one = grad[:1].expand(2, -1, -1)
     assert torch.equal(both(qkv, one, 8)[2], both(qkv, one.contiguous(), 8)[2])
 
@@ -238,45 +238,45 @@ def test_memory_of_any_layout():
 def test_opcheck():
     qkv, grad = inputs(2, 9, 2, 8)
     torch.library.opcheck(torch.ops.sola.attention.default, (qkv.requires_grad_(), 8))
-    out, sums = torch.ops.sola.attention(qkv.detach(), 8)
-    torch.library.opcheck(torch.ops.sola.attention_backward.default, (qkv.detach(), 8, out, sums, grad))
+    out, lse = torch.ops.sola.attention(qkv.detach(), 8)
+    torch.library.opcheck(torch.ops.sola.attention_backward.default, (qkv.detach(), 8, out, lse, grad))
 
 
 def test_the_default_kernels():
-    """What runs where there is no other kernel, and what a second derivative differentiates."""
+    """They run on devices without a kernel; double backward differentiates them."""
     qkv, grad = inputs(2, 9, 2, 8)
-    out, sums = softmax._attention_and_sums(qkv, 8)
-    _, _, wanted = both(qkv, grad, 8, softmax.products)
+    out, lse = softmax._attention_and_sums(qkv, 8)
+    _, _, expected_grad = both(qkv, grad, 8, softmax.products)
     with torch.inference_mode():
-        found = softmax._attention_backward(qkv, 8, out, sums, grad)
-    assert error(found, wanted.double()) < 1e-5
+        got = softmax._attention_backward(qkv, 8, out, lse, grad)
+    assert error(got, expected_grad.double()) < 1e-5
     for dtype in (torch.bfloat16, torch.float16):
         low = softmax._attention_backward(
-            *(x.to(dtype) if isinstance(x, torch.Tensor) else x for x in (qkv, 8, out, sums, grad))
+            *(x.to(dtype) if isinstance(x, torch.Tensor) else x for x in (qkv, 8, out, lse, grad))
         )
         assert low.dtype == dtype
-        assert error(low, wanted.double()) < 2e-2
+        assert error(low, expected_grad.double()) < 2e-2
 
 
 @pytest.mark.parametrize("function", [softmax.attention, softmax.products])
-def test_half_precision_holds_scores_that_are_too_large_before_they_are_scaled(function):
+def test_half_precision_with_scores_that_overflow_before_scaling(function):
     qkv = torch.full((1, 3, 96), 60.0, dtype=torch.float16)
     torch.testing.assert_close(function(qkv, 32), torch.full((1, 3, 32), 60.0, dtype=torch.float16))
 
 
 @needs_kernel
 @pytest.mark.parametrize("value", [1e15, 1e25])
-def test_large_values_of_keys_that_count_nothing(path, value):
-    """A weight of e^-159 is zero in float32, whatever it is multiplied by."""
+def test_large_values_with_zero_weight(path, value):
+    """A weight of e^-159 is zero in float32, also times a large value."""
     qkv = torch.ones(1, 5, 24)
     qkv[:, 3, 8:16], qkv[:, 3, 16:] = -55.0, value
-    out, _, found = both(qkv, torch.ones(1, 5, 8), 8)
-    expected, _, wanted = both(qkv.double(), torch.ones(1, 5, 8), 8, softmax.products)
+    out, _, got = both(qkv, torch.ones(1, 5, 8), 8)
+    expected, _, expected_grad = both(qkv.double(), torch.ones(1, 5, 8), 8, softmax.products)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[..., 16:].double(), wanted[..., 16:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[..., 16:].double(), expected_grad[..., 16:], rtol=1e-5, atol=1e-5)
 
 
-@needs_kernel  # without it is torch's own that runs, which cannot
+@needs_kernel  # torch's SDPA does not support it
 def test_a_backward_can_be_differentiated():
     qkv, grad = inputs(1, 5, 2, 4)
     results = []
@@ -287,7 +287,7 @@ def test_a_backward_can_be_differentiated():
     torch.testing.assert_close(*results)
 
 
-def test_transforms_and_forward_mode_see_torchs_own():
+def test_transforms_and_forward_mode_use_torchs_operators():
     qkv, _ = inputs(3, 6, 2, 4)
     batched = torch.func.vmap(lambda x: ops.attention(x[None], 4)[0])(qkv)
     torch.testing.assert_close(batched, softmax.attention(qkv, 4))
@@ -303,53 +303,61 @@ def test_transforms_and_forward_mode_see_torchs_own():
 
 
 @pytest.mark.parametrize(
-    ("shape", "head_dim", "says"),
+    ("shape", "head_dim", "message"),
     [((2, 3), 1, "must be"), ((1, 3, 12), 5, "multiple of head_dim=5"), ((1, 3, 12), 0, "head_dim=0")],
 )
-def test_shapes_that_do_not_fit(shape, head_dim, says):
-    with pytest.raises(ValueError, match=rf"attention: qkv \[.*{says}"):
+def test_invalid_shapes_and_dtypes_raise(shape, head_dim, message):
+    with pytest.raises(ValueError, match=rf"attention: qkv \[.*{message}"):
         ops.attention(torch.zeros(shape), head_dim)
     with pytest.raises(TypeError, match="must be float64"):
         ops.attention(torch.zeros(1, 3, 12, dtype=torch.int32), 4)
 
 
 @needs_kernel
-def test_the_kernel_itself_refuses_them_too():
+def test_the_kernel_rejects_invalid_shapes():
     for shape, head_dim in (((2, 3), 1), ((1, 3, 12), 5)):
         with pytest.raises(ValueError, match="sola::attention: qkv is"):
             torch.ops.sola.attention(torch.zeros(shape), head_dim)
     qkv, grad = inputs(1, 4, 1, 4)
-    out, sums = torch.ops.sola.attention(qkv, 4)
+    out, lse = torch.ops.sola.attention(qkv, 4)
     with pytest.raises(ValueError, match="lse is"):
-        torch.ops.sola.attention_backward(qkv, 4, out, sums[:, :, :2], grad)
+        torch.ops.sola.attention_backward(qkv, 4, out, lse[:, :, :2], grad)
 
 
 @needs_kernel
-def test_who_takes_the_kernel(monkeypatch):
-    monkeypatch.setattr(multihead, "_KERNEL", True)
-    monkeypatch.setattr(multihead, "_MATRIX_UNIT", False)
+def test_when_the_kernel_is_used(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(multihead, "_has_amx", lambda: False)
     qkv, _ = inputs(1, 4, 1, 4)
-    assert not multihead._torchs_own(qkv)
-    assert not multihead._torchs_own(qkv.bfloat16())
-    assert multihead._torchs_own(qkv.double())
-    assert multihead._torchs_own(qkv.to("meta"))
+    assert not multihead._use_sdpa(qkv)
+    assert not multihead._use_sdpa(qkv.bfloat16())
+    assert multihead._use_sdpa(qkv.double())
+    assert multihead._use_sdpa(qkv.to("meta"))
     for name in ("reference", "portable"):
         with ops.use(name):
-            assert multihead._torchs_own(qkv)
+            assert multihead._use_sdpa(qkv)
             assert torch.equal(ops.attention(qkv, 4), softmax.attention(qkv, 4))
-    monkeypatch.setattr(multihead, "_MATRIX_UNIT", True)
+    monkeypatch.setattr(multihead, "_has_amx", lambda: True)
     long = qkv.detach().repeat(1, 64, 1)
-    assert multihead._torchs_own(long.bfloat16())
-    assert not multihead._torchs_own(long.bfloat16()[:, :-1])
-    assert not multihead._torchs_own(long.half())
-    assert not multihead._torchs_own(long)
+    assert multihead._use_sdpa(long.bfloat16())
+    assert not multihead._use_sdpa(long.bfloat16()[:, :-1])
+    assert not multihead._use_sdpa(long.half())
+    assert not multihead._use_sdpa(long)
     trained = long.bfloat16().requires_grad_()
-    assert not multihead._torchs_own(trained)
+    assert not multihead._use_sdpa(trained)
     with torch.no_grad():
-        assert multihead._torchs_own(trained)
+        assert multihead._use_sdpa(trained)
 
 
-def test_graphs_that_are_exported_hold_torchs_own():
+def test_the_current_instruction_set_decides(switch):
+    qkv, _ = inputs(1, 4, 1, 4)
+    switch("generic")
+    assert multihead._use_sdpa(qkv)
+    switch("avx2")
+    assert not multihead._use_sdpa(qkv)
+
+
+def test_exported_graphs_contain_torchs_sdpa():
     mixer = SoftmaxMixer(8, head_dim=4).eval()
     program = torch.export.export(mixer, (torch.zeros(1, 3, 3, 8),))
     assert "sola" not in str(program.graph)
@@ -360,14 +368,14 @@ def test_compiled_graphs_call_the_kernel_for_any_number_of_tokens():
     compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (5, 9, 70):
         qkv, grad = inputs(2, tokens, 2, 8)
-        out, _, found = both(qkv, grad, 8, compiled)
-        expected, _, wanted = both(qkv, grad, 8, ops.attention)
+        out, _, got = both(qkv, grad, 8, compiled)
+        expected, _, expected_grad = both(qkv, grad, 8, ops.attention)
         assert torch.equal(out, expected)
-        assert torch.equal(found, wanted)
+        assert torch.equal(got, expected_grad)
 
 
 @needs_kernel
-def test_it_counts_as_the_products_do():
+def test_flops_equal_those_of_the_products():
     qkv, grad = inputs(2, 10, 2, 8)
     counted = {}
     for name, function in (("kernel", lambda x, d: torch.ops.sola.attention(x, d)[0]), ("products", softmax.products)):
@@ -378,11 +386,11 @@ def test_it_counts_as_the_products_do():
             out.backward(grad)
         counted[name] = forward.get_total_flops(), backward.get_total_flops()
     assert counted["kernel"][0] == counted["products"][0] == 2 * 2 * 2 * 10 * 10 * 16
-    # autograd has kept the weights, the kernel multiplies once more to have them again
+    # autograd saves the weights, the kernel recomputes them with one more product
     assert counted["kernel"][1] == counted["products"][1] + 2 * 2 * 10 * 10 * 16
 
 
-def test_a_layer_under_autocast_gives_the_same():
+def test_a_layer_under_autocast_gives_the_same_result():
     mixer = SoftmaxMixer(16, head_dim=8).eval()
     x = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernel against the definition: every instruction set of this machine, ugly shapes, hostile values."""
+"""The CPU kernel against the definition: every instruction set of this machine, odd shapes, extreme values."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def kernel(decay, bonus, key, value, grad):
 
 
 def truth(decay, bonus, key, value, grad):
-    """In float64; by the definition where its N^2 is small, else by the portable form, which is tested against it."""
+    """In float64; from the definition if N^2 is small, else from the portable form, which is tested against it."""
     leaves = [x.double().requires_grad_() for x in (decay, bonus, key, value)]
     if key.shape[1] > 512:
         leaves = [x.detach() for x in leaves]
@@ -80,9 +80,9 @@ def test_kernel_equals_definition(instruction_set, batch, num_tokens, channels, 
 
 @needs_kernel
 @pytest.mark.parametrize("key", [4, 44, 50])
-def test_kernel_is_exact_over_long_rows(instruction_set, key):
+def test_kernel_is_accurate_over_long_rows(instruction_set, key):
     check(inputs(1, 3136, 17, key=(-key, key)))
-    # equal keys and steps of the value: rounding that always goes one way would add up here
+    # equal keys and constant values: rounding errors of the same sign would accumulate here
     decay, bonus, key, value, grad = inputs(1, 3136, 3, decay=(-1, 1), bonus=(-1, 1), key=(0.1, 0.1))
     value[:], grad[:] = 0.7, 0.3
     value[:, 1000:] = -0.6
@@ -91,12 +91,12 @@ def test_kernel_is_exact_over_long_rows(instruction_set, key):
 
 @needs_kernel
 @pytest.mark.slow
-def test_kernel_is_exact_over_the_longest_rows(instruction_set):
+def test_kernel_is_accurate_over_the_longest_rows(instruction_set):
     check(inputs(1, 65536, 5, key=(-40, 40)))
     check(inputs(1, 65536, 5))
 
 
-HOSTILE = {
+EXTREME = {
     "decay": {"decay": (1e6, 1e6)},
     "growth": {"decay": (-1e6, -1e6)},
     "only neighbours": {"decay": (1e30, 1e30)},
@@ -111,16 +111,16 @@ HOSTILE = {
 
 
 @needs_kernel
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", EXTREME)
 @pytest.mark.parametrize("num_tokens", [1, 2, 50, 131])
-def test_kernel_is_right_for_hostile_parameters(instruction_set, case, num_tokens):
-    check(inputs(2, num_tokens, 19, **HOSTILE[case]))
+def test_kernel_is_correct_for_extreme_parameters(instruction_set, case, num_tokens):
+    check(inputs(2, num_tokens, 19, **EXTREME[case]))
 
 
 @needs_kernel
 @pytest.mark.parametrize("num_tokens", [2, 131])
-def test_kernel_bounds_decays_as_the_portable_form_does(instruction_set, num_tokens):
-    """Steps of 1e28 leave no digit to the keys, in the definition neither; both bound them."""
+def test_kernel_clamps_decays_like_the_portable_form(instruction_set, num_tokens):
+    """Steps of 1e28 would absorb the keys completely, as in the definition; both clamp them."""
     case = inputs(2, num_tokens, 19, decay=(-1e30, 1e30), key=(-1e4, 1e4))
     wide = [x.double() for x in case]
     out, grads = kernel(*case)
@@ -133,15 +133,15 @@ def test_kernel_bounds_decays_as_the_portable_form_does(instruction_set, num_tok
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-6, 1e6, 1e30])
 @pytest.mark.parametrize("which", ["value", "grad"])
 @pytest.mark.parametrize("key", [3, 44])
-def test_kernel_is_right_at_every_scale(instruction_set, scale, which, key):
+def test_kernel_is_correct_at_every_scale(instruction_set, scale, which, key):
     decay, bonus, key, value, grad = inputs(1, 70, 18, key=(-key, key))
     value, grad = (value * scale, grad) if which == "value" else (value, grad * scale)
-    # float32 itself has three digits left at 1e-42
+    # at 1e-42 float32 has only three digits
     check((decay, bonus, key, value, grad), *((2e-2, 2e-2) if scale == 1e-42 else (5e-6, 1e-5)))
 
 
 @needs_kernel
-def test_one_channel_out_of_range_leaves_the_others(instruction_set):
+def test_one_channel_out_of_range_does_not_affect_the_others(instruction_set):
     decay, bonus, key, value, grad = inputs(2, 100, 40, key=(-3, 3))
     key[1, 50, 7], value[0, 3, 39] = 1e4, 1e7
     check((decay, bonus, key, value, grad))
@@ -152,7 +152,7 @@ def test_one_channel_out_of_range_leaves_the_others(instruction_set):
 @needs_kernel
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", [2, 3, 4])
-def test_what_is_not_finite_stays_in_its_channel(instruction_set, bad, which):
+def test_non_finite_values_stay_in_their_channel(instruction_set, bad, which):
     case = inputs(2, 65, 21, key=(-3, 3))
     case[which][1, 40, 5] = bad
     out, (_, _, grad_key, grad_value) = kernel(*case)
@@ -160,7 +160,7 @@ def test_what_is_not_finite_stays_in_its_channel(instruction_set, bad, which):
     assert out[:, :, others].isfinite().all()
     assert out[0].isfinite().all()
     assert grad_key[:, :, others].isfinite().all()
-    masked = which == 2 and bad == float("-inf")  # a token that nobody reads, and that reads the others
+    masked = which == 2 and bad == float("-inf")  # a token with zero weight, whose output is the mean of the others
     assert out[1, :, 5].isfinite().all() == (masked or which == 4)
     assert grad_value[1, :, 5].isfinite().all() == (masked or which == 3)
     if masked:
@@ -189,12 +189,12 @@ def test_float16_covers_its_whole_range(instruction_set):
     value = bits[bits.isfinite()].view(1, 1, -1)
     zero = torch.zeros(value.shape[2])
     out = torch.ops.sola.wkv(zero, zero, torch.zeros_like(value), value)
-    assert torch.equal(out, value)  # one token reads itself
+    assert torch.equal(out, value)  # one token returns its own value
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_parameters_may_have_any_type(dtype):
+def test_parameters_may_have_any_dtype(dtype):
     decay, bonus, key, value, grad = inputs(1, 40, 6, key=(-3, 3))
     check((decay.to(dtype), bonus.to(dtype), key, value, grad), backward=1e-5 + torch.finfo(dtype).eps)
 
@@ -221,19 +221,19 @@ def test_strides_do_not_matter():
         assert out.is_contiguous()
         for got, want in zip((out, *grads), (expected[0], *expected[1]), strict=True):
             assert torch.equal(got, want)
-    constant = torch.ones(()).expand(2, 70, 24)  # what sum().backward() sends
+    constant = torch.ones(()).expand(2, 70, 24)  # the gradient of sum().backward()
     _, got = kernel(decay, bonus, key, value, constant)
     _, want = kernel(decay, bonus, key, value, constant.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     _, states = torch.ops.sola.wkv_with_states(decay, bonus, key, value)
     given = states.transpose(1, 3).contiguous().transpose(1, 3)
-    found = torch.ops.sola.wkv_backward(decay, bonus, key, value, given, grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected[1], strict=True))
+    actual = torch.ops.sola.wkv_backward(decay, bonus, key, value, given, grad)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected[1], strict=True))
 
 
 @needs_kernel
 @pytest.mark.parametrize("size", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
-def test_nothing_in_nothing_out(size):
+def test_empty_inputs(size):
     decay, bonus, key, value, grad = inputs(*size)
     out, grads = kernel(decay, bonus, key, value, grad)
     assert out.shape == size
@@ -264,7 +264,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(instruction_set, size, key)
 @needs_kernel
 @pytest.mark.parametrize("num_tokens", [1, 3, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_mean_of_nothing_is_no_number(instruction_set, num_tokens, dtype):
+def test_a_mean_without_weights_is_nan(instruction_set, num_tokens, dtype):
     decay, bonus, key, value, grad = inputs(2, num_tokens, 5, key=(-3, 3), dtype=dtype)
     key[0, :, 2] = -torch.inf
     out, (*_, grad_key, grad_value) = kernel(decay, bonus, key, value, grad)
@@ -275,8 +275,8 @@ def test_a_mean_of_nothing_is_no_number(instruction_set, num_tokens, dtype):
 
 
 @needs_kernel
-def test_the_gradient_of_a_decay_that_leaves_neighbours_alone(instruction_set):
-    """Between a heavy token and a light one lies a third: what lam multiplies there is beyond float32."""
+def test_the_gradient_of_a_decay_that_leaves_only_neighbours(instruction_set):
+    """With a third token between a heavy and a light one, the factor of lam is outside the range of float32."""
     g = torch.Generator().manual_seed(0)
     for num_tokens, step in ((3, 79.0), (3, 141.0), (25, 79.0), (32, 79.0), (40, 141.0)):
         decay = torch.full((5,), step * num_tokens)
@@ -286,13 +286,13 @@ def test_the_gradient_of_a_decay_that_leaves_neighbours_alone(instruction_set):
 
 
 @needs_kernel
-def test_gradients_that_overflow_beside_large_values(instruction_set):
-    """h = g / D fits float32, and h y does not."""
+def test_gradients_that_overflow_with_large_values(instruction_set):
+    """h = g / D is in the range of float32, h y is not."""
     tensors = (torch.zeros(1), torch.full((1,), -20.0), torch.full((1, 3, 1), -44.0))
     value, grad = torch.tensor([1000.0, 900.0, 1000.0]).view(1, 3, 1), torch.full((1, 3, 1), 1e17)
-    _, found = kernel(*tensors, value, grad)
+    _, actual = kernel(*tensors, value, grad)
     _, exact = kernel(*(x.double() for x in (*tensors, value, grad)))
-    for got, right in zip(found, exact, strict=True):
+    for got, right in zip(actual, exact, strict=True):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e13)
 
 
@@ -314,7 +314,7 @@ def test_instruction_sets_agree():
 
 
 @needs_kernel
-def test_wrong_tensors_are_refused():
+def test_invalid_tensors_raise():
     decay, bonus, key, value, grad = inputs(1, 4, 6)
     forward, backward = torch.ops.sola.wkv, torch.ops.sola.wkv_backward
     for wrong, message in (
@@ -345,7 +345,7 @@ def test_opcheck(dtype):
     plain = tuple(x.detach() for x in leaves)
     _, states = torch.ops.sola.wkv_with_states(*plain)
     torch.library.opcheck(torch.ops.sola.wkv_backward.default, (*plain, states, grad))
-    # a register that was left to the robust path has states that equal nothing, not even themselves
+    # registers computed by the robust path have NaN states, which compare unequal
     calm = (decay / 10, bonus, key, value)
     torch.library.opcheck(torch.ops.sola.wkv_with_states.default, tuple(x.detach().requires_grad_() for x in calm))
 
@@ -353,7 +353,7 @@ def test_opcheck(dtype):
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(2, 1, 3), (1, 33, 16), (2, 197, 33)])
-def test_states_are_the_scans_at_the_edges_of_chunks(instruction_set, size, dtype):
+def test_states_are_the_scans_at_the_chunk_boundaries(instruction_set, size, dtype):
     decay, bonus, key, value, _ = inputs(*size, decay=(-2, 40), bonus=(-1, 1), key=(-3, 3), dtype=dtype)
     out, states = torch.ops.sola.wkv_with_states(decay, bonus, key, value)
     assert torch.equal(out, torch.ops.sola.wkv(decay, bonus, key, value))
@@ -361,19 +361,19 @@ def test_states_are_the_scans_at_the_edges_of_chunks(instruction_set, size, dtyp
     assert states.shape == (batch, -(-num_tokens // 32), 4, channels)
     weight = key.double().exp()
     position = torch.arange(num_tokens)
-    for chunk, found in enumerate(states.double().unbind(1)):
+    for chunk, actual in enumerate(states.double().unbind(1)):
         first, last = 32 * chunk, min(32 * (chunk + 1), num_tokens) - 1
         for side, distance in enumerate((first - 1 - position, position - last - 1)):
             seen = torch.exp(-distance[:, None] * decay.double() / num_tokens) * (distance >= 0)[:, None]
             expected = torch.stack(((seen * weight * value).sum(1), (seen * weight).sum(1)), dim=1)
             size_of = (seen * weight * value.abs()).sum(1).max()
-            torch.testing.assert_close(found[:, 2 * side : 2 * side + 2], expected, rtol=2e-5, atol=2e-5 * size_of)
+            torch.testing.assert_close(actual[:, 2 * side : 2 * side + 2], expected, rtol=2e-5, atol=2e-5 * size_of)
 
 
 @needs_kernel
 @pytest.mark.parametrize("forward", [*SETS, "portable"])
-def test_a_backward_takes_states_of_another_path(instruction_set, switch, forward):
-    """Registers of other widths: a channel that one leaves to the robust path takes its neighbours along; and the
+def test_a_backward_accepts_states_of_another_path(instruction_set, switch, forward):
+    """Instruction sets differ in register width, and a channel on the robust path takes its whole register along; the
     portable form has no states.
     """
     case = inputs(2, 70, 40, decay=(-2, 40), bonus=(-1, 1), key=(-3, 3))
@@ -384,8 +384,8 @@ def test_a_backward_takes_states_of_another_path(instruction_set, switch, forwar
         switch(forward)
         _, states = torch.ops.sola.wkv_with_states(*case[:4])
     switch(instruction_set)
-    found = torch.ops.sola.wkv_backward(*case[:4], states, case[4])
-    for got, want in zip(found, truth(*case)[1], strict=True):
+    actual = torch.ops.sola.wkv_backward(*case[:4], states, case[4])
+    for got, want in zip(actual, truth(*case)[1], strict=True):
         scale = want.abs().amax(tuple(range(want.ndim - 1)))  # of a channel
         torch.testing.assert_close(got.double() / (1 + scale), want / (1 + scale), rtol=0, atol=1e-5)
 
@@ -400,7 +400,7 @@ class _Operators(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-def test_states_are_kept_where_gradients_are_wanted_alone():
+def test_states_are_saved_only_if_gradients_are_required():
     decay, bonus, key, value, _ = inputs(1, 40, 6, key=(-3, 3))
     with _Operators() as seen:
         ops.wkv(decay, bonus, key, value)
@@ -410,11 +410,11 @@ def test_states_are_kept_where_gradients_are_wanted_alone():
         ops.wkv(decay, bonus, key, value.requires_grad_()).sum().backward()
     assert "sola::wkv" not in seen.names
     assert seen.names.count("sola::wkv_with_states") == seen.names.count("sola::wkv_backward") == 1
-    assert not any("zeros" in name for name in seen.names)  # gradients of the states, of their size
+    assert not any("zeros" in name for name in seen.names)  # gradients of the states
 
 
 @needs_kernel
-def test_the_user_s_floating_point_mode_survives():
+def test_the_floating_point_mode_is_restored():
     case = inputs(1, 64, 16, key=(-3, 3))
     kernel(*case)
     tiny = torch.tensor(1e-40)
@@ -429,7 +429,7 @@ def test_the_user_s_floating_point_mode_survives():
 
 @needs_kernel
 def test_the_library_works_without_the_package():
-    """As in a program that runs an exported graph without Python: the library defines the operators itself."""
+    """As in a program that runs an exported graph without Python, the library defines the operators itself."""
     code = (
         "import ctypes, torch; library = ctypes.CDLL({!r}); assert library.sola_load(1) == 0;"
         "x = torch.ones(1, 3, 4); z = torch.zeros(4); assert torch.equal(torch.ops.sola.wkv(z, z, x, x), x)"
@@ -442,7 +442,7 @@ SHORT_OF_MEMORY = """
 import resource, sys, torch
 from sola_vision import ops
 torch.set_num_threads(int(sys.argv[1]))
-key, zero = torch.ones(1, 4 << 20, 1), torch.zeros(1)  # a register of one channel: the work takes more than the result
+key, zero = torch.ones(1, 4 << 20, 1), torch.zeros(1)  # a register with one channel: scratch exceeds the result
 few = key[:, :3]
 ops.wkv(zero, zero, few, few)
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -456,10 +456,10 @@ assert torch.equal(ops.wkv(zero, zero, few, few), few)
 
 
 @needs_kernel
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size from /proc")
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer reserves all addresses")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to read the size of the process")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer reserves the address space")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_memory_that_cannot_be_had_is_an_error_of_the_call(threads):
+def test_running_out_of_memory_is_an_error_of_the_call(threads):
     command = [sys.executable, "-c", SHORT_OF_MEMORY, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -471,7 +471,7 @@ def build(folder, **environment):
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-def test_a_missing_compiler_is_no_error_unless_the_kernel_is_required(tmp_path):
+def test_a_missing_compiler_is_an_error_only_if_the_kernel_is_required(tmp_path):
     pytest.importorskip("setuptools")
     tolerant = build(tmp_path, CXX="/bin/false", SOLA_REQUIRE_KERNEL="0")
     assert tolerant.returncode == 0, tolerant.stderr
@@ -482,7 +482,7 @@ def test_a_missing_compiler_is_no_error_unless_the_kernel_is_required(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-mavx2 -mfma -mf16c", "native", ""])
-def test_sanitizers_find_nothing(tmp_path, flags):
+def test_sanitizers_report_no_errors(tmp_path, flags):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -495,7 +495,7 @@ def test_sanitizers_find_nothing(tmp_path, flags):
         "-fno-sanitize-recover=all",
         "-ffp-contract=fast",
     ]
-    # a driver of one set: products of bfloat16 are of sets that need another beside them
+    # the driver is built for one instruction set; products in bfloat16 need a second one
     native = ["-march=native", "-mno-avx512bf16", "-mno-amx-tile", "-mno-amx-bf16"]
     options += native if flags == "native" else flags.split()
     kernels = [str(ROOT / f"csrc/{name}.cpp") for name in KERNELS]

@@ -20,7 +20,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_device = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-# triton.jit reads the variable when it decorates; no other module of this process may see it
+# triton.jit reads the variable at decoration; it must not be set for other modules of this process
 with pytest.MonkeyPatch.context() as patch:
     if INTERPRETED:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -30,7 +30,7 @@ pytestmark += [pytest.mark.usefixtures("kernels_scratch")]
 
 
 def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, calm=False):
-    """The ranges that the accuracy measure names, or those of a trained network (calm), where one exponent serves."""
+    """Inputs in the ranges of the accuracy measure, or of a trained network (calm), where chunks are narrow."""
     g = torch.Generator().manual_seed(seed)
     size = (batch, num_tokens, channels)
     decay = torch.rand(channels, generator=g, dtype=torch.float64) * 220 - 20
@@ -62,7 +62,7 @@ def gradient_error(got, expected, value, grad):
 
 
 def stored(x, dtype):
-    """x as a kernel stores it: rounded, but Triton's interpreter cuts bfloat16 off."""
+    """x as a kernel stores it: rounded, except that Triton's interpreter truncates bfloat16."""
     if INTERPRETED and dtype == torch.bfloat16:
         return (x.float().view(torch.int32) & -65536).view(torch.float32)
     return x.to(dtype)
@@ -103,12 +103,12 @@ def test_gpu_equals_the_definition_in_float32(size, calm):
 @pytest.mark.parametrize(
     ("size", "calm"), [((2, 1, 1), False), ((1, 31, 96), False), ((2, 17, 33), True), ((1, 49, 33), False)]
 )
-def test_gpu_computes_the_same_where_it_keeps_states(size, calm):
+def test_gpu_computes_the_same_with_states(size, calm):
     inputs = random_inputs(*size, calm=calm)
     out, states = gpu.wkv_with_states(*inputs[:4])
     assert (out.double() - truth(*inputs)[0]).abs().max() <= 5e-6 * inputs[3].double().abs().max()
     assert states.shape == (gpu.states_size(*size),)
-    with FakeTensorMode() as mode:  # as a compiler sees it on a GPU
+    with FakeTensorMode() as mode:  # as in a compiler, on a GPU
         fakes = [mode.from_tensor(x).to("cuda") for x in inputs[:4]]
         fake_out, fake_states = torch.ops.sola.wkv_with_states(*fakes)
     assert (fake_out.shape, fake_states.shape) == (out.shape, states.shape)
@@ -130,7 +130,7 @@ def test_gpu_in_half_precision_adds_little_to_rounding(dtype):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 50, pytest.param(131, marks=pytest.mark.slow)])
-def test_gpu_is_right_at_extremes(num_tokens):
+def test_gpu_is_correct_at_extremes(num_tokens):
     # decay, bonus, range of the keys: three channels each
     cases = [
         (1e6, 0.0, 1.0),
@@ -156,27 +156,27 @@ def test_gpu_is_right_at_extremes(num_tokens):
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("size", [1e7, -1e7])
-def test_gpu_takes_keys_beyond_any_weight(num_tokens, size):
+def test_gpu_with_keys_beyond_the_limit(num_tokens, size):
     decay, bonus, key, value, grad = random_inputs(1, num_tokens, 3, calm=True)
     inputs = (decay, bonus, torch.full_like(key, size), value, grad)
     check(inputs, *run(*inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_gpu_needs_no_default_dtype(dtype):
+def test_gpu_does_not_depend_on_the_default_dtype(dtype):
     inputs = random_inputs(2, 40, 5)
     expected = run(*inputs)
     torch.set_default_dtype(dtype)
     try:
-        found = run(*inputs)
+        actual = run(*inputs)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found[0], expected[0])
-    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(actual[1], expected[1], strict=True))
 
 
 def test_gpu_chooses_the_path_chunk_by_chunk():
-    """One wild token makes its chunk wide, and the narrow neighbours read states far above and below their own keys."""
+    """One outlier makes its chunk wide; its narrow neighbours receive states far above and below their own keys."""
     decay, bonus, key, value, grad = random_inputs(1, 100, 4, calm=True)
     key[0, 40] = torch.tensor([90.0, -90.0, 900.0, -900.0])
     inputs = (decay, bonus, key, value, grad)
@@ -184,7 +184,7 @@ def test_gpu_chooses_the_path_chunk_by_chunk():
 
 
 def test_gpu_a_constant_added_to_all_keys_changes_nothing():
-    """Nor does it come between a wide chunk, which has an exponent a token, and its narrow neighbours."""
+    """Also if a wide chunk, which has one exponent per token, has narrow neighbours."""
     decay, bonus, key, value, grad = random_inputs(1, 100, 4, calm=True)
     key = (key * 2**10).round() / 2**10  # exact in float32 with the constant, too
     key[0, 40] = torch.tensor([6.0, 12.0, -24.0, -30.0])
@@ -198,7 +198,7 @@ def test_gpu_a_constant_added_to_all_keys_changes_nothing():
 def test_gpu_narrow_and_wide_agree(monkeypatch):
     inputs = random_inputs(1, 40, 6, calm=True)
     narrow = run(*inputs)
-    if INTERPRETED:  # a compiled kernel has the limit inside
+    if INTERPRETED:  # in a compiled kernel the limit is a constant
         monkeypatch.setattr(triton_kernels.scans, "NARROW", triton_kernels.tl.constexpr(-1.0))
     wide = run(*inputs)
     torch.testing.assert_close(narrow[0], wide[0], rtol=0, atol=2e-6)
@@ -216,7 +216,7 @@ def test_gpu_scans_long_rows_in_groups(monkeypatch, calm):
     check(inputs, *run(*inputs))
 
 
-def test_gpu_is_the_same_to_the_bit_from_run_to_run():
+def test_gpu_is_bitwise_deterministic():
     inputs = random_inputs(2, 9, 7)
     (out, grads), (out2, grads2) = run(*inputs), run(*inputs)
     assert torch.equal(out, out2)
@@ -231,7 +231,7 @@ def test_gpu_does_not_depend_on_memory_layout():
         assert torch.equal(got, want)
 
 
-def test_gpu_takes_a_key_and_a_value_of_different_dtypes():
+def test_gpu_with_a_key_and_a_value_of_different_dtypes():
     decay, bonus, key, value, grad = random_inputs(1, 9, 3, calm=True)
     inputs = (decay.half(), bonus.double(), key.bfloat16(), value, grad)
     check_dtypes = [x.dtype for x in run(*inputs)[1]]
@@ -241,7 +241,7 @@ def test_gpu_takes_a_key_and_a_value_of_different_dtypes():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
-def test_gpu_of_nothing_is_nothing(shape):
+def test_gpu_with_empty_inputs(shape):
     decay, bonus = torch.ones(2, shape[2], device=DEVICE)
     nothing = torch.ones(shape, device=DEVICE)
     out, grads = run(decay, bonus, nothing, nothing, nothing)
@@ -250,7 +250,7 @@ def test_gpu_of_nothing_is_nothing(shape):
     assert not grads[1].any()
 
 
-def test_gpu_leaves_float64_to_the_portable_form():
+def test_gpu_falls_back_to_the_portable_form_in_float64():
     inputs = random_inputs(1, 12, 3, torch.float64)
     out, grads = run(*inputs)
     assert torch.equal(out, portable.wkv(*inputs[:4]))
@@ -258,7 +258,7 @@ def test_gpu_leaves_float64_to_the_portable_form():
         assert torch.equal(got, want)
 
 
-def test_gpu_nan_in_a_key_is_nan_in_its_row_and_nowhere_else():
+def test_gpu_nan_in_a_key_stays_in_its_row():
     decay, bonus, key, value, _ = random_inputs(2, 20, 3, calm=True)
     key[1, 7, 2] = float("nan")
     out = gpu.wkv(decay, bonus, key, value)
@@ -266,7 +266,7 @@ def test_gpu_nan_in_a_key_is_nan_in_its_row_and_nowhere_else():
     assert out.isnan().sum() == 20
 
 
-def test_register_serves_the_cuda_key():
+def test_register_registers_cuda_kernels():
     library = torch.library.Library("sola_gpu_test", "DEF")
     library.define("wkv(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> Tensor")
     library.define("wkv_with_states(Tensor decay, Tensor bonus, Tensor key, Tensor value) -> (Tensor, Tensor)")
@@ -289,7 +289,7 @@ def test_the_package_works_without_triton():
     assert "Triton is not installed" in done.stdout
 
 
-# the interpreter accepts what a compiler does not; Triton carries ptxas, so a device is not needed to compile for one
+# the interpreter accepts code that the compiler rejects; Triton includes ptxas, so that compiling needs no device
 COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of the passes against their plain forms in float64: values, gradients, ugly shapes, every dtype.
+"""The Triton kernels of the passes against their plain forms in float64: values, gradients, odd shapes, every dtype.
 
 Without a CUDA device Triton's interpreter runs them on the CPU; with one the same tests run on it and carry the mark
 `gpu`, like those that need a device at all.
@@ -21,29 +21,29 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_device = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")]
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
-# triton.jit reads the variable when it decorates; no other module of this process may see it
+# triton.jit reads the variable at decoration; it must not be set for other modules of this process
 with pytest.MonkeyPatch.context() as patch:
     if INTERPRETED:
         patch.setenv("TRITON_INTERPRET", "1")
     from sola_vision.ops import triton_passes
 
 SHAPES = [(1, 1, 1, 1), (2, 5, 3, 33), (1, 7, 7, 96), (2, 40, 3, 48), (1, 17, 20, 66), (1, 1, 9, 3)]
-# a store in bfloat16 rounds to 2^-9, but Triton's interpreter cuts it off
+# a store in bfloat16 rounds to 2^-9, but Triton's interpreter truncates
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 WIDE, HALF = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, kernels_scratch):
-    if INTERPRETED:  # the one function that the interpreter adds up at once, not value by value
+    if INTERPRETED:  # the interpreter vectorizes a reduction with this function only
         monkeypatch.setattr(triton_passes, "add", triton_passes.tl.standard._sum_combine)
 
 
-def close(found, expected, dtype, scale=1.0):
+def close(actual, expected, dtype, scale=1.0):
     size = max(expected.abs().max().item(), 1.0)
-    assert found.dtype == dtype
-    assert found.is_contiguous()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=scale * ROUNDING[dtype] * size)
+    assert actual.dtype == dtype
+    assert actual.is_contiguous()
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=scale * ROUNDING[dtype] * size)
 
 
 def shift_inputs(batch, height, width, channels, mixes, dtype, parameters=None):
@@ -55,7 +55,7 @@ def shift_inputs(batch, height, width, channels, mixes, dtype, parameters=None):
 
 
 def shift_and_gradients(x, weight, bias, mixes, grad, top=0, bottom=0):
-    """What the definition says, in float64."""
+    """Result and gradients of the definition in float64."""
     leaves = [t.double().requires_grad_() for t in (x, weight, bias, mixes)]
     out = passes._norm_shift(*leaves[:3], 1e-5, leaves[3], top, bottom)
     return out.detach(), torch.autograd.grad(out, leaves, grad.double())
@@ -66,7 +66,7 @@ def random_like(x, dtype=None, seed=1):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "parameters", "made"),
+    ("dtype", "parameters", "out_dtype"),
     [
         (torch.float32, torch.float32, torch.float32),
         (torch.float16, torch.float16, torch.float16),
@@ -75,15 +75,15 @@ def random_like(x, dtype=None, seed=1):
     ],
 )
 @pytest.mark.parametrize("shape", SHAPES)
-def test_norm_shift_and_its_gradients(shape, dtype, parameters, made):
-    mixes = 2 if made == dtype else 3
+def test_norm_shift_and_its_gradients(shape, dtype, parameters, out_dtype):
+    mixes = 2 if out_dtype == dtype else 3
     tensors = shift_inputs(*shape, mixes, dtype, parameters)
-    out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0, made)
+    out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0, out_dtype)
     grad = random_like(out)
-    expected, wanted = shift_and_gradients(*tensors, grad)
-    close(out, expected, made, scale=2)
-    found = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
-    for tensor, gradient, right in zip(tensors, found, wanted, strict=True):
+    expected, expected_grads = shift_and_gradients(*tensors, grad)
+    close(out, expected, out_dtype, scale=2)
+    actual = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+    for tensor, gradient, right in zip(tensors, actual, expected_grads, strict=True):
         close(gradient, right, tensor.dtype, scale=30)  # one channel's norm divides by sqrt(eps)
 
 
@@ -92,10 +92,10 @@ def test_any_number_of_mixes(mixes):
     tensors = shift_inputs(1, 3, 4, 12, mixes, torch.float32)
     out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0)
     grad = random_like(out)
-    expected, wanted = shift_and_gradients(*tensors, grad)
+    expected, expected_grads = shift_and_gradients(*tensors, grad)
     close(out, expected, torch.float32, scale=2)
     for gradient, right in zip(
-        gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad), wanted, strict=True
+        gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad), expected_grads, strict=True
     ):
         close(gradient, right, torch.float32, scale=5)
 
@@ -106,46 +106,46 @@ def test_norm_shift_in_wide_and_in_many_tiles(monkeypatch):
         tensors = shift_inputs(*shape, 2, torch.float32)
         out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 0, 0)
         grad = random_like(out)
-        expected, wanted = shift_and_gradients(*tensors, grad)
+        expected, expected_grads = shift_and_gradients(*tensors, grad)
         close(out, expected, torch.float32, scale=2)
-        found = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
-        for gradient, right in zip(found, wanted, strict=True):
+        actual = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+        for gradient, right in zip(actual, expected_grads, strict=True):
             close(gradient, right, torch.float32, scale=5)
 
 
 @pytest.mark.parametrize(("top", "bottom"), [(1, 0), (0, 2), (1, 1), (3, 2)])
-def test_lent_rows_are_left_out_of_the_result(top, bottom):
+def test_top_and_bottom_rows_are_left_out_of_the_result(top, bottom):
     x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
     whole = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 0, 0)[:, :, top : 5 - bottom]
     part = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, top, bottom)
     assert torch.equal(part, whole)
 
 
-def test_norm_shift_takes_constant_tokens_without_eps():
-    """A row of a tile that has no token divides by nothing, and is nobody's."""
+def test_norm_shift_of_constant_tokens_without_eps():
+    """A masked row of a tile divides by zero, and must not contribute."""
     x, weight, bias, mixes = shift_inputs(1, 1, 3, 5, 2, torch.float32)
-    found = gpu_passes.norm_shift_backward(x, weight, bias, 0.0, mixes, torch.ones(2, *x.shape, device=DEVICE))
-    assert all(gradient.isfinite().all() for gradient in found)
+    actual = gpu_passes.norm_shift_backward(x, weight, bias, 0.0, mixes, torch.ones(2, *x.shape, device=DEVICE))
+    assert all(gradient.isfinite().all() for gradient in actual)
 
 
 def test_inputs_of_any_strides():
     x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
-    turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    permuted = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     expected = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 0, 0)
-    mixes_turned = mixes.t().contiguous().t()
-    assert torch.equal(gpu_passes.norm_shift(turned, weight, bias, 1e-5, mixes_turned, 0, 0), expected)
+    mixes_permuted = mixes.t().contiguous().t()
+    assert torch.equal(gpu_passes.norm_shift(permuted, weight, bias, 1e-5, mixes_permuted, 0, 0), expected)
     grad = random_like(expected)
-    grad_turned = grad.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    grad_permuted = grad.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
     pairs = zip(
-        gpu_passes.norm_shift_backward(turned, weight, bias, 1e-5, mixes_turned, grad_turned),
+        gpu_passes.norm_shift_backward(permuted, weight, bias, 1e-5, mixes_permuted, grad_permuted),
         gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes, grad),
         strict=True,
     )
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert torch.equal(gpu_passes.gate(turned, x), gpu_passes.gate(x, x))
+    assert torch.equal(gpu_passes.gate(permuted, x), gpu_passes.gate(x, x))
     one = grad[:1, :, :1].expand(2, 2, 5, 4, 24)[0]
-    found, right = gpu_passes.gate_backward(turned, x, one), gpu_passes.gate_backward(x, x, one.contiguous())
-    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    actual, right = gpu_passes.gate_backward(permuted, x, one), gpu_passes.gate_backward(x, x, one.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -159,16 +159,19 @@ def test_gates_and_squared_relu(count, dtypes):
     exact = [t.double().requires_grad_() for t in own]
     residual, receptance, value = exact
     grad = torch.randn(count, generator=g).to(DEVICE, dtypes[0])
-    opened = torch.sigmoid(receptance) * value
-    of_sum = torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
+    gated = torch.sigmoid(receptance) * value
+    sum_dtype = torch.promote_types(torch.promote_types(*dtypes[:2]), dtypes[2])
     total = gpu_passes.gated_sum(*own)
-    close(total, (residual + opened).detach(), of_sum)
+    close(total, (residual + gated).detach(), sum_dtype)
     out = torch.full_like(total, 7)
     gpu_passes.gated_sum_(*own, out)
     assert torch.equal(out, total)
-    close(gpu_passes.gate(*own[1:]), opened.detach(), torch.promote_types(*dtypes[1:]))
-    found, wanted = gpu_passes.gate_backward(*own[1:], grad), torch.autograd.grad(opened, exact[1:], grad.double())
-    for gradient, right, dtype in zip(found, wanted, dtypes[1:], strict=True):
+    close(gpu_passes.gate(*own[1:]), gated.detach(), torch.promote_types(*dtypes[1:]))
+    actual, expected_grads = (
+        gpu_passes.gate_backward(*own[1:], grad),
+        torch.autograd.grad(gated, exact[1:], grad.double()),
+    )
+    for gradient, right, dtype in zip(actual, expected_grads, dtypes[1:], strict=True):
         close(gradient, right, dtype, scale=2)
     squared = value.clamp(min=0) ** 2
     close(gpu_passes.squared_relu(own[2]), squared.detach(), dtypes[2])
@@ -184,8 +187,8 @@ def test_extremes_and_nan():
         gpu_passes.gate(receptance, ones), torch.sigmoid(receptance), equal_nan=True, rtol=1e-6, atol=1e-18
     )
     torch.testing.assert_close(gpu_passes.squared_relu(receptance), torch.relu(receptance) ** 2, equal_nan=True)
-    found = gpu_passes.gate_backward(receptance, ones, ones)
-    for a, b in zip(found, passes._gate_backward(receptance, ones, ones), strict=True):
+    actual = gpu_passes.gate_backward(receptance, ones, ones)
+    for a, b in zip(actual, passes._gate_backward(receptance, ones, ones), strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-7)
     x = torch.zeros(1, 3, 3, 4, device=DEVICE)
     x[0, 1, 1, 2] = nan
@@ -195,7 +198,7 @@ def test_extremes_and_nan():
     assert not out[0, 0, 0, 0].isnan().any()
 
 
-def test_results_are_the_same_to_the_bit_from_run_to_run():
+def test_results_are_bitwise_deterministic():
     tensors = shift_inputs(2, 21, 9, 48, 2, torch.float32)
     grad = random_like(torch.empty(2, 2, 21, 9, 48))
     first, second = (gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad) for _ in range(2))
@@ -203,46 +206,46 @@ def test_results_are_the_same_to_the_bit_from_run_to_run():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 0, 4), (2, 5, 3, 0)])
-def test_nothing_makes_nothing(shape):
+def test_empty_inputs(shape):
     x, weight, bias, mixes = shift_inputs(*shape, 2, torch.float32)
     out = gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 0, 0, torch.float16)
     assert (out.shape, out.dtype) == ((2, *shape), torch.float16)
-    found = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes, out)
-    assert [g.shape for g in found] == [x.shape, weight.shape, bias.shape, mixes.shape]
-    assert not any(g.any() for g in found)
+    actual = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes, out)
+    assert [g.shape for g in actual] == [x.shape, weight.shape, bias.shape, mixes.shape]
+    assert not any(g.any() for g in actual)
     assert gpu_passes.gated_sum(x, x, x).shape == shape
     gpu_passes.gated_sum_(x, x, x, torch.empty_like(x))
 
 
-def test_all_rows_lent_and_no_mixes_are_nothing_too():
+def test_no_output_rows_and_no_mixes():
     x, weight, bias, mixes = shift_inputs(2, 5, 3, 4, 2, torch.float32)
     assert gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes, 2, 3).shape == (2, 2, 0, 3, 4)
     assert gpu_passes.norm_shift(x, weight, bias, 1e-5, mixes[:0], 0, 0).shape == (0, 2, 5, 3, 4)
-    found = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes[:0], x[None][:0])
-    assert not any(g.any() for g in found)
+    actual = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes[:0], x[None][:0])
+    assert not any(g.any() for g in actual)
 
 
-def test_what_the_kernels_do_not_take_goes_the_plain_way(monkeypatch):
+def test_unsupported_inputs_use_the_plain_form(monkeypatch):
     monkeypatch.setattr(gpu_passes, "_kernels", None)
     tensors = shift_inputs(2, 5, 3, 4, 2, torch.float64)
     x, grad = tensors[0], torch.ones(2, 2, 5, 3, 4, dtype=torch.float64, device=DEVICE)
     out = gpu_passes.norm_shift(*tensors[:3], 1e-5, tensors[3], 1, 0)
     assert torch.equal(out, passes._norm_shift(*tensors[:3], 1e-5, tensors[3], 1, 0))
-    found = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+    actual = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
     right = passes._norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
-    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
     assert torch.equal(gpu_passes.gate(x, x), passes._gate(x, x))
     assert torch.equal(gpu_passes.gated_sum(x, x, x), passes._gated_sum(x, x, x))
     assert torch.equal(gpu_passes.squared_relu(x), passes._squared_relu(x))
     assert torch.equal(gpu_passes.squared_relu_backward(x, x), passes._squared_relu_backward(x, x))
-    monkeypatch.setattr(gpu_passes, "_MOST_CHANNELS", 3)
+    monkeypatch.setattr(gpu_passes, "_MAX_CHANNELS", 3)
     wide = shift_inputs(2, 5, 3, 4, 2, torch.float32)
     assert gpu_passes.norm_shift(*wide[:3], 1e-5, wide[3], 0, 0, torch.bfloat16).dtype == torch.bfloat16
-    found = gpu_passes.norm_shift_backward(*wide[:3], 1e-5, wide[3], grad.bfloat16())
-    assert [g.dtype for g in found] == [torch.float32] * 4
+    actual = gpu_passes.norm_shift_backward(*wide[:3], 1e-5, wide[3], grad.bfloat16())
+    assert [g.dtype for g in actual] == [torch.float32] * 4
 
 
-def test_register_serves_the_cuda_key():
+def test_register_registers_cuda_kernels():
     defined = torch.library.Library("sola_gpu_passes_test", "DEF")
     names = [
         *("norm_shift", "norm_shift.dtype", "norm_shift_backward", "gate", "gate_backward", "gated_sum", "gated_sum_"),
@@ -256,7 +259,7 @@ def test_register_serves_the_cuda_key():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sola_gpu_passes_test::{name}", "CUDA")
 
 
-# the interpreter accepts what a compiler does not; Triton carries ptxas, so a device is not needed to compile for one
+# the interpreter accepts code that the compiler rejects; Triton includes ptxas, so that compiling needs no device
 COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
@@ -265,7 +268,7 @@ from sola_vision.ops import gpu_passes, triton_passes as kernels
 
 wide, half = "*fp32", "*bf16"
 tile = gpu_passes._tile(96)
-flat = dict(BLOCK=gpu_passes._VALUES)
+flat = dict(BLOCK=gpu_passes._TILE_SIZE)
 for name, types, constants in [
     ("statistics", [half, wide, "fp32", "i32"], dict(C=96, **tile)),
     ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 6], dict(C=96, M=3, **tile)),
@@ -315,9 +318,9 @@ def test_a_layer_equals_its_portable_form_on_a_device(dim, autocast):
         return out.detach(), inference, leaf.grad, *(p.grad for p in layer.parameters())
 
     native, portable = run("native"), run("portable")
-    for found, right in zip(native, portable, strict=True):
-        assert found.dtype == right.dtype
-        error = (found.double() - right.double()).norm() / right.double().norm()
+    for actual, right in zip(native, portable, strict=True):
+        assert actual.dtype == right.dtype
+        error = (actual.double() - right.double()).norm() / right.double().norm()
         assert error < (3e-2 if autocast else 1e-4), error
 
 

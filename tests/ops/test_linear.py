@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the passes around them against their plain forms in float64: every instruction set, ugly shapes,
-dtypes, strides, what is not finite, bad input.
+"""Products fused with passes against their plain forms in float64: every instruction set, odd shapes, dtypes, strides,
+non-finite values, bad input.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ reason = cpu.load()
 needs_kernel = pytest.mark.skipif(reason is not None, reason=str(reason))
 sola = torch.ops.sola
 
-# images, height, width, channels, outputs: one token, one channel, odd numbers, beyond tiles and panels, tiles of twice
-# the tokens
+# images, height, width, channels, outputs: one token, one channel, odd numbers, more than a tile and a panel, tiles of
+# twice the tokens
 SHAPES = [
     (1, 1, 1, 1, 4),
     (2, 7, 7, 33, 132),
@@ -49,7 +49,7 @@ def in_float32(request, switch, poisoned_memory):
 
 def numbers(*sizes, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    # a weight's outputs are of size 1
+    # weights are scaled so that outputs have unit variance
     return [(torch.randn(size, generator=g) / (size[1] ** 0.5 if len(size) == 2 else 1)).to(dtype) for size in sizes]
 
 
@@ -66,15 +66,15 @@ def exact(value):
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
-def close(found, expected, rounding):
+def close(actual, expected, rounding):
     if isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected)
-        for each in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for each in zip(actual, expected, strict=True):
             close(*each, rounding)
         return
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     size = max(expected.abs().max().item(), 1.0)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=rounding * size)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=rounding * size)
 
 
 @needs_kernel
@@ -82,9 +82,9 @@ def close(found, expected, rounding):
 def test_products_of_shifted_tokens(dtype, shape):
     for mixes in (1, 2, 3):
         arguments = shift_arguments(shape, mixes, dtype)
-        found = sola.norm_shift_linear(*arguments)
-        assert all(each.dtype == dtype and each.is_contiguous() for each in found)
-        close(found, linear._norm_shift_linear(*map(exact, arguments)), ROUNDING[dtype])
+        actual = sola.norm_shift_linear(*arguments)
+        assert all(each.dtype == dtype and each.is_contiguous() for each in actual)
+        close(actual, linear._norm_shift_linear(*map(exact, arguments)), ROUNDING[dtype])
 
 
 @needs_kernel
@@ -93,9 +93,9 @@ def test_products_of_gated_and_squared_tokens(dtype, shape):
     *size, outputs, inputs = shape
     arguments = numbers((*size, inputs), (*size, inputs), (outputs, inputs), dtype=dtype)
     for name, some in (("gate_linear", arguments), ("squared_relu_linear", arguments[1:])):
-        found = getattr(sola, name)(*some)
-        assert found.dtype == dtype
-        close(found, getattr(linear, f"_{name}")(*map(exact, some)), ROUNDING[dtype])
+        actual = getattr(sola, name)(*some)
+        assert actual.dtype == dtype
+        close(actual, getattr(linear, f"_{name}")(*map(exact, some)), ROUNDING[dtype])
 
 
 @needs_kernel
@@ -104,14 +104,14 @@ def test_spatial_and_channel_mix(dtype, shape):
     channels, hidden = shape[3:]
     *arguments, _ = shift_arguments(shape, 1, dtype)
     arguments += numbers((channels, channels), (channels, channels), shape[:4], dtype=dtype)
-    found = sola.spatial_mix(*arguments)
-    assert found.dtype == dtype
-    close(found, linear._spatial_mix(*map(exact, arguments)), ROUNDING[dtype])
+    actual = sola.spatial_mix(*arguments)
+    assert actual.dtype == dtype
+    close(actual, linear._spatial_mix(*map(exact, arguments)), ROUNDING[dtype])
     *arguments, _ = shift_arguments(shape, 2, dtype)
     arguments += numbers((hidden, channels), (channels, channels), (channels, hidden), dtype=dtype)
-    found = sola.channel_mix(*arguments)
-    assert found.dtype == dtype
-    close(found, linear._channel_mix(*map(exact, arguments)), ROUNDING[dtype])
+    actual = sola.channel_mix(*arguments)
+    assert actual.dtype == dtype
+    close(actual, linear._channel_mix(*map(exact, arguments)), ROUNDING[dtype])
 
 
 @needs_kernel
@@ -121,10 +121,10 @@ def test_gradients(in_float32, shape):
     for mixes in (1, 2, 3):
         arguments = shift_arguments(shape, mixes, torch.float32)
         grads = numbers(*[(*size, outputs + m) for m in range(mixes)], seed=3)
-        found = sola.norm_shift_linear_backward(*arguments, grads)
+        actual = sola.norm_shift_linear_backward(*arguments, grads)
         expected = linear._norm_shift_linear_backward(*map(exact, (*arguments, grads)))
-        close(found[1:], expected[1:], 1e-5)
-        close(found[0], expected[0], 1e-4)  # one channel's norm divides by sqrt(eps)
+        close(actual[1:], expected[1:], 1e-5)
+        close(actual[0], expected[0], 1e-4)  # one channel's norm divides by sqrt(eps)
     receptance, value, weight, grad = numbers(
         (*size, outputs), (*size, outputs), (channels, outputs), (*size, channels)
     )
@@ -135,8 +135,8 @@ def test_gradients(in_float32, shape):
         close(getattr(sola, name)(*some), getattr(linear, f"_{name}")(*map(exact, some)), 1e-5)
 
 
-def test_plain_gradients_are_autograds():
-    """The definitions of the backwards, which the kernels are held against."""
+def test_plain_gradients_equal_those_of_autograd():
+    """The plain forms of the backwards are the references for the kernels."""
     x, weight, bias, eps, mixes, projections = map(exact, shift_arguments((2, 4, 3, 6, 5), 3, torch.float32))
     leaves = [x, weight, bias, mixes, *projections]
     for leaf in leaves:
@@ -144,8 +144,8 @@ def test_plain_gradients_are_autograds():
     grads = [each.double() for each in numbers(*[(2, 4, 3, 5 + m) for m in range(3)])]
     expected = torch.autograd.grad(linear._norm_shift_linear(x, weight, bias, eps, mixes, projections), leaves, grads)
     with torch.no_grad():
-        *found, of_projections = linear._norm_shift_linear_backward(x, weight, bias, eps, mixes, projections, grads)
-    torch.testing.assert_close([*found, *of_projections], list(expected))
+        *actual, grad_projections = linear._norm_shift_linear_backward(x, weight, bias, eps, mixes, projections, grads)
+    torch.testing.assert_close([*actual, *grad_projections], list(expected))
     value, receptance, projection = leaves = [t.double().requires_grad_() for t in numbers((7, 6), (7, 6), (5, 6))]
     grad = torch.randn(7, 5, dtype=torch.float64)
     expected = torch.autograd.grad(
@@ -159,17 +159,17 @@ def test_plain_gradients_are_autograds():
 
 
 @needs_kernel
-def test_large_results_are_whole(dtype):
-    """They are written past the caches."""
+def test_large_results_are_complete(dtype):
+    """They are written with non-temporal stores."""
     x, weight, bias, eps, mixes, _ = shift_arguments((3, 60, 60, 48, 1), 2, dtype)
     wide = numbers((1600, 48), (48, 48), (48, 1600), dtype=dtype)
-    found = sola.norm_shift_linear(x, weight, bias, eps, mixes, wide[:2])
-    assert sum(each.numel() * each.element_size() for each in found) > 32 << 20
-    close(found, linear._norm_shift_linear(*map(exact, (x, weight, bias, eps, mixes, wide[:2]))), ROUNDING[dtype])
+    actual = sola.norm_shift_linear(x, weight, bias, eps, mixes, wide[:2])
+    assert sum(each.numel() * each.element_size() for each in actual) > 32 << 20
+    close(actual, linear._norm_shift_linear(*map(exact, (x, weight, bias, eps, mixes, wide[:2]))), ROUNDING[dtype])
     if dtype == torch.float32:
-        value, grad = found[0], numbers(x.shape, seed=4)[0]
-        found = sola.squared_relu_linear_backward(value, wide[2], grad)
-        close(found, linear._squared_relu_linear_backward(*map(exact, (value, wide[2], grad))), 1e-5)
+        value, grad = actual[0], numbers(x.shape, seed=4)[0]
+        actual = sola.squared_relu_linear_backward(value, wide[2], grad)
+        close(actual, linear._squared_relu_linear_backward(*map(exact, (value, wide[2], grad))), 1e-5)
 
 
 @needs_kernel
@@ -177,21 +177,21 @@ def test_bits_do_not_depend_on_threads_or_batch(dtype):
     arguments = shift_arguments((3, 11, 17, 48, 100), 2, dtype)
     *mix, _ = arguments
     mix += numbers((192, 48), (48, 48), (48, 192), dtype=dtype)
-    threads, found = torch.get_num_threads(), []
+    threads, actual = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append([*sola.norm_shift_linear(*arguments), sola.channel_mix(*mix)])
+            actual.append([*sola.norm_shift_linear(*arguments), sola.channel_mix(*mix)])
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for other in actual[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(actual[0], other, strict=True))
     alone = sola.channel_mix(mix[0][1:2], *mix[1:])
-    assert torch.equal(alone, found[0][-1][1:2])
+    assert torch.equal(alone, actual[0][-1][1:2])
 
 
 @needs_kernel
-def test_gradients_are_the_same_from_run_to_run(in_float32):
+def test_gradients_are_deterministic(in_float32):
     arguments = (*shift_arguments((3, 21, 17, 48, 100), 2, torch.float32), numbers((3, 21, 17, 100), (3, 21, 17, 101)))
     once, again = (sola.norm_shift_linear_backward(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip([*once[:4], *once[4]], [*again[:4], *again[4]], strict=True))
@@ -199,43 +199,43 @@ def test_gradients_are_the_same_from_run_to_run(in_float32):
 
 @needs_kernel
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_with_its_token(dtype, bad):
+def test_non_finite_values_stay_with_their_token(dtype, bad):
     receptance, value, projection = numbers((150, 70), (150, 70), (40, 70), dtype=dtype)
     value[3, 5] = bad
-    for found in (sola.gate_linear(receptance, value, projection), sola.squared_relu_linear(value, projection)):
-        assert not found[3].isfinite().any()
-        assert found[:3].isfinite().all()
-        assert found[4:].isfinite().all()
+    for actual in (sola.gate_linear(receptance, value, projection), sola.squared_relu_linear(value, projection)):
+        assert not actual[3].isfinite().any()
+        assert actual[:3].isfinite().all()
+        assert actual[4:].isfinite().all()
     x, weight, bias, eps, mixes, projections = shift_arguments((1, 9, 9, 40, 50), 1, dtype)
     x[0, 4, 4, 7] = bad
-    found = sola.norm_shift_linear(x, weight, bias, eps, mixes, projections)[0].isfinite().all(-1)
-    assert [tuple(at) for at in (~found[0]).nonzero().tolist()] == [(3, 4), (4, 3), (4, 4), (4, 5), (5, 4)]
+    actual = sola.norm_shift_linear(x, weight, bias, eps, mixes, projections)[0].isfinite().all(-1)
+    assert [tuple(at) for at in (~actual[0]).nonzero().tolist()] == [(3, 4), (4, 3), (4, 4), (4, 5), (5, 4)]
 
 
 @needs_kernel
 def test_inputs_of_any_strides(dtype):
     receptance, value, projection = numbers((6, 5, 24), (6, 5, 24), (40, 24), dtype=dtype)
     expected = sola.gate_linear(receptance, value, projection)
-    turned = value.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    assert torch.equal(sola.gate_linear(receptance, turned, projection.t().contiguous().t()), expected)
+    permuted = value.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert torch.equal(sola.gate_linear(receptance, permuted, projection.t().contiguous().t()), expected)
     x, *others, projections = shift_arguments((2, 5, 4, 24, 40), 2, dtype)
     expected = sola.norm_shift_linear(x, *others, projections)
-    found = sola.norm_shift_linear(
+    actual = sola.norm_shift_linear(
         x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), *others, [p.t().contiguous().t() for p in projections]
     )
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @needs_kernel
 @pytest.mark.parametrize("size", [(0, 3, 3, 8), (2, 0, 3, 8), (2, 3, 3, 0)])
-def test_nothing(dtype, size):
+def test_empty_inputs(dtype, size):
     channels = size[-1]
     x, residual = torch.zeros(size, dtype=dtype), torch.ones(*size[:3], 5, dtype=dtype)
     ones = [torch.ones(n, dtype=dtype) for n in (channels, channels)]
     mixes, weights = torch.ones(2, channels, dtype=dtype), [torch.ones(n, channels, dtype=dtype) for n in (5, 6)]
-    for found, outputs in zip(sola.norm_shift_linear(x, *ones, 1e-5, mixes, weights), (5, 6), strict=True):
-        assert found.shape == (*size[:3], outputs)
-        assert found.eq(0).all()
+    for actual, outputs in zip(sola.norm_shift_linear(x, *ones, 1e-5, mixes, weights), (5, 6), strict=True):
+        assert actual.shape == (*size[:3], outputs)
+        assert actual.eq(0).all()
     assert sola.gate_linear(x, x, weights[0]).eq(0).all()
     assert sola.gate_linear(residual, residual, torch.ones(0, 5, dtype=dtype)).shape == (*size[:3], 0)
     if channels:
@@ -245,14 +245,14 @@ def test_nothing(dtype, size):
         assert torch.equal(sola.channel_mix(x, *ones, 1e-5, mixes, no_units, square, no_units.t()), x)
     if dtype == torch.float32:
         grads = [torch.ones(*size[:3], n) for n in (5, 6)]
-        found = sola.norm_shift_linear_backward(x, *ones, 1e-5, mixes, weights, grads)
-        assert found[0].shape == x.shape
-        assert all(each.eq(0).all() for each in found[4])
+        actual = sola.norm_shift_linear_backward(x, *ones, 1e-5, mixes, weights, grads)
+        assert actual[0].shape == x.shape
+        assert all(each.eq(0).all() for each in actual[4])
         assert sola.squared_relu_linear_backward(x, weights[0], grads[0])[1].eq(0).all()
 
 
 def test_another_thread_may_switch_the_instruction_set(switch):
-    """A call takes one set from its checks to its products; some sets refuse bfloat16."""
+    """A call uses one instruction set from its checks to its products; some sets do not support bfloat16."""
     switch("avx512_bf16")
     *first, weights = shift_arguments((1, 32, 32, 128, 128), 1, torch.bfloat16)
     readout = torch.randn(1, 32, 32, 128).bfloat16()
@@ -277,7 +277,7 @@ def test_another_thread_may_switch_the_instruction_set(switch):
 
 def test_operators_are_registered_correctly():
     x, weight, bias, eps, mixes, projections = shift_arguments((1, 4, 3, 8, 12), 2, torch.float32)
-    tests = ("test_schema", "test_faketensor")  # who has gradients computes them himself
+    tests = ("test_schema", "test_faketensor")  # the operators have no autograd formula
     arguments = (x, weight, bias, eps, mixes)
     key, receptance, value, grad = numbers((32, 8), (8, 8), (8, 32), (1, 4, 3, 8))
     grads = numbers((1, 4, 3, 12), (1, 4, 3, 13))
@@ -292,14 +292,14 @@ def test_operators_are_registered_correctly():
         (sola.squared_relu_linear_backward, (x, receptance, grad)),
     ):
         if operator is sola.norm_shift_linear_backward and reason is not None:
-            continue  # its plain form differentiates, which these tests do not allow
+            continue  # its plain form calls autograd, which these checks do not allow
         torch.library.opcheck(operator.default, some, test_utils=tests)
 
 
 @needs_kernel
-def test_the_kernels_refuse_what_does_not_fit(switch):
+def test_the_kernels_reject_invalid_arguments(switch):
     switch("generic")
-    refused = (RuntimeError, ValueError)
+    errors = (RuntimeError, ValueError)
     x, weight, bias, eps, mixes, projections = shift_arguments((1, 4, 3, 8, 12), 2, torch.float32)
     shift = (x, weight, bias, eps, mixes)
     grads = numbers((1, 4, 3, 12), (1, 4, 3, 13))
@@ -331,12 +331,12 @@ def test_the_kernels_refuse_what_does_not_fit(switch):
         (lambda: sola.squared_relu_linear_backward(x, square, x.double()), "grad must be float32"),
         (lambda: sola.gate_linear_backward(x[0], x, square, x), r"receptance is \[4, 3, 8\], expected"),
     ):
-        with pytest.raises(refused, match=message):
+        with pytest.raises(errors, match=message):
             call()
 
 
 @needs_kernel
-def test_flops_are_those_of_the_plain_form():
+def test_flops_equal_those_of_the_plain_form():
     x, weight, bias, eps, mixes, projections = shift_arguments((2, 4, 3, 8, 12), 2, torch.float32)
     arguments = (x, weight, bias, eps, mixes)
     key, receptance, value, grad = numbers((32, 8), (8, 8), (8, 32), (2, 4, 3, 8))

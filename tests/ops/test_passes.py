@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused passes against their plain forms in float64: every instruction set, dtype, ugly shapes, NaN, bad input."""
+"""The fused passes against their plain forms in float64: every instruction set, dtype, odd shapes, NaN, bad input."""
 
 import pytest
 import torch
@@ -15,19 +15,19 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, tor
 
 @pytest.fixture(params=["plain", "generic", "avx2", "avx512"])
 def path(request, switch):
-    """The default kernel of the operators, then every instruction set."""
+    """The operators' plain form, then every instruction set."""
     if request.param == "plain":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passes, "_plain", lambda *x: True)
+            patch.setattr(passes, "_use_plain_form", lambda *x: True)
             yield
         return
     yield switch(request.param)
 
 
-def close(found, expected, dtype, scale=1.0):
+def close(actual, expected, dtype, scale=1.0):
     size = max(expected.abs().max().item(), 1.0)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=scale * ROUNDING[dtype] * size)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=scale * ROUNDING[dtype] * size)
 
 
 def shift_inputs(batch, height, width, channels, mixes, dtype):
@@ -48,9 +48,9 @@ def test_norm_shift_and_its_gradients(path, shape, dtype):
         out = ops.norm_shift(own[0], own[1], own[2], 1e-5, own[3])
         close(out, expected, dtype, scale=2)
         grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        wanted = torch.autograd.grad(expected, exact, grad.double())
-        for found, right in zip(torch.autograd.grad(out, own, grad), wanted, strict=True):
-            close(found, right, dtype, scale=30)  # one channel's norm divides by sqrt(eps)
+        expected_grads = torch.autograd.grad(expected, exact, grad.double())
+        for actual, right in zip(torch.autograd.grad(out, own, grad), expected_grads, strict=True):
+            close(actual, right, dtype, scale=30)  # one channel's norm divides by sqrt(eps)
 
 
 def test_quad_shift_moves_each_quarter_one_pixel():
@@ -78,7 +78,7 @@ def test_norm_shift_blends_between_neighbour_and_token(path, channels):
 
 
 @pytest.mark.parametrize(("top", "bottom"), [(0, 0), (1, 0), (0, 2), (1, 1), (3, 2)])
-def test_lent_rows_are_left_out_of_the_result(path, top, bottom):
+def test_top_and_bottom_rows_are_left_out_of_the_result(path, top, bottom):
     x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
     x.requires_grad_()
     whole = ops.norm_shift(x, weight, bias, 1e-5, mixes)[:, :, top : 5 - bottom]
@@ -104,9 +104,9 @@ def test_gates_and_squared_relu(path, count, dtype):
         assert out.shape == (count,)
         if count:
             close(out, expected, dtype)
-            found = torch.autograd.grad(out, own, tensors[3], allow_unused=True)
-            wanted = torch.autograd.grad(expected, exact, tensors[3].double(), allow_unused=True)
-            for a, b in zip(found, wanted, strict=True):
+            actual = torch.autograd.grad(out, own, tensors[3], allow_unused=True)
+            expected_grads = torch.autograd.grad(expected, exact, tensors[3].double(), allow_unused=True)
+            for a, b in zip(actual, expected_grads, strict=True):
                 assert (a is None) == (b is None)
                 if a is not None:
                     close(a, b, dtype, scale=2)
@@ -132,7 +132,7 @@ def test_extremes_and_nan(path):
 
 
 @needs_kernel
-def test_gradients_do_not_depend_on_the_threads():
+def test_gradients_do_not_depend_on_the_number_of_threads():
     x, weight, bias, mixes = shift_inputs(2, 40, 9, 48, 2, torch.float32)
     grad = torch.randn(2, 2, 40, 9, 48)
     before = torch.get_num_threads()
@@ -161,18 +161,18 @@ def test_operators_are_registered_correctly():
 
 def test_inputs_of_any_strides():
     x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
-    turned = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    permuted = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     expected = ops.norm_shift(x, weight, bias, 1e-5, mixes)
-    assert torch.equal(ops.norm_shift(turned, weight, bias, 1e-5, mixes.t().contiguous().t()), expected)
-    assert torch.equal(ops.gate(turned, x), ops.gate(x, x))
+    assert torch.equal(ops.norm_shift(permuted, weight, bias, 1e-5, mixes.t().contiguous().t()), expected)
+    assert torch.equal(ops.gate(permuted, x), ops.gate(x, x))
     half = mixes.half()
     torch.testing.assert_close(ops.norm_shift(x, weight, bias, 1e-5, half), expected, rtol=0, atol=0.01)
     assert ops.gate(x.half(), x).dtype == torch.float32  # as torch promotes
 
 
 @needs_kernel
-def test_the_kernels_refuse_what_does_not_fit():
-    refused = (RuntimeError, ValueError)  # what a kernel says arrives as a ValueError in torch 2.11
+def test_the_kernels_reject_invalid_arguments():
+    errors = (RuntimeError, ValueError)  # a kernel's error arrives as a ValueError in torch 2.11
     x, weight, bias, mixes = shift_inputs(2, 5, 4, 24, 2, torch.float32)
     sola = torch.ops.sola
     for wrong, message in (
@@ -181,11 +181,11 @@ def test_the_kernels_refuse_what_does_not_fit():
         ((x, weight, bias, 1e-5, mixes[:, 1:], 0, 0), r"mixes is \[2, 23\], expected"),
         ((x, weight, bias, 1e-5, mixes, 3, 3), "do not fit a height of 5"),
     ):
-        with pytest.raises(refused, match=message):
+        with pytest.raises(errors, match=message):
             sola.norm_shift(*wrong)
-    with pytest.raises(refused, match=r"value is \[5, 4, 24\], expected"):
+    with pytest.raises(errors, match=r"value is \[5, 4, 24\], expected"):
         sola.gate(x, x[0])
-    with pytest.raises(refused, match="out must be contiguous"):
+    with pytest.raises(errors, match="out must be contiguous"):
         sola.gated_sum_(x, x, x, torch.empty(2, 5, 24, 4).transpose(2, 3))
-    with pytest.raises(refused, match="must be float64, float32, bfloat16 or float16"):
+    with pytest.raises(errors, match="must be float64, float32, bfloat16 or float16"):
         sola.squared_relu(torch.ones(3, dtype=torch.int32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision-RWKV's operator beside a token-by-token account of what its published kernels do, and beside eq. 9."""
+"""Vision-RWKV's operator compared with a token-by-token version of its published kernels and with eq. 9."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def inputs(tokens, decay=(-8.0, 8.0), batch=2, channels=8, spread=3.0, seed=0):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 31, 32, 33, 49, 64, 65, 196, 197])
-def test_published_wkv_is_the_kernels_formula(tokens):
+def test_published_wkv_equals_the_kernels_formula(tokens):
     decay, bonus, key, value = inputs(tokens)
-    ours = published_wkv(decay, bonus, key.double(), value.double())
-    assert (ours - kernel(decay, bonus, key, value)).abs().max() < 1e-12
+    out = published_wkv(decay, bonus, key.double(), value.double())
+    assert (out - kernel(decay, bonus, key, value)).abs().max() < 1e-12
 
 
-def test_what_does_not_fit_together_is_refused():
+def test_invalid_arguments_raise():
     decay, bonus, key, value = inputs(5)
     with pytest.raises(ValueError, match=r"published_wkv: decay \[1\] and bonus \[8\] must both be \[C\] = \[8\]"):
         published_wkv(decay[:1], bonus, key, value)
@@ -35,15 +35,17 @@ def test_what_does_not_fit_together_is_refused():
 
 
 @pytest.mark.parametrize("decay", [(-30.0, -10.0), (10.0, 30.0), (50.0, 100.0)])
-def test_published_wkv_holds_where_the_formula_is_no_mean_any_more(decay):
+def test_published_wkv_where_the_formula_is_not_a_mean(decay):
     decay, bonus, key, value = inputs(196, decay)
-    theirs = kernel(decay, bonus, key, value)
-    # the kernels subtract what they have added, so that even in float64 they lose what the sums have cancelled
-    assert (published_wkv(decay, bonus, key.double(), value.double()) - theirs).abs().max() < 1e-8 * theirs.abs().max()
+    expected = kernel(decay, bonus, key, value)
+    # the kernels subtract what they have added: even in float64 they lose digits by cancellation
+    assert (
+        published_wkv(decay, bonus, key.double(), value.double()) - expected
+    ).abs().max() < 1e-8 * expected.abs().max()
 
 
-def test_the_added_constant_is_part_of_it():
-    # a token whose weight is far above all others: the sum of weights is 1 at the largest exponent, and 1e-6 counts
+def test_the_added_constant_is_included():
+    # one token dominates: the sum of weights is 1 relative to the largest exponent, so that 1e-6 is noticeable
     decay, bonus, key, value = inputs(64)
     key[:, 40] = 50
     exact = kernel(decay, bonus, key, value)
@@ -52,15 +54,15 @@ def test_the_added_constant_is_part_of_it():
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-9)])
-def test_published_wkv_takes_every_precision(dtype, error):
+def test_published_wkv_in_every_precision(dtype, error):
     decay, bonus, key, value = inputs(77)
     key, value = key.to(dtype), value.to(dtype)
-    ours = published_wkv(decay, bonus, key, value)
-    assert ours.dtype == dtype
-    assert (ours.double() - kernel(decay, bonus, key, value)).abs().max() < error * value.abs().max()
+    out = published_wkv(decay, bonus, key, value)
+    assert out.dtype == dtype
+    assert (out.double() - kernel(decay, bonus, key, value)).abs().max() < error * value.abs().max()
 
 
-def test_published_wkv_differentiates():
+def test_published_wkv_gradcheck():
     decay, bonus, key, value = (x.double().requires_grad_() for x in inputs(37, channels=2, batch=1, spread=1.0))
     assert gradcheck(published_wkv, (decay, bonus, key, value), atol=2e-6)
 
@@ -70,13 +72,13 @@ class Read(nn.Module):
         return published_wkv(decay, bonus, key, value)
 
 
-def test_published_wkv_says_that_it_is_not_exported():
+def test_exporting_published_wkv_raises():
     with pytest.raises(Exception, match="eq9=True"):
         torch.export.export(Read(), inputs(5))
 
 
-def test_eq9_comes_nearer_with_more_tokens():
-    # Vision-RWKV's first decays and bonus, the latter divided by N on both sides: the figures of docs/weights.md
+def test_the_difference_from_eq9_shrinks_with_more_tokens():
+    # Vision-RWKV's initial decays and bonus, the latter divided by N on both sides: the numbers of docs/weights.md
     decay, bonus = torch.linspace(-5, 3, 64), torch.full((64,), 0.3).log()
     differences = []
     for tokens in (49, 196, 784):

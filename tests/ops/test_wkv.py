@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator against its definition: values, gradients, laws, contract. Every path owes the same."""
+"""The operator against its definition: values, gradients, laws, contract, the same on every path."""
 
 import warnings
 
@@ -9,7 +9,7 @@ import torch
 from sola_vision import ops
 from sola_vision.ops import reference, wkv
 
-# the default is the kernel of this machine: the C++ one where a compiler was there at installation
+# the default is the kernel for this machine: the C++ one if it was built during installation
 PATHS = ["reference", "portable", "default"]
 SIZES = [(1, 1, 3), (2, 49, 1), (1, 196, 5), (2, 197, 33), (1, 64, 8), (3, 65, 2)]
 
@@ -19,7 +19,7 @@ def pinned(path):
 
 
 def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, key_range=50.0):
-    """The ranges that the accuracy measure names: w in [-20, 200], u in [-10, 10], k in [-50, 50]."""
+    """Inputs in the ranges of the accuracy measure: w in [-20, 200], u in [-10, 10], k in [-50, 50]."""
     g = torch.Generator().manual_seed(seed)
     decay = torch.rand(channels, generator=g, dtype=torch.float64) * 220 - 20
     bonus = torch.rand(channels, generator=g, dtype=torch.float64) * 20 - 10
@@ -105,7 +105,7 @@ def test_wkv_in_half_precision_adds_little_to_rounding(path, dtype):
     ],
 )
 @pytest.mark.parametrize("num_tokens", [1, 2, 50, 131])
-def test_wkv_is_right_at_extremes(path, decay, bonus, key_scale, num_tokens):
+def test_wkv_is_correct_at_extremes(path, decay, bonus, key_scale, num_tokens):
     _, _, key, value, grad = random_inputs(2, num_tokens, 3, key_range=key_scale)
     w, u = torch.full((3,), decay), torch.full((3,), bonus)
     out, grads = run(path, w, u, key, value, grad)
@@ -194,7 +194,7 @@ def test_wkv_autocast_keeps_decay_in_float32():
 
 
 @pytest.mark.parametrize("wide", [2, 3])
-def test_autocast_rounds_nothing_that_is_float64(wide):
+def test_autocast_does_not_round_float64(wide):
     inputs = list(random_inputs(1, 20, 3, key_range=3.0)[:4])
     inputs[wide] = inputs[wide].double() / 3
     expected = wkv(*inputs)
@@ -234,12 +234,12 @@ def test_wkv_counts_29_macs_a_token_and_channel():
         (((3,), (3,), (5, 3), (5, 3)), r"\[B, N, C\]"),
     ],
 )
-def test_wkv_states_the_shapes_that_do_not_fit(sizes, message):
+def test_wkv_names_mismatched_shapes(sizes, message):
     with pytest.raises(ValueError, match=message):
         wkv(*(torch.ones(size) for size in sizes))
 
 
-def test_wkv_refuses_integers_and_mixed_devices():
+def test_wkv_rejects_integers_and_mixed_devices():
     key = torch.ones(1, 4, 3)
     with pytest.raises(TypeError, match="int64"):
         wkv(torch.ones(3, dtype=torch.int64), torch.ones(3), key, key)
@@ -247,7 +247,7 @@ def test_wkv_refuses_integers_and_mixed_devices():
         wkv(torch.ones(3, device="meta"), torch.ones(3), key, key)
 
 
-def test_use_native_runs_the_kernel_or_says_why_not():
+def test_use_native_runs_the_kernel_or_raises():
     inputs = torch.ones(3), torch.ones(3), torch.ones(1, 4, 3), torch.ones(1, 4, 3)
     reason = ops.missing_kernel("cpu")
     with ops.use("native"):
@@ -260,19 +260,19 @@ def test_use_native_runs_the_kernel_or_says_why_not():
             wkv(*(x.to("meta") for x in inputs))
 
 
-def test_a_missing_kernel_is_said_once(monkeypatch):
+def test_a_missing_kernel_warns_once(monkeypatch):
     monkeypatch.setattr(ops, "missing_kernel", lambda device: f"no kernel for {device}")
-    ops._say_once.cache_clear()
+    ops._warn_once.cache_clear()
     inputs = torch.ones(3), torch.ones(3), torch.ones(1, 4, 3), torch.ones(1, 4, 3)
-    with pytest.warns(UserWarning, match="no kernel for cpu; the portable path"):
+    with pytest.warns(UserWarning, match="no kernel for cpu; using the portable path"):
         wkv(*inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wkv(*inputs)
-    ops._say_once.cache_clear()
+    ops._warn_once.cache_clear()
 
 
-def test_use_refuses_unknown_paths_and_restores_the_path():
+def test_use_rejects_unknown_paths_and_restores_the_path():
     with pytest.raises(ValueError, match="'fast'"), ops.use("fast"):
         pass
     with pytest.raises(KeyError), ops.use("reference"):

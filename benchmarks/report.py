@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md and README.md, from the stored results: no number there is typed by hand.
+"""The tables of README.md, docs/performance.md and docs/performance-gpu.md, from the stored results.
 
     python benchmarks/report.py                              # print all tables as Markdown
-    python benchmarks/report.py --write docs/performance.md README.md    # replace what stands between a table's marks
+    python benchmarks/report.py --write README.md docs/performance.md docs/performance-gpu.md    # replace them there
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """

@@ -2,6 +2,7 @@
 """Imports point one way (ops -> layers -> backbone -> tasks), and files stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sola_vision"
@@ -87,8 +88,13 @@ def test_weights_are_never_unpickled_freely():
                 assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
 
 
-def test_the_readme_has_a_line_for_every_file():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    tree = readme[readme.index("## Files") : readme.index("## Develop")]
-    files = [p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py"] + list((PACKAGE.parent / "csrc").iterdir())
-    assert [p.name for p in files if p.name not in tree] == []
+def test_the_page_of_files_has_a_row_for_every_file():
+    root = PACKAGE.parent
+    listed = []
+    for folder, section in re.findall(
+        r"^## `(\S+/)`\n(.*?)(?=^## |\Z)", (root / "docs/layout.md").read_text(), re.M | re.S
+    ):
+        listed += [folder + name for name in re.findall(r"^\| `([^`]+)` \|", section, re.M)]
+    files = [*PACKAGE.rglob("*.py"), *(root / "csrc").iterdir(), *(root / "benchmarks").glob("*.py")]
+    there = [path.relative_to(root).as_posix() for path in files if path.name != "__init__.py"]
+    assert sorted(listed) == sorted(there)

@@ -9,6 +9,7 @@ import timm
 import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+PROSE = " ".join(README.split())  # lines are wrapped
 
 
 def test_the_python_snippet_runs():
@@ -20,7 +21,7 @@ def test_the_python_snippet_runs():
 
 
 def test_the_arguments_that_it_lists_are_those_that_work(tmp_path):
-    text = re.search(r"`create_model` takes (.*?) are errors", README, re.S)[1]
+    text = re.search(r"`create_model` takes (.*?) are errors", PROSE)[1]
     taken, refused = text.split("; arguments")
     weights = tmp_path / "weights.pth"
     torch.save(timm.create_model("sola_nano").state_dict(), weights)
@@ -52,7 +53,7 @@ def test_the_arguments_that_it_lists_are_those_that_work(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
 def test_what_compiles_the_networks():
-    assert "`torch.jit.trace` take the networks, `torch.jit.script` does not" in README
+    assert "`torch.jit.trace` take the networks, `torch.jit.script` does not" in PROSE
     model = timm.create_model("sola_nano", num_classes=3).eval()
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(torch.jit.trace(model, image)(image), model(image))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of measures and the page of performance come from the stored results and from nothing else."""
+"""The list of measures and the tables of the pages come from the stored results and from nothing else."""
 
 import argparse
 from pathlib import Path
@@ -83,11 +83,14 @@ def test_measures_take_the_right_rows(scripts):
 
 def test_the_pages_hold_what_the_files_say(scripts):
     measures, report = scripts
-    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/performance.md")]
+    pages = {
+        name: (ROOT / name).read_text() for name in ("README.md", "docs/performance.md", "docs/performance-gpu.md")
+    }
+    together = "".join(pages.values())
     for name in report.TABLES:
-        assert f"<!-- table: {name} -->" in "".join(pages)
-    for page in pages:
-        assert page == report.filled(page, measures.load()), "run python benchmarks/report.py --write PAGE"
+        assert together.count(f"<!-- table: {name} -->") == 1, name
+    for name, page in pages.items():
+        assert page == report.filled(page, measures.load()), f"run python benchmarks/report.py --write {name}"
 
 
 def test_every_part_is_a_command_that_exists(scripts):

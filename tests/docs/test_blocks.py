@@ -54,7 +54,9 @@ def test_every_block_of_the_page_runs(page, prepared, tmp_path, monkeypatch):
             for command in block.commands():
                 run_command(command, block.place, monkeypatch)
         else:
-            pytest.fail(f"{block.place}: nobody runs a block in {block.language!r}; leave the language out if it is no code")
+            pytest.fail(
+                f"{block.place}: nobody runs a block in {block.language!r}; leave the language out if it is no code"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data for training and evaluation: images of every kind, folders and tar files, the digits, generated scenes."""
+"""Datasets and transforms: image files, folders and tar files, COCO, segmentation, the digits, generated scenes."""
 
 from .coco import CocoFolder, MissingMaskError, Objects, is_finite, read_truth
 from .detection_presets import (

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection and instance segmentation data: a folder of images with annotations in COCO's format.
 
-Layouts that are known, for the splits train and val:
-    ROOT/annotations/instances_val.json      images in ROOT/val/ (COCO's own: instances_val2017.json and val2017/)
-    ROOT/val/_annotations.coco.json          images beside it (val/ may be called valid/)
+Supported layouts, for the splits train and val:
+    ROOT/annotations/instances_val.json      images in ROOT/val/ (in COCO: instances_val2017.json and val2017/)
+    ROOT/val/_annotations.coco.json          images in the same folder (val/ may be called valid/)
 
-Labels are 1..K in the order of the category ids, which need not be contiguous; 0 is the background. Crowds are no
-training objects, the evaluation ignores what falls on them. What cannot be an object is left out, counted and named.
+Labels are 1..K in the order of the category ids, which need not be contiguous; 0 is the background. Crowds are not used
+in training, and the evaluation ignores detections on them. Unusable annotations are skipped and logged by reason.
 """
 
 import json
@@ -44,20 +44,20 @@ class Objects:
     size: tuple[int, int]
     boxes: np.ndarray
     labels: np.ndarray
-    segmentations: Sequence[Any] | None  # as COCO writes them; None where masks are not wanted
+    segmentations: Sequence[Any] | None  # in COCO's format; None if masks are not used
     names: Sequence[str]  # of the annotations, for errors
 
     def mask(self, index: int) -> np.ndarray:
-        """Object `index` as [H, W] uint8 of 0 and 1."""
+        """Return the mask of object `index` as [H, W] uint8 of 0 and 1."""
         assert self.segmentations is not None
         try:
             return mask_library().decode(run_lengths(self.segmentations[index], self.size))
         except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.names[index]}: its mask cannot be read: {error}") from None
+            raise ValueError(f"{self.names[index]}: the mask cannot be read: {error}") from None
 
 
 class MissingMaskError(ValueError):
-    """Some objects have a mask and some have not."""
+    """Raised if some objects have a mask and others do not."""
 
     def __init__(self, found: str) -> None:
         super().__init__(f"{found}: add them, or train on boxes alone (--image.masks false)")
@@ -65,10 +65,11 @@ class MissingMaskError(ValueError):
 
 
 class CocoFolder(Dataset[Any]):
-    """One split; `transform(image, objects)` makes a sample of a PIL image and its Objects.
+    """One split; samples are transform(image, objects) of a PIL image and its Objects.
 
-    `classes` are the categories' names in the order of their ids, or the given ones (a checkpoint's), of which the
-    split may lack some but must not have others; `category_ids` are theirs here. `masks`: None = if the data has them.
+    `classes` are the category names in the order of their ids, or the given ones (of a checkpoint): the split may lack
+    some of them but must not have others. `category_ids` are the ids of the classes in this split. `masks`: None = use
+    masks if the data has them.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class CocoFolder(Dataset[Any]):
                 "rename or remove it, or train with it"
             )
         ids = {name: number for number, name in self.categories}
-        # a class that this split lacks still needs an id while results are gathered; none of its own may be taken
+        # a class that this split lacks needs an unused id while results are gathered
         spare = max(ids.values(), default=0) + 1
         self.category_ids = [ids.get(name, spare + label) for label, name in enumerate(self.classes)]
         labels = {ids[name]: label for label, name in enumerate(self.classes, start=1) if name in ids}
@@ -120,17 +121,18 @@ class CocoFolder(Dataset[Any]):
         return (image, objects) if self.transform is None else self.transform(image, objects)
 
     def image(self, index: int) -> Image.Image:
-        """Image `index` upright and RGB; OSError or ValueError if it is missing, broken or of another size."""
+        """Return image `index` upright, in RGB; OSError or ValueError if missing, corrupt or of another size."""
         image = read_image(self._path(self._load(index)["file_name"]), name=self.location(index))
         height, width = self._load(index)["size"]
         if image.size != (width, height):
             raise ValueError(
-                f"{self.location(index)} is {image.height}x{image.width}, but {self.file.name} says {height}x{width}: "
-                "its boxes would lie elsewhere; write the annotations for this image again"
+                f"{self.location(index)} is {image.height}x{image.width}, but {height}x{width} in {self.file.name}: "
+                "its boxes would be misplaced; write the annotations for this image again"
             )
         return image
 
     def objects(self, index: int) -> Objects:
+        """Return the objects of image `index`."""
         record = self._load(index)
         return Objects(
             image_id=self.image_ids[index],
@@ -142,15 +144,15 @@ class CocoFolder(Dataset[Any]):
         )
 
     def location(self, index: int) -> str:
-        """Where image `index` lies, for people."""
+        """Return the path of image `index`, for messages."""
         return str(self.folder / self._load(index)["file_name"])
 
     def truth(self) -> dict[str, Any]:
-        """The document to score results against."""
+        """Return the document to score results against."""
         return read_truth(self.file)
 
     def _path(self, name: str) -> Path:
-        """Of the file of this name; a file system or an archive may have taken accents apart or put them together."""
+        """Return the path of a file, whose name on disk may be in another Unicode normalisation form."""
         forms = (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))
         return next((path for form in forms if (path := self.folder / form).is_file()), self.folder / name)
 
@@ -183,11 +185,11 @@ class CocoFolder(Dataset[Any]):
         return True
 
     def _check_files(self, images: list[dict[str, Any]]) -> None:
-        """Files that are missing count as unreadable images when their turn comes; all of them are a wrong folder."""
+        """Raise FileNotFoundError if all files are missing; a few count as unreadable images when they are loaded."""
         missing = [image["file_name"] for image in images if not self._path(image["file_name"]).is_file()]
         if missing and len(missing) == len(images):
             raise FileNotFoundError(
-                f"{self.folder / missing[0]}: not there, as none of the {len(images)} images that {self.file} names; "
+                f"{self.folder / missing[0]}: not found, like all {len(images)} images listed in {self.file}; "
                 f"put them into {self.folder}"
             )
         if missing:
@@ -197,15 +199,17 @@ class CocoFolder(Dataset[Any]):
 
 
 class _Dropped:
-    """Annotations that cannot be objects, by reason."""
+    """Unusable annotations, by reason."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, list[Any]] = {}
 
     def add(self, reason: str, annotation: Any) -> None:
+        """Record an unusable annotation."""
         self.reasons.setdefault(reason, []).append(annotation.get("id") if isinstance(annotation, dict) else None)
 
-    def log(self, file: Path, total: int, what: str = "left out") -> None:
+    def log(self, file: Path, total: int, what: str = "skipped") -> None:
+        """Log the number of annotations and the first one for each reason."""
         if self.reasons:
             count = sum(map(len, self.reasons.values()))
             why = "; ".join(f"{len(ids)} {why} (annotation {ids[0]})" for why, ids in self.reasons.items())
@@ -213,7 +217,7 @@ class _Dropped:
 
 
 def read_document(file: Path) -> dict[str, Any]:
-    """A COCO JSON file with its three lists, or a ValueError."""
+    """Return the content of a COCO JSON file; ValueError if one of its three lists is missing."""
     try:
         document = json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -227,17 +231,17 @@ def read_document(file: Path) -> dict[str, Any]:
 
 
 def read_truth(file: Path) -> dict[str, Any]:
-    """A COCO JSON file to score results against: boxes, areas and crowds as written, without what nothing can match.
+    """Read a COCO JSON file to score results against: boxes, areas and crowds as stored, without unusable annotations.
 
-    An object whose mask is unusable keeps its box and has no mask but "unmasked": it counts for boxes alone.
+    An object with an unusable mask keeps its box and gets the key "unmasked" instead: it counts for boxes only.
     """
     document = read_document(file)
     images = _images(document, file)
     labels = dict.fromkeys((number for number, _ in _categories(document, file)), 0)
     by_image, dropped = _sort(document["annotations"], images, labels, file, scoring=True)
-    dropped.log(file, len(document["annotations"]), "scoring leaves out")
+    dropped.log(file, len(document["annotations"]), "scoring skips")
     annotations = [annotation for some in by_image.values() for annotation in some]
-    # what was matched is marked by its id, so that none may be missing, twice there or 0
+    # the evaluator marks matches by annotation id, so ids must be present, unique and not 0
     complete = [
         _complete(annotation, images, file) | {"id": number} for number, annotation in enumerate(annotations, 1)
     ]
@@ -245,7 +249,7 @@ def read_truth(file: Path) -> dict[str, Any]:
 
 
 def _find(root: Path, split: str) -> tuple[Path, Path]:
-    """The annotations of a split and the folder of its images."""
+    """Return the annotation file of a split and the folder of its images."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; {_LAYOUT}")
     names = SPLITS.get(split, (split,))
@@ -253,7 +257,7 @@ def _find(root: Path, split: str) -> tuple[Path, Path]:
         if (file := root / "annotations" / f"instances_{name}.json").is_file():
             folder = next((f for f in (root / name, root / "images" / name) if f.is_dir()), None)
             if folder is None:
-                raise FileNotFoundError(f"{file} is there, but {root / name} with its images is not")
+                raise FileNotFoundError(f"{root / name} with the images of {file} not found: add the folder")
             return file, folder
         if (file := root / name / "_annotations.coco.json").is_file():
             return file, root / name
@@ -265,18 +269,16 @@ def _images(document: dict[str, Any], file: Path) -> dict[int, dict[str, Any]]:
     for image in document["images"]:
         sizes = [image.get("height"), image.get("width")] if isinstance(image, dict) else []
         if not sizes or not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
-            raise ValueError(f"{file}: an image needs an integer id and a file_name, found {image!r:.80}")
+            raise ValueError(f"{file}: an image must have an integer id and a file_name (got {image!r:.80})")
         # some programs write 640.0
         whole = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sizes]
         if not all(isinstance(side, int) and side > 0 for side in whole):
-            raise ValueError(
-                f"{file}: image {image['id']} needs whole numbers above 0 as height and width, found {sizes}"
-            )
+            raise ValueError(f"{file}: height and width of image {image['id']} must be integers above 0 (got {sizes})")
         path = Path(image["file_name"])
         if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{file}: image {image['id']} is {path}: a file_name must lie below the images' folder")
+            raise ValueError(f"{file}: file_name of image {image['id']} must lie below the image folder (got {path})")
         if image["id"] in images:
-            raise ValueError(f"{file}: two images have the id {image['id']}; give each its own")
+            raise ValueError(f"{file}: duplicate image id {image['id']}: use unique ids")
         images[image["id"]] = {**image, "height": whole[0], "width": whole[1]}
     if not images:
         raise ValueError(f"{file} lists no images")
@@ -284,17 +286,17 @@ def _images(document: dict[str, Any], file: Path) -> dict[int, dict[str, Any]]:
 
 
 def _categories(document: dict[str, Any], file: Path) -> list[tuple[int, str]]:
-    """(id, name) by id; a background category that nothing uses, as some programs write it, is a class like any."""
-    found: dict[int, str] = {}
+    """Return (id, name) sorted by id; an unused background category, as some programs write it, is kept as a class."""
+    names: dict[int, str] = {}
     for category in document["categories"]:
         if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
-            raise ValueError(f"{file}: a category needs an integer id and a name, found {category!r:.80}")
-        if category["id"] in found or str(category["name"]) in found.values():
-            raise ValueError(f"{file}: the category {category['id']} {category['name']!r} is there twice")
-        found[category["id"]] = str(category["name"])
-    if not found:
+            raise ValueError(f"{file}: a category must have an integer id and a name (got {category!r:.80})")
+        if category["id"] in names or str(category["name"]) in names.values():
+            raise ValueError(f"{file}: duplicate category {category['id']} {category['name']!r}: remove one")
+        names[category["id"]] = str(category["name"])
+    if not names:
         raise ValueError(f"{file} lists no categories")
-    return sorted(found.items())
+    return sorted(names.items())
 
 
 def _sort(
@@ -305,10 +307,10 @@ def _sort(
     *,
     scoring: bool = False,
 ) -> tuple[dict[int, list[dict[str, Any]]], _Dropped]:
-    """The usable annotations of every image; "object" says that one is no crowd.
+    """Return the usable annotations by image; their key "object" is false for crowds.
 
-    In `scoring` a box without area or outside the image counts, as an object that nobody finds: COCO's API has it so.
-    An unusable mask takes nothing from the scores of boxes.
+    With `scoring`, a box without area or outside the image is kept as an object that cannot be matched, as in COCO's
+    API, and an object with an unusable mask is kept for scoring boxes.
     """
     by_image: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     dropped = _Dropped()
@@ -316,7 +318,7 @@ def _sort(
         number: Any = annotation.get("image_id") if isinstance(annotation, dict) else None
         image = None if isinstance(number, list | dict) else images.get(number)
         if image is None:
-            dropped.add("of no image in the list", annotation)
+            dropped.add("of an image not in the list", annotation)
             continue
         category = annotation.get("category_id")
         if not isinstance(category, int | float) or category not in labels:
@@ -327,13 +329,13 @@ def _sort(
         crowd = annotation.get("iscrowd") or 0
         if crowd not in (0, 1):
             raise ValueError(
-                f"{file}: annotation {annotation.get('id')} has iscrowd {crowd!r:.80}: write the number 0 or 1"
+                f"{file}: annotation {annotation.get('id')} has iscrowd {crowd!r:.80}: use the number 0 or 1"
             )
         usable = {"id": None, **annotation, "iscrowd": int(crowd), "object": not crowd}
         bad_box = _unusable_box(annotation.get("bbox"), image, scoring)
         bad_mask = unusable_mask(annotation.get("segmentation"), (image["height"], image["width"]))
         if bad_mask and scoring and not bad_box:
-            dropped.add(f"{bad_mask}, from masks alone", annotation)
+            dropped.add(f"{bad_mask}, for masks only", annotation)
             by_image[image["id"]].append({**usable, "segmentation": None, "unmasked": True})
         elif reason := bad_box or bad_mask:
             dropped.add(reason, annotation)
@@ -358,7 +360,7 @@ def _unusable_box(box: Any, image: dict[str, Any], scoring: bool) -> str | None:
 
 
 def _complete(annotation: dict[str, Any], images: dict[int, dict[str, Any]], file: Path) -> dict[str, Any]:
-    """What the evaluator takes for granted, where a program left it out."""
+    """Return the annotation with an area, which the evaluator requires but some programs omit."""
     full = {name: value for name, value in annotation.items() if name != "object"}
     if full.get("area") is None:
         image = images[full["image_id"]]
@@ -368,13 +370,13 @@ def _complete(annotation: dict[str, Any], images: dict[int, dict[str, Any]], fil
         full["area"] = float(mask_library().area(run_lengths(segmentation, size))) if segmentation else box_area
     if not is_finite(full["area"]):
         raise ValueError(
-            f"{file}: annotation {full['id']} has the area {full['area']!r:.80}: write a finite number, or leave it out"
+            f"{file}: annotation {full['id']} has the area {full['area']!r:.80}: use a finite number, or omit it"
         )
     return full
 
 
 def is_finite(value: Any) -> bool:
-    """Whether this is a finite number; JSON's integers may be too large for a float."""
+    """True if `value` is a finite number; integers in JSON may be too large for a float."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image settings of detection, and the two transforms that follow from them. Batches are lists, images differ in size.
+"""Image settings of detection, and the transforms of training and evaluation. Batches are lists of images of any size.
 
-The defaults are those of the 1x schedule of Mask R-CNN: the shorter side to 800 pixels, the longer one to 1333 at
-most, mirrored half of the time. Training resizes here, where the workers are; evaluation hands out whole images, which
-the network resizes itself, so that its boxes are in the pixels of the original.
+# not in the paper: the augmentation. The paper only says "1x schedule"; the defaults are MMDetection's for Mask R-CNN:
+# the shorter side resized to 800 pixels, the longer one to 1333 at most, mirrored with probability 0.5.
+
+Training images are resized here, in the workers. Evaluation images are returned whole and resized by the network, so
+that its boxes are in the pixels of the original.
 """
 
 import random
@@ -28,18 +30,18 @@ class DetectionConfig:
     """Sizes and augmentation of detection.
 
     Args:
-        size: the shorter side's pixels; null = every image keeps its own size, times zoom.
-        longest: what the longer side may have at most.
-        zoom: enlarges images that keep their own size, for small objects.
-        crop: training sees a random window of so many pixels a side; null = whole images.
+        size: pixels of the shorter side after resizing; null = the original size times zoom.
+        longest: maximum pixels of the longer side.
+        zoom: factor on the original size if size is null, for small objects.
+        crop: side in pixels of random training crops; null = whole images.
         scale: smallest and largest random factor on the size of a training image.
-        hflip: probability of mirroring left and right.
-        vflip: probability of mirroring top and bottom, for images without an up.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip, for images without a fixed orientation.
         color_jitter: strength of random changes of brightness, contrast and saturation.
-        mean: of the pixels of each channel, from 0 to 1.
-        std: their standard deviation.
-        masks: null = learn masks if the data has them; false = boxes alone.
-        keep_empty: whether images without objects are trained on.
+        mean: mean of each channel, for pixels from 0 to 1.
+        std: standard deviation of each channel, for pixels from 0 to 1.
+        masks: null = learn masks if the data has them; false = boxes only.
+        keep_empty: train on images without objects.
     """
 
     size: int | None = 800
@@ -59,28 +61,28 @@ class DetectionConfig:
         for name in ("size", "longest", "crop"):
             value = getattr(self, name)
             if value is not None and value < 32:
-                raise ValueError(f"{name} {value}: at least 32 pixels, or the last feature map would be empty")
+                raise ValueError(f"{name}={value} must be at least 32 pixels, or the last feature map would be empty")
         if self.size is not None and self.zoom != 1:
-            raise ValueError(f"zoom {self.zoom}: it enlarges images that keep their own size; set size to null")
+            raise ValueError(f"zoom={self.zoom} only applies to images of original size: set size to null")
         if not self.zoom > 0 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"zoom {self.zoom} and scale {self.scale}: factors above 0, the smaller one first")
+            raise ValueError(f"zoom={self.zoom} and scale={self.scale} must be above 0, the smallest scale first")
         if min(self.std) <= 0:
-            raise ValueError(f"std {self.std}: what pixels are divided by, above 0")
+            raise ValueError(f"std={self.std} must be above 0")
         for name in ("hflip", "vflip"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: a probability, from 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)} must be a probability from 0 to 1")
         if self.color_jitter < 0:
-            raise ValueError(f"color_jitter {self.color_jitter}: a strength, 0 (off) or above")
+            raise ValueError(f"color_jitter={self.color_jitter} must be 0 (off) or above")
 
     def resized(self, height: int, width: int, factor: float = 1.0) -> tuple[int, int]:
-        """Height and width of what the network sees of an image, before any crop."""
+        """Return height and width after resizing an image, before any crop."""
         scale = self.zoom if self.size is None else self.size / min(height, width)
         scale = factor * min(scale, self.longest / max(height, width))
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class DetectionTrainTransform:
-    """(image, objects) -> (uint8 [3, h, w], {"boxes", "labels", "masks" if there are any, "image_id"})."""
+    """(image, objects) -> (uint8 [3, h, w], {"boxes", "labels", "masks" if used, "image_id"})."""
 
     def __init__(self, config: DetectionConfig) -> None:
         self.config = config
@@ -93,7 +95,7 @@ class DetectionTrainTransform:
         h, w = (min(side, config.crop or side) for side in (height, width))
         top, left = random.randint(0, height - h), random.randint(0, width - w)
         across, down = random.random() < config.hflip, random.random() < config.vflip
-        # the window in the pixels of the original, so that images and masks are cut out and resized in one go
+        # the window in pixels of the original, so that images and masks are cropped and resized in one step
         y, x = image.height / height, image.width / width
         window = (left * x, top * y, (left + w) * x, (top + h) * y)
 
@@ -119,19 +121,19 @@ class DetectionTrainTransform:
 
 
 class DetectionEvalTransform:
-    """(image, objects) -> (uint8 [3, H, W], {"image_id"}): the whole image."""
+    """(image, objects) -> (uint8 [3, H, W], {"image_id"}), the whole image."""
 
     def __call__(self, image: Image.Image, objects: Objects) -> tuple[Tensor, Target]:
         return to_pixels(image), {"image_id": objects.image_id}
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W]."""
+    """Return an RGB image as uint8 [3, H, W]."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def collate_lists(samples: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """A batch of images of different sizes: a list of images and a list of targets."""
+    """Collate function for images of different sizes: return a list of images and a list of targets."""
     return [image for image, _ in samples], [target for _, target in samples]
 
 
@@ -145,7 +147,7 @@ def _cut_masks(
     across: bool,
     down: bool,
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """The candidates that a pixel is left of, all boxes, those of cut objects tight around the rest, and the masks."""
+    """Return the candidates with a remaining pixel, all boxes, tightened for cropped objects, and the masks."""
     masks, kept, inside = [], [], inside.copy()
     for index in candidates:
         whole = Image.fromarray(objects.mask(index) * np.uint8(255))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The 1797 handwritten digits that come with scikit-learn: real images of 8x8 pixels, no download.
 
-They let a newcomer train within a minute. Every fifth digit of each class is held out as "val".
+They allow a first training run within a minute. Every fifth digit of each class is held out as "val".
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ CLASSES = tuple("0123456789")
 
 
 class Digits(Dataset[tuple[Any, int]]):
-    """Images (RGB, 8x8) and labels of "train" (1438 digits) or "val" (359); the attributes are ImageFolder's."""
+    """Images (RGB, 8x8) and labels of "train" (1438 digits) or "val" (359); same attributes as ImageFolder."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Digits(Dataset[tuple[Any, int]]):
         classes: Sequence[str] | None = None,
     ) -> None:
         if split not in ("train", "val"):
-            raise ValueError(f"split {split!r}: the digits have the splits 'train' and 'val'")
+            raise ValueError(f"split must be 'train' or 'val' for the digits (got {split!r})")
         self.classes = list(CLASSES if classes is None else classes)
         if unknown := sorted(set(CLASSES) - set(self.classes)):
             raise ValueError(
@@ -47,11 +47,11 @@ class Digits(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
     def image(self, index: int) -> Image.Image:
-        """Digit `index` before any transform."""
+        """Return digit `index` before any transform."""
         return Image.fromarray(self._pixels[index]).convert("RGB")
 
     def location(self, index: int) -> str:
-        """What to call digit `index` in a message."""
+        """Return the name of digit `index`, for messages."""
         return f"digits:{self.samples[index]}"
 
 
@@ -59,7 +59,7 @@ def write_folder(root: str | Path, count: int) -> list[Path]:
     """Write `count` held-out digits, the classes in turn, as ROOT/val/CLASS/NNNN.png; returns the files."""
     digits = Digits("val")
     if not 1 <= count <= len(digits):
-        raise ValueError(f"count {count}: there are 1 to {len(digits)} held-out digits to write")
+        raise ValueError(f"count={count} must be from 1 to {len(digits)}, the number of held-out digits")
     rank_in_class = [digits.targets[:i].count(label) for i, label in enumerate(digits.targets)]
     in_turn = sorted(range(len(digits)), key=lambda i: (rank_in_class[i], digits.targets[i]))
     files = []
@@ -81,7 +81,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _held_out(digits: np.ndarray) -> np.ndarray:
-    """The middle one of every five of a class: stratified, and the same for every version of every library."""
+    """True for the middle one of every five digits of a class: stratified, and independent of library versions."""
     held_out = np.zeros(len(digits), dtype=bool)
     for digit in range(10):
         held_out[np.flatnonzero(digits == digit)[2::5]] = True

@@ -29,10 +29,10 @@ _LAYOUT = "expected ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg"
 
 
 class ImageFolder(Dataset[tuple[Any, int]]):
-    """Images and integer labels of one split; `classes` are sorted names, or the given ones in their order.
+    """Images and integer labels of one split; `classes` are the sorted names, or the given ones in their order.
 
-    `samples` are paths below the split ("cat/001.jpg"), `targets` their labels. With `classes` (the training classes,
-    or a checkpoint's) the split may lack some of them but must not have others.
+    `samples` are paths below the split ("cat/001.jpg"), `targets` their labels. With `classes` (of the training split
+    or a checkpoint) the split may lack some of them but must not have others.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class ImageFolder(Dataset[tuple[Any, int]]):
         return (image if self.transform is None else self.transform(image)), self.targets[index]
 
     def image(self, index: int) -> Image.Image:
-        """Image `index` as it is on disk, upright and RGB; raises CorruptImage where it cannot be read."""
+        """Return image `index` without any transform, upright and in RGB; CorruptImage if it cannot be read."""
         if not self._archives:
             return read_image(os.path.join(self._base, self.samples[index]), name=self.location(index))
         shard, offset, size = (int(number) for number in self._places[index])
         return read_image(BytesIO(tar.read(self._archives[shard], offset, size)), name=self.location(index))
 
     def location(self, index: int) -> str:
-        """Where sample `index` lies, for people: a path, or ARCHIVE.tar:PATH."""
+        """Return the location of sample `index` for messages: a path, or ARCHIVE.tar:PATH."""
         if not self._archives:
             return _printable(os.path.join(self._base, self.samples[index]))
         archive = self._archives[int(self._places[index][0])]
@@ -79,13 +79,13 @@ class ImageFolder(Dataset[tuple[Any, int]]):
 
 
 class _Listing:
-    """What was found below one split, before it is checked. A class may be there without a single image."""
+    """The files below one split, before they are checked. A class may have no images."""
 
     def __init__(self, where: str, archives: list[tar.Archive]) -> None:
-        self.where = where  # for people: a folder, or ARCHIVE.tar:FOLDER (of several shards the first)
+        self.where = where  # for messages: a folder, or ARCHIVE.tar:FOLDER (the first of several shards)
         self.archives = archives
-        self.inside = ""  # path of the split in its archives, with a slash behind it
-        self.found_classes: dict[str, str] = {}  # as people read them, as they are written
+        self.inside = ""  # path of the split in its archives, with a trailing slash
+        self.found_classes: dict[str, str] = {}  # printable name -> name on disk
         self._files: dict[tuple[int, str], tuple[str, int, int]] = {}
         self.hidden = 0
         self.foreign: list[str] = []
@@ -98,6 +98,7 @@ class _Listing:
             yield class_name, name, shard, offset, size
 
     def add_folder(self, parts: Sequence[str]) -> None:
+        """Add a folder; its first part is a class."""
         if parts and not parts[0].startswith("."):
             name = _printable(parts[0])
             other = self.found_classes.setdefault(name, parts[0])
@@ -105,10 +106,11 @@ class _Listing:
                 one, two = (os.fsencode(written) for written in sorted((other, parts[0])))
                 raise ValueError(
                     f"{_printable(self.where)}: the class folders {one!r} and {two!r} cannot be told apart "
-                    f"(both read {name}): rename them in UTF-8, without control characters"
+                    f"(both print as {name}): rename them in UTF-8, without control characters"
                 )
 
     def add_file(self, parts: Sequence[str], shard: int = 0, offset: int = 0, size: int = 0) -> None:
+        """Add a file, or count it if it is hidden or not an image of a class."""
         if any(part.startswith(".") for part in parts):
             self.hidden += 1
             return
@@ -117,10 +119,11 @@ class _Listing:
         if len(parts) < 2 or not parts[-1].lower().endswith(SUFFIXES):
             self.foreign.append("/".join(parts))
             return
-        # a dict, because the later of two tar members of one name replaces the earlier
+        # a dict, because the later of two tar members with the same name replaces the earlier
         self._files[shard, "/".join(parts)] = (_printable(parts[0]), offset, size)
 
     def log_ignored(self) -> None:
+        """Log the number of files that were ignored."""
         if self.foreign or self.unsafe:
             first = f" (the first: {_printable(self.foreign[0])})" if self.foreign else ""
             logger.warning(
@@ -132,22 +135,23 @@ class _Listing:
             logger.info("%s: ignored %d hidden files", _printable(self.where), self.hidden)
 
     def check_classes(self, expected: Sequence[str] | None) -> list[str]:
+        """Return the class names; ValueError if classes are missing, empty or not among the expected ones."""
         where = _printable(self.where)
         slash = "" if where.endswith(":") else "/"
         if not self.found_classes:
             raise ValueError(f"{where}: no class folders; put the images of each class into {where}{slash}CLASS/")
         full = {class_name for class_name, *_ in self.files}
-        # against a given list a class may be missing, so its folder may as well be empty
+        # with a given list a class may be missing, so its folder may also be empty
         empty = sorted(self.found_classes.keys() - full) if expected is None or not full else []
         if empty:
             more = f" (and {len(empty) - 1} other classes)" if len(empty) > 1 else ""
             raise ValueError(
-                f"{where}{slash}{empty[0]}: a class without images{more}; "
+                f"{where}{slash}{empty[0]}: class without images{more}; "
                 "add images (.jpg, .png, ...) or remove the folder"
             )
         if expected is None:
             return sorted(full)
-        # classes of a checkpoint may come from a file system that writes accents in another form
+        # classes of a checkpoint may come from a file system with another Unicode normalisation form
         names = [_printable(name) for name in expected]
         unknown = sorted(full - set(names))
         if unknown:
@@ -164,10 +168,10 @@ def _find(root: Path, split: str) -> _Listing:
     choices = _SPLITS.get(split, (split,))
     if root.is_file():
         if root.suffix.lower() != ".tar":
-            raise ValueError(f"{root}: a file that is neither a folder nor an uncompressed .tar; {_LAYOUT}")
+            raise ValueError(f"{root}: neither a folder nor an uncompressed .tar file; {_LAYOUT}")
         return _split_of_tar(root, split, choices)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder or .tar file; give the folder that holds train/ and val/")
+        raise FileNotFoundError(f"{root}: no such folder or .tar file; use the folder that holds train/ and val/")
     for name in choices:
         if (root / name).is_dir():
             return _scan_folder(root / name)
@@ -177,8 +181,8 @@ def _find(root: Path, split: str) -> _Listing:
 
 
 def _no_split(root: Path, choices: Sequence[str], found: Iterable[str]) -> ValueError:
-    there = sorted(_printable(name) for name in found if not name.startswith("."))
-    some = ", ".join(there[:4]) + (", ..." if len(there) > 4 else "") if there else "nothing"
+    present = sorted(_printable(name) for name in found if not name.startswith("."))
+    some = ", ".join(present[:4]) + (", ..." if len(present) > 4 else "") if present else "nothing"
     wanted = " or ".join(f"{name}/" for name in choices)
     return ValueError(f"{root}: no {wanted} (found: {some}); {_LAYOUT}, or shards {choices[0]}-000.tar, ...")
 
@@ -190,11 +194,11 @@ def _scan_folder(base: Path) -> _Listing:
         status = os.stat(folder)
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            return  # a link that points back to a folder it lies in
+            return  # a link to a folder that contains it
         with os.scandir(folder) as entries:
             for entry in entries:
                 below = (*parts, entry.name)
-                # of the path: an entry's own methods raise an error for a link that points to itself
+                # os.path functions, because an entry's methods raise an error for a link that points to itself
                 if not os.path.isdir(entry.path):
                     # a broken link is neither a file nor an image
                     listing.add_file(below if os.path.isfile(entry.path) else (entry.name,))
@@ -211,7 +215,7 @@ def _scan_folder(base: Path) -> _Listing:
 def _split_of_tar(path: Path, split: str, choices: Sequence[str]) -> _Listing:
     archive = tar.Archive.at(path)
     members = list(tar.index(archive))
-    # what could be a split: folders, and what holds a class folder and a file
+    # candidates for splits: folders, and paths with a class folder and a file below
     paths = [member.parts for member in members]
     outer = {parts[0] for parts, member in zip(paths, members, strict=True) if len(parts) > 2 or _names(member, 1)}
     inner = {parts[:2] for parts, member in zip(paths, members, strict=True) if len(parts) > 3 or _names(member, 2)}
@@ -244,7 +248,7 @@ def _scan_shards(shards: Sequence[Path], name: str) -> _Listing:
     archives = [tar.Archive.at(path) for path in shards]
     listing = _Listing(f"{shards[0]}:", archives)
     contents = [list(tar.index(archive)) for archive in archives]
-    # shards packed one level too high (train/CLASS/name.jpg) would make a single class called "train"
+    # shards packed one level too high (train/CLASS/name.jpg) would give a single class called "train"
     heads = {member.parts[0] for members in contents for member in members if member.parts}
     strip = 1 if heads == {name} and any(len(m.parts) > 2 for members in contents for m in members) else 0
     for shard, members in enumerate(contents):
@@ -265,6 +269,6 @@ def _add_members(listing: _Listing, shard: int, members: Iterable[tar.Member]) -
 
 
 def _printable(name: str) -> str:
-    """One form of a name: composed accents (macOS writes them apart), undecodable bytes and controls as marks."""
+    """Return a printable name: accents composed (macOS stores them decomposed), invalid bytes and controls replaced."""
     text = unicodedata.normalize("NFC", name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

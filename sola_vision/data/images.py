@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read any image file as upright 8-bit RGB, or say in one line why it cannot be read.
+"""Reading of any image file as upright 8-bit RGB.
 
-Greyscale, 1-bit, palette, CMYK, 16-bit, transparent and EXIF-rotated files all come out as people see them.
-A file that does not decode raises CorruptImage, which names the file: a data loader can count and skip it.
+Greyscale, 1-bit, palette, CMYK, 16-bit, transparent and EXIF-rotated files are all converted as an image viewer shows
+them. A file that cannot be decoded raises CorruptImage, whose message names the file, so a data loader can skip it.
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# file types that data sets hold. Others stay closed: Pillow hands EPS to Ghostscript, and a data set is untrusted
+# file types used in datasets; others are refused, because Pillow passes EPS to Ghostscript and datasets are untrusted
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -31,12 +31,12 @@ _UPRIGHT = {
 }
 
 
-class CorruptImage(ValueError):  # noqa: N818 - reads as what it is in a handler
-    """A file that should be an image and cannot be read as one; the message is one line and names the file."""
+class CorruptImage(ValueError):  # noqa: N818 - clearer in an except clause
+    """Raised for a file that cannot be read as an image; the message is one line and names the file."""
 
 
 def read_image(source: Path | str | BinaryIO, *, name: str | None = None) -> Image.Image:
-    """The image as upright RGB. `name` is what errors call it, for streams that are no file of their own."""
+    """Return the image as upright RGB. `name` is its name in errors, for streams that are not files."""
     if isinstance(source, Path | str):
         with open(source, "rb") as stream:
             return _decode(stream, name or str(source))
@@ -45,10 +45,10 @@ def read_image(source: Path | str | BinaryIO, *, name: str | None = None) -> Ima
 
 def _decode(stream: BinaryIO, name: str) -> Image.Image:
     try:
-        # only the header is read here; Pillow refuses decompression bombs by it, before any pixel is allocated
+        # only the header is read here; Pillow detects decompression bombs from it, before any pixel is allocated
         image = Image.open(stream, formats=_formats())
         image.load()
-        # after load, because TIFF turns itself upright there and drops the tag
+        # after load, because Pillow rotates a TIFF upright there and drops the tag
         orientation = _orientation(image)
         rgb = _to_rgb(image)
         if orientation in _UPRIGHT:
@@ -61,13 +61,13 @@ def _decode(stream: BinaryIO, name: str) -> Image.Image:
         raise CorruptImage(_line(f"{name}: {'the file is empty' if _is_empty(stream) else known}")) from None
     except MemoryError:
         raise
-    # any other exception: on hostile bytes Pillow's decoders raise whatever their parsing stumbles over
+    # any other exception: Pillow's decoders raise many types on malformed bytes
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk failed, not the image
         reason = str(error) or type(error).__name__
         raise CorruptImage(_line(f"{name}: cannot be read as an image: {reason}")) from error
-    # a caller that looks for an EXIF tag again must not turn the image a second time
+    # otherwise a caller that applies the EXIF orientation would rotate the image a second time
     rgb.info = {}
     return rgb
 
@@ -81,7 +81,7 @@ def _formats() -> tuple[str, ...]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    # broken metadata costs the orientation, not the picture; Pillow's EXIF parser raises many types
+    # with broken metadata only the orientation is lost; Pillow's EXIF parser raises many types
     except Exception:
         return 1
 
@@ -94,8 +94,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
-        # on white: transparent pictures are made for a page, and black would swallow dark drawings;
-        # dropping alpha would show whatever colour happens to lie beneath
+        # on white: transparent images are designed for a page, and black would hide dark drawings;
+        # dropping alpha would show arbitrary hidden colours
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # CMYK: Pillow undoes Adobe's inversion when it decodes a JPEG, so one conversion serves JPEG and TIFF
@@ -103,13 +103,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 0..65535 to 0..255; Pillow's own convert clips at 255 and turns most of the picture white."""
+    """Scale 0..65535 to 0..255; Pillow's convert clips at 255 and turns most of the image white."""
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise CorruptImage("32-bit pixels outside 0..65535 have no agreed range; save it with 8 or 16 bits")
     grey = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # one of 65536 levels, which 256 cannot tell from its neighbours
+    if isinstance(transparent, int):  # one of 65536 levels, not distinguishable after scaling to 256
         grey.putalpha(Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8)))
     return grey
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of segmentation: which number in a PNG is which class, the classes' names, and reading such files.
+"""Labels of segmentation: the mapping from labels in a PNG to classes, the class names, and reading of label files.
 
-The rule is one stated number, `ignore`: the label that counts nowhere. 0 is ADE20K's rule: the classes are the labels
-1..N. Any other (255, or 11 for CamVid) leaves label 0 a class: the classes are 0..N-1. Inside the program classes are
-0..N-1 and IGNORED everywhere.
+The mapping is defined by one number, `ignore`, the label that is not evaluated. With 0, ADE20K's rule, the classes are
+the labels 1..N. With any other (255, or 11 for CamVid) label 0 is a class: the classes are 0..N-1. In this package
+classes are always 0..N-1 and IGNORED.
 """
 
 import csv
@@ -25,18 +25,18 @@ _MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 
 @dataclass(frozen=True)
 class LabelRule:
-    """`num_classes` classes; `ignore` is the label that is none of them."""
+    """The mapping from labels to `num_classes` classes; `ignore` is the label of pixels without a class."""
 
     num_classes: int
     ignore: int
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
-            raise ValueError(f"{self.num_classes} classes: there has to be at least one")
+            raise ValueError(f"num_classes={self.num_classes} must be at least 1")
         if self.ignore < 0 or 0 < self.ignore < self.num_classes:
             raise ValueError(
-                f"ignore {self.ignore}: with {self.num_classes} classes it is 0 (then the classes are the labels "
-                f"1..{self.num_classes}) or at least {self.num_classes} (then they are 0..{self.num_classes - 1})"
+                f"ignore={self.ignore} must be 0 (classes are the labels 1..{self.num_classes}) or at least "
+                f"{self.num_classes} (classes are the labels 0..{self.num_classes - 1})"
             )
 
     @property
@@ -48,41 +48,41 @@ class LabelRule:
         return f"labels {self.first}..{self.first + self.num_classes - 1} are classes, {self.ignore} is ignored"
 
     def to_classes(self, labels: NDArray[np.integer], name: str) -> NDArray[np.int16]:
-        """Labels of a file as classes and IGNORED; a label that is neither is a ValueError that names the file."""
+        """Return the labels of a file as classes and IGNORED; raise ValueError with `name` for any other label."""
         ignored = labels == self.ignore
         classes = labels.astype(np.int32) - self.first
         wrong = labels[~ignored & ((classes < 0) | (classes >= self.num_classes))]
         if wrong.size:
             raise ValueError(
-                f"{name}: label {wrong.max()} in {wrong.size} pixels is neither: {self}; "
-                "state the data's own rule (ignore, num_classes) or repair the file"
+                f"{name}: label {wrong.max()} in {wrong.size} pixels is not valid: {self}; "
+                "set ignore and num_classes to the data's rule, or repair the file"
             )
         classes[ignored] = IGNORED
         return classes.astype(np.int16)
 
     def to_labels(self, classes: NDArray[np.integer]) -> NDArray[np.integer]:
-        """The opposite, in the smallest type that PNG knows."""
+        """Return classes as labels (the inverse of `to_classes`), in the smallest type that PNG supports."""
         labels = np.where(classes == IGNORED, self.ignore, classes.astype(np.int32) + self.first)
         return labels.astype(np.uint8 if max(self.ignore, self.num_classes) < 256 else np.uint16)
 
 
 def read_labels(path: Path | str) -> NDArray[np.integer]:
-    """The numbers of a label file [H, W]: of a palette PNG its indices, not its colours. Raises CorruptImage."""
+    """Return the labels [H, W] of a file; of a palette PNG the indices, not the colours. Raise CorruptImage."""
     try:
         with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF")) as image:
             if image.mode not in _MODES:
                 raise CorruptImage(
-                    f"{path}: a picture of mode {image.mode}, not labels: one number a pixel is needed "
+                    f"{path}: an image of mode {image.mode}, not labels: use one number per pixel "
                     "(8 or 16 bits, or a palette)"
                 )
             labels = np.asarray(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such label file") from None
     except UnidentifiedImageError:
-        raise CorruptImage(f"{path}: not a label file; PNG, TIFF, BMP and GIF keep labels as they are") from None
+        raise CorruptImage(f"{path}: not a label file; use a lossless format: PNG, TIFF, BMP or GIF") from None
     except CorruptImage:
         raise
-    # on hostile bytes Pillow's decoders raise whatever their parsing stumbles over
+    # Pillow's decoders raise many types on malformed bytes
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk failed, not the file
@@ -91,43 +91,45 @@ def read_labels(path: Path | str) -> NDArray[np.integer]:
 
 
 def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[str]:
-    """The names of a data set's classes, in the order of their labels.
+    """Return the names of a dataset's classes, in the order of their labels.
 
-    They come from ROOT/classes.txt (a name a line, or "LABEL NAME") or ADE20K's objectInfo150; a line for the label
-    that is ignored is left out. Without a file `num_classes` has to say how many there are.
+    They are read from ROOT/classes.txt (one name per line, or "LABEL NAME") or ADE20K's objectInfo150; a line for the
+    ignored label is skipped. Without a file `num_classes` is required.
     """
     first = 1 if ignore == 0 else 0
     path = next((root / name for name in _NAMES if (root / name).is_file()), None)
     if path is None:
         if num_classes is None:
             raise ValueError(
-                f"{root}: no classes.txt and no number of classes: write their names into {root / 'classes.txt'}, "
-                "one a line in the order of the labels, or give a recipe's image.num_classes"
+                f"{root}: no classes.txt and no number of classes: write the class names into {root / 'classes.txt'}, "
+                "one per line in the order of the labels, or set image.num_classes"
             )
         return [f"class {first + index}" for index in range(num_classes)]
     named = _names_by_label(path, first)
     named.pop(ignore, None)
     if not named:
-        raise ValueError(f"{path} names no class: write their names into it, one a line in the order of the labels")
+        raise ValueError(
+            f"{path} names no class: write the class names into it, one per line in the order of the labels"
+        )
     names = [named[label] for label in sorted(named)]
     if sorted(named) != list(range(first, first + len(named))):
         raise ValueError(
-            f"{path}: its labels must be {first}, {first + 1}, ... without a gap apart from the ignored {ignore}; "
-            f"they are {', '.join(map(str, sorted(named)[:8]))}{', ...' if len(named) > 8 else ''}"
+            f"{path}: labels must be {first}, {first + 1}, ... without a gap except the ignored {ignore} "
+            f"(got {', '.join(map(str, sorted(named)[:8]))}{', ...' if len(named) > 8 else ''})"
         )
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{path}: two classes are called {twice!r}; a name has to tell one class")
+        raise ValueError(f"{path}: duplicate class name {twice!r}: use unique names")
     if num_classes is not None and num_classes != len(names):
         raise ValueError(
-            f"{path} names {len(names)} classes, but the number of classes given is {num_classes}: change one"
+            f"{path} names {len(names)} classes, but the number of classes is set to {num_classes}: change one of them"
         )
     return names
 
 
 def _names_by_label(path: Path, first: int) -> dict[int, str]:
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    if "\0" in text:  # UTF-16 as well, whose names would be garbled
-        raise ValueError(f"{path} is not text in UTF-8: write the classes' names into it, one a line, and save it so")
+    if "\0" in text:  # also true for UTF-16, whose names would be garbled
+        raise ValueError(f"{path} is not text in UTF-8: write the class names, one per line, in UTF-8")
     if path.name.startswith("objectInfo150"):
         rows = list(csv.reader(text.splitlines()[1:], delimiter="\t" if path.suffix == ".txt" else ","))
         try:
@@ -135,9 +137,9 @@ def _names_by_label(path: Path, first: int) -> dict[int, str]:
             synonyms = {int(row[0]): [word.strip() for word in re.split("[;,]", row[-1])] for row in rows if row}
         except (ValueError, IndexError):
             raise ValueError(
-                f"{path} is not ADE20K's table: Idx, Ratio, Train, Val, Stuff, Name are its columns"
+                f"{path} is not ADE20K's table: its columns must be Idx, Ratio, Train, Val, Stuff, Name"
             ) from None
-        # the first synonym, unless it is the first of two classes, as "screen" is
+        # the first synonym, unless two classes share it, such as "screen"
         first_words = [words[0] for words in synonyms.values()]
         return {
             label: words[0] if first_words.count(words[0]) == 1 else ", ".join(words)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small images decoded once and held in memory as bytes, for runs that are many and short.
+"""Small images decoded once and kept in memory as bytes, for many short runs.
 
-Training crops them from a border of zeros and flips them, nothing more; evaluation takes them whole. A fixed subset
-of a set has as many images of every class, the same ones for every seed of a run.
+Training images are padded with zeros, randomly cropped and flipped; evaluation images are unchanged. A subset has the
+same number of images of each class, and the same images for every seed of a run.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from .folder import ImageFolder
 
 
 class MemoryImages(Dataset[tuple[Tensor, int]]):
-    """Images [N, 3, size, size] of bytes, given out as normalised float tensors [3, size, size] with their labels."""
+    """Images [N, 3, size, size] uint8, returned as normalised float tensors [3, size, size] with their labels."""
 
     def __init__(self, pixels: Tensor, targets: Sequence[int], *, augment: bool) -> None:
         self.size = pixels.shape[-1]
-        # Swin's and everybody's crop for images of 32 pixels has a border of 4
+        # the usual random crop of 32-pixel images, also in Swin, has a padding of 4
         self.border = self.size // 8 if augment else 0
         self.augment = augment
         self.pixels = torch.nn.functional.pad(pixels, [self.border] * 4)
@@ -47,7 +47,7 @@ class MemoryImages(Dataset[tuple[Tensor, int]]):
 
 
 def decode(images: ImageFolder | Digits, size: int, indices: Sequence[int]) -> Tensor:
-    """Bytes [len(indices), 3, size, size]: the shorter side resized to `size`, then the centre."""
+    """Return uint8 [len(indices), 3, size, size]: the shorter side resized to `size`, then a centre crop."""
     fit = transforms.Compose(
         [
             transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
@@ -64,8 +64,9 @@ def decode(images: ImageFolder | Digits, size: int, indices: Sequence[int]) -> T
 
 
 def balanced_subset(targets: Sequence[int], limit: int | None) -> list[int]:
-    """Indices of at most `limit` samples, or of one a class where these are more; each class has as many as it has of
-    an equal share. Without a limit all.
+    """Return the indices of at most `limit` samples, with an equal share of each class as far as it has so many.
+
+    At least one sample per class is returned; all samples if `limit` is None.
     """
     if limit is None or limit >= len(targets):
         return list(range(len(targets)))
@@ -75,7 +76,7 @@ def balanced_subset(targets: Sequence[int], limit: int | None) -> list[int]:
 
 
 def shuffled_by_class(targets: Sequence[int]) -> list[list[int]]:
-    """Indices of the samples of each class, always in the same random order."""
+    """Return the indices of the samples of each class, in a fixed random order."""
     by_class: dict[int, list[int]] = {}
     for index in torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist():
         by_class.setdefault(targets[index], []).append(index)
@@ -83,6 +84,6 @@ def shuffled_by_class(targets: Sequence[int]) -> list[list[int]]:
 
 
 def fingerprint(images: ImageFolder | Digits, indices: Sequence[int]) -> str:
-    """Twelve letters that tell this selection of files and labels from any other, wherever the folder lies."""
+    """Return a 12-character hash of the selected file names and labels, independent of the folder's location."""
     chosen = [(images.samples[index], images.targets[index]) for index in indices]
     return hashlib.blake2b(json.dumps(chosen).encode(), digest_size=6).hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--data` names: the word "digits", or a folder or .tar file in ImageFolder layout."""
+"""Opening of the dataset given by `--data`: "digits", or a folder or .tar file in ImageFolder layout."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,16 +16,16 @@ def open_classification(
     transform: Callable[[Image.Image], Any] | None = None,
     classes: Sequence[str] | None = None,
 ) -> Digits | ImageFolder:
-    """The "train" or "val" split of `data`; a folder that is really called digits is written ./digits.
+    """Open the "train" or "val" split of `data`; use "./digits" for a folder of that name.
 
-    Without `classes` there must be two at least, because of one alone every network is right.
+    Without `classes` raise ValueError for a single class, on which every network is correct.
     """
     if data == "digits":
         return Digits(split, transform, classes)
     images = ImageFolder(data, split, transform, classes)
     if classes is None and len(images.classes) < 2:
         raise ValueError(
-            f"{data}: {images.classes[0]!r} is its only class, and there is nothing to tell it from: "
-            f"put images of another into a folder beside {split}/{images.classes[0]}/"
+            f"{data}: {images.classes[0]!r} is its only class, but at least two are needed: "
+            f"put images of another class into a folder next to {split}/{images.classes[0]}/"
         )
     return images

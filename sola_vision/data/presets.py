@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image settings of classification, and the two transforms that follow from them.
+"""Image settings of classification, and the transforms of training and evaluation.
 
 The defaults are Swin's, which the paper trains with: random resized crop, flip, RandAugment, random erasing, and
-Mixup, CutMix and label smoothing on the batch. timm builds them. Images of 32 pixels and below follow Swin's own
-rule for them: a padded random crop of the whole image in training, no crop in evaluation.
+Mixup, CutMix and label smoothing on the batch, all from timm. Images of up to 32 pixels are treated as in Swin: a
+padded random crop of the whole image in training, no crop in evaluation.
 """
 
 from dataclasses import dataclass
@@ -16,31 +16,31 @@ from torchvision import transforms
 
 _SMALL = 32  # Swin's data/build.py: resize_im = IMG_SIZE > 32
 _PADDING = 4
-_LONGEST = 8  # aspect ratio beyond which an image is cropped before it is resized
+_LONGEST = 8  # maximum aspect ratio; longer images are cropped before they are resized
 
 
 @dataclass(kw_only=True)
 class ImageConfig:
-    """Size, crop and augmentation; mixup, cutmix, mixup_prob and smoothing act on whole batches in training.
+    """Size, crop and augmentation; mixup, cutmix, mixup_prob and smoothing are applied to whole batches in training.
 
     Args:
-        size: pixels a side of training crops and of evaluation.
-        crop_pct: part of the shorter side that evaluation sees; null = 0.875, and 1 up to 32 pixels.
-        interpolation: of resizing: bicubic, bilinear, lanczos or, in training, random.
-        mean: what is subtracted from pixels in 0..1.
-        std: what they are divided by afterwards.
-        scale: smallest and largest area of a training crop, as parts of the image's; null = 0.08 and 1, and up to 32
+        size: side in pixels of training crops and of evaluation.
+        crop_pct: fraction of the shorter side that evaluation uses; null = 0.875, and 1 up to 32 pixels.
+        interpolation: method of resizing: bicubic, bilinear, lanczos or, in training, random.
+        mean: subtracted from pixels in 0..1.
+        std: divisor of the pixels after that.
+        scale: smallest and largest area of a training crop, as fractions of the image; null = 0.08 and 1, and up to 32
             pixels a padded crop of the whole image.
-        ratio: smallest and largest width of a training crop by its height.
-        hflip: probability that a training image is mirrored.
-        color_jitter: strength of changes of brightness, contrast and saturation; without effect beside auto_augment,
-            as in timm and Swin.
-        auto_augment: a policy of timm's, such as Swin's rand-m9-mstd0.5-inc1; null = none.
+        ratio: smallest and largest aspect ratio, width / height, of a training crop.
+        hflip: probability that a training image is flipped horizontally.
+        color_jitter: strength of changes of brightness, contrast and saturation; no effect with auto_augment, as in
+            timm and Swin.
+        auto_augment: a policy of timm, such as Swin's rand-m9-mstd0.5-inc1; null = none.
         erasing: probability that a rectangle of a training image is erased.
         mixup: alpha of Mixup, which blends two images; 0 = off.
         cutmix: alpha of CutMix, which pastes a part of one image into another; 0 = off.
-        mixup_prob: probability that a batch is mixed at all.
-        smoothing: share of the target that is spread over all classes.
+        mixup_prob: probability that a batch is mixed.
+        smoothing: label smoothing, the share of the target that is spread over all classes.
     """
 
     size: int = 224
@@ -63,30 +63,30 @@ class ImageConfig:
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1 pixel; 224 is usual")
         if self.interpolation not in ("bicubic", "bilinear", "lanczos", "random"):
-            raise ValueError(f"interpolation {self.interpolation!r}: use bicubic, bilinear, lanczos or random")
+            raise ValueError(f"interpolation={self.interpolation!r} must be bicubic, bilinear, lanczos or random")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct {self.crop_pct}: a part of the image, above 0 and at most 1")
+            raise ValueError(f"crop_pct={self.crop_pct} must be above 0 and at most 1")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale {self.scale}: two parts of the image's area, 0 < smallest <= largest <= 1")
+            raise ValueError(f"scale={self.scale} must be two fractions of the area, 0 < smallest <= largest <= 1")
         if min(self.std) <= 0:
-            raise ValueError(f"std {self.std}: what pixels are divided by, above 0")
+            raise ValueError(f"std={self.std} must be above 0")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio}: two ratios width / height, 0 < smallest <= largest")
+            raise ValueError(f"ratio={self.ratio} must be two ratios width / height, 0 < smallest <= largest")
         for name in ("hflip", "erasing", "mixup_prob", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)}: a probability, from 0 to 1")
+                raise ValueError(f"{name}={getattr(self, name)} must be a probability from 0 to 1")
         for name in ("color_jitter", "mixup", "cutmix"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: a strength, 0 (off) or above")
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 (off) or above")
 
     @property
     def evaluated_part(self) -> float:
-        """crop_pct, decided."""
+        """crop_pct, or its default for the size."""
         return self.crop_pct or (1.0 if self.size <= _SMALL else 0.875)
 
 
 class TrainTransform:
-    """A PIL image to a randomly augmented, normalised tensor [3, size, size]."""
+    """PIL image -> randomly augmented, normalised tensor [3, size, size]."""
 
     def __init__(self, config: ImageConfig) -> None:
         self.pipeline = create_transform(
@@ -105,7 +105,7 @@ class TrainTransform:
             re_count=1,
         )
         if config.size <= _SMALL and config.scale is None:
-            # Swin crops here without resizing; the resize lets originals of any other size in, such as 8x8 digits
+            # Swin crops here without resizing; the resize allows images of other sizes, such as 8x8 digits
             self.pipeline.transforms[0] = transforms.Compose(
                 [
                     transforms.Resize((config.size, config.size), _mode(config.interpolation)),
@@ -121,7 +121,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """A PIL image to a normalised tensor [3, size, size]: shorter side to size / crop_pct, centre crop."""
+    """PIL image -> normalised tensor [3, size, size]: shorter side resized to size / crop_pct, then a centre crop."""
 
     def __init__(self, config: ImageConfig) -> None:
         self.pipeline = create_transform(
@@ -147,7 +147,7 @@ def _mode(interpolation: str) -> transforms.InterpolationMode:
 
 
 def _without_far_ends(image: Image.Image) -> Image.Image:
-    """A 1x10,000 image would grow to gigabytes before its centre is cut out; cut its far ends off first."""
+    """Crop a very elongated image first: one of 1x10,000 would grow to gigabytes before its centre is cropped."""
     width, height = image.size
     longest = _LONGEST * min(width, height)
     if max(width, height) <= longest:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's masks: polygons and run lengths, by the library that also scores them, and what must not reach it.
+"""COCO's masks: polygons and run lengths, converted by the library that also scores them, and checks of its input.
 
-Run lengths go down the columns and alternate between 0 and 1, beginning with 0. Compressed, each is the difference to
-the one two before it, in groups of five bits of which a sixth says that more follow.
+Run lengths follow the columns and alternate between 0 and 1, starting with 0. Compressed, each is stored as its
+difference to the one two positions before, in groups of five bits with a sixth as continuation bit.
 """
 
 from types import ModuleType
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def mask_library() -> ModuleType:
-    """COCO's mask API, or an ImportError that says what to install."""
+    """Return COCO's mask API; ImportError with the package to install if it is missing."""
     try:
         from faster_coco_eval.core import mask
     except ImportError:
@@ -21,7 +21,7 @@ def mask_library() -> ModuleType:
 
 
 def run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Polygons, or run lengths compressed or not, as compressed run lengths."""
+    """Return polygons or run lengths, compressed or not, as compressed run lengths."""
     library = mask_library()
     if isinstance(segmentation, list):
         return library.merge(library.frPyObjects(segmentation, *size))
@@ -29,7 +29,7 @@ def run_lengths(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """uint8 [H, W] of 0 and 1 as compressed run lengths that JSON can hold."""
+    """Return a mask, uint8 [H, W] of 0 and 1, as compressed run lengths that can be stored as JSON."""
     packed = mask_library().encode(np.asfortranarray(mask))
     counts = packed["counts"]
     text = counts.decode() if isinstance(counts, bytes) else str(counts)
@@ -37,22 +37,21 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def unusable_mask(segmentation: Any, size: tuple[int, int]) -> str | None:
-    """Why this cannot be the mask of an image of `size` (H, W); None if it can, or if it is empty.
+    """Return why this cannot be the mask of an image of `size` (H, W); None if it can, or if it is empty.
 
-    The library goes on for ever, or takes the process along, on lengths that do not add up and points that are no
-    numbers.
+    The library hangs or crashes the process on lengths that do not add up and points that are not numbers.
     """
     if not segmentation:
-        return None  # boxes alone are data as well
+        return None  # objects may have only a box
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
         if not isinstance(counts, str | list):
-            return "with run lengths that are none"
+            return "with run lengths that are not a string or a list"
         sides = segmentation.get("size")
         if sides not in (list(size), size):
             return "with a mask of another size than the image"
-        if not all(type(side) is int for side in sides):  # the library takes no 80.0 for 80
-            return "with a mask whose size is not two whole numbers"
+        if not all(type(side) is int for side in sides):  # the library does not accept 80.0 for 80
+            return "with a mask whose size is not two integers"
         return None if _add_up(counts, size[0] * size[1]) else "with run lengths that do not add up to the image"
     for polygon in segmentation if isinstance(segmentation, list) else [None]:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
@@ -70,7 +69,7 @@ def _add_up(counts: str | list[Any], pixels: int) -> bool:
 
 
 def _unpack(counts: str) -> np.ndarray | None:
-    """Compressed run lengths as numbers; None if they are not of that form."""
+    """Return compressed run lengths as numbers; None if they are malformed."""
     codes = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
@@ -81,6 +80,6 @@ def _unpack(counts: str) -> np.ndarray | None:
         return None
     values = np.add.reduceat((codes & 31) << (5 * place), first)
     values -= np.where(codes[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # the highest bit is the sign
-    for start in (1, 2):  # from the fourth on they are differences; the first stands alone
+    for start in (1, 2):  # differences from the fourth on; the first is absolute
         values[start::2] = np.cumsum(values[start::2])
     return values

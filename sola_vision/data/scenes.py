@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated scenes: coloured shapes of several scales on a textured ground, with the truth for every task.
+"""Generated scenes: coloured shapes of several scales on a textured background, with labels for every task.
 
-They serve tests and demos of classification, detection and segmentation without real data. A scene is a function of
-(seed, index). Shapes do not overlap, so that a COCO polygon, a mask and a box say exactly the same.
+They are used for tests and demos of classification, detection and segmentation without real data. A scene is a function
+of (seed, index). Shapes do not overlap, so that its COCO polygon, mask and box agree exactly.
 """
 
 import json
@@ -19,24 +19,24 @@ from torch.utils.data import Dataset
 
 CLASSES = ("disc", "square", "triangle", "cross")
 
-# areas as parts of the shorter side's square
+# areas as fractions of the square of the shorter side
 _LARGEST = (0.07, 0.16)
 _SMALLEST = 0.008
 _SMALLEST_PIXELS = 8
-_SECOND = 0.5  # of the largest shape's area, at most: the scene's class is never in doubt
-_TURN = math.pi / 9  # shapes turn by up to 20 degrees either way
+_SECOND = 0.5  # maximum area of other shapes relative to the largest, so that the scene's class is unambiguous
+_TURN = math.pi / 9  # shapes are rotated by up to 20 degrees in either direction
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image and its truth; n shapes, the largest first."""
+    """One image and its labels; n shapes, the largest first."""
 
     image: Image.Image
     label: int  # class of the largest shape
-    boxes: Tensor  # [n, 4] x0 y0 x1 y1 in pixels; x1 and y1 lie outside
+    boxes: Tensor  # [n, 4] x0 y0 x1 y1 in pixels; x1 and y1 are exclusive
     labels: Tensor  # [n] from 0
     masks: Tensor  # [n, H, W] bool
-    semantic: Tensor  # [H, W] 0 is the ground, 1 + class elsewhere
+    semantic: Tensor  # [H, W] 0 is the background, 1 + class elsewhere
     polygons: tuple[tuple[tuple[float, float], ...], ...]  # a pixel belongs to a mask if its centre lies inside
 
 
@@ -60,7 +60,7 @@ class Scenes(Dataset[Scene]):
 
 
 def write_classification(root: str | Path, per_class: int, size: tuple[int, int] = (64, 64), seed: int = 0) -> None:
-    """ROOT/train/CLASS/*.png with `per_class` images a class, and ROOT/val/CLASS/*.png with a quarter of that."""
+    """Write ROOT/train/CLASS/*.png with `per_class` images per class, and ROOT/val/CLASS/*.png with a quarter of it."""
     scenes = iter(_endless(size, seed))
     for split, wanted in (("train", per_class), ("val", max(1, per_class // 4))):
         counts = dict.fromkeys(range(len(CLASSES)), 0)
@@ -73,7 +73,7 @@ def write_classification(root: str | Path, per_class: int, size: tuple[int, int]
 
 
 def write_coco(root: str | Path, train: int, val: int, size: tuple[int, int] = (128, 128), seed: int = 0) -> None:
-    """ROOT/{train,val}/*.png and ROOT/annotations/instances_{train,val}.json; category ids start at 1."""
+    """Write ROOT/{train,val}/*.png and ROOT/annotations/instances_{train,val}.json; category ids start at 1."""
     scenes = iter(_endless(size, seed))
     categories = [{"id": 1 + k, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES)]
     for split, count in (("train", train), ("val", val)):
@@ -108,7 +108,7 @@ def write_coco(root: str | Path, train: int, val: int, size: tuple[int, int] = (
 def write_segmentation(
     root: str | Path, train: int, val: int, size: tuple[int, int] = (128, 128), seed: int = 0
 ) -> None:
-    """ROOT/images/{train,val}/*.png and ROOT/annotations/{train,val}/*.png; label 0 is the ground, a real class."""
+    """Write ROOT/images/{train,val}/*.png and ROOT/annotations/{train,val}/*.png; label 0 (background) is a class."""
     scenes = iter(_endless(size, seed))
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
@@ -132,7 +132,7 @@ def _save(image: Image.Image, file: Path) -> None:
 
 
 def _outline(kind: int) -> np.ndarray:
-    """The corners [k, 2] of shape `kind`, centred, with area 1."""
+    """Return the corners [k, 2] of shape `kind`, centred, with area 1."""
     if CLASSES[kind] == "disc":
         angles = np.arange(24) * (2 * np.pi / 24)
         corners = np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -155,7 +155,7 @@ _OUTLINES = tuple(_outline(kind) for kind in range(len(CLASSES)))
 
 
 def _place(rng: np.random.Generator, size: tuple[int, int], most: int) -> list[tuple[int, np.ndarray]]:
-    """Shapes (class, corners [k, 2] in pixels) that lie inside the image and apart from each other."""
+    """Return shapes (class, corners [k, 2] in pixels) that lie inside the image and do not overlap."""
     height, width = size
     square = min(size) ** 2
     first = rng.uniform(*_LARGEST)
@@ -173,7 +173,7 @@ def _place(rng: np.random.Generator, size: tuple[int, int], most: int) -> list[t
             if all(math.hypot(x - other_x, y - other_y) > radius + other for other_x, other_y, other in placed):
                 angle = rng.uniform(-_TURN, _TURN)
                 turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-                # rounded before it is drawn, so that JSON says exactly what the mask shows
+                # rounded before drawing, so that the JSON polygon equals the mask exactly
                 shapes.append((kind, np.round(corners @ turn + (x, y), 2)))
                 placed.append((x, y, radius))
                 break
@@ -182,7 +182,7 @@ def _place(rng: np.random.Generator, size: tuple[int, int], most: int) -> list[t
 
 def _paint(rng: np.random.Generator, size: tuple[int, int], shapes: list[tuple[int, np.ndarray]]) -> Scene:
     height, width = size
-    # the ground is dull and dark, the shapes are bright and of any hue: colour tells shape from ground, not its class
+    # the background is dull and dark, shapes are bright and of any hue: colour separates them but not their classes
     coarse = rng.uniform(50, 120, 3) + rng.uniform(-30, 30, (height // 8 + 2, width // 8 + 2, 3))
     pixels = np.asarray(
         Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)

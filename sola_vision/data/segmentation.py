@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation data in ADE20K's layout: ROOT/images/SPLIT/NAME.jpg and ROOT/annotations/SPLIT/NAME.png.
 
-SPLIT is training or train, validation or val; folders below a split are followed, and an image and its label share
-path and name but for the suffix. Which label is which class is a rule that the recipe states (`labels.LabelRule`).
+SPLIT is training or train, validation or val; subfolders of a split are searched, and an image and its label have the
+same path and name except for the suffix. The mapping from labels to classes is set by the recipe (`labels.LabelRule`).
 """
 
 import logging
@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 _SPLITS = {"train": ("training", "train"), "val": ("validation", "val")}
 _LAYOUT = "expected ROOT/images/SPLIT/NAME.jpg and ROOT/annotations/SPLIT/NAME.png, SPLIT training or validation"
 _LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
-_LOOKED_AT = 16  # labels that are read before a run begins
+_CHECKED = 16  # number of labels that are checked before a run starts
 
 Transform = Callable[[Image.Image, NDArray[np.int16]], Any]
 
 
 class SegmentationFolder(Dataset[Any]):
-    """Images and the classes of their pixels, of one split: samples are transform(image, classes [H, W]).
+    """Images and pixel classes of one split; samples are transform(image, classes [H, W]).
 
-    Classes are 0..N-1 and IGNORED, whatever the files' labels are. `names` holds the paths below the split.
+    Classes are 0..N-1 and IGNORED, independent of the labels in the files. `names` holds the paths below the split.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class SegmentationFolder(Dataset[Any]):
             raise ValueError(f"{self.images_folder}: no images; {_LAYOUT}")
         without = [name for name in images if name not in labels]
         if without:
-            more = f" ({len(without)} of {len(images)} images are without)" if len(without) > 1 else ""
+            more = f" ({len(without)} of {len(images)} images have none)" if len(without) > 1 else ""
             missing = self.labels_folder / f"{without[0]}.png"
             raise FileNotFoundError(f"{images[without[0]]}: no label {missing}{more}; add it or remove the image")
         if spare := len(labels.keys() - images.keys()):
-            logger.warning("%s: %d labels without an image are left out", self.labels_folder, spare)
+            logger.warning("%s: skipped %d labels without an image", self.labels_folder, spare)
         self.names = list(images)
         self.images = [images[name] for name in self.names]
         self.labels = [labels[name] for name in self.names]
@@ -72,35 +72,35 @@ class SegmentationFolder(Dataset[Any]):
         return (image, classes) if self.transform is None else self.transform(image, classes)
 
     def image(self, index: int) -> Image.Image:
-        """Image `index` as it is on disk, upright and RGB; raises CorruptImage where it cannot be read."""
+        """Return image `index` without any transform, upright and in RGB; CorruptImage if it cannot be read."""
         return read_image(self.images[index])
 
     def classes(self, index: int) -> NDArray[np.int16]:
-        """Its pixels' classes [H, W]."""
+        """Return the classes [H, W] of the pixels of image `index`."""
         return self.rule.to_classes(read_labels(self.labels[index]), str(self.labels[index]))
 
     def _check_size(self, index: int, image: Image.Image, classes: NDArray[np.int16]) -> None:
         if (image.height, image.width) != classes.shape:
             raise ValueError(
                 f"{self.labels[index]} has {classes.shape[1]}x{classes.shape[0]} pixels, its image "
-                f"{self.images[index].name} {image.width}x{image.height}: they must be of one size"
+                f"{self.images[index].name} {image.width}x{image.height}: they must have the same size"
             )
 
     def check_labels(self) -> None:
-        """Reads some labels all over the set, so that a wrong rule is refused before a run begins, not after."""
+        """Check a sample of the labels; raise ValueError if the label rule does not fit, before a run starts."""
         seen: set[int] = set()
-        chosen = np.unique(np.linspace(0, len(self) - 1, _LOOKED_AT).round().astype(int))
+        chosen = np.unique(np.linspace(0, len(self) - 1, _CHECKED).round().astype(int))
         for index in chosen.tolist():
             classes = self.classes(index)
-            # some images may be broken: they are named and counted when their turn comes
+            # corrupt images are counted and skipped later, when they are loaded
             with suppress(CorruptImage):
                 self._check_size(index, self.image(index), classes)
             seen.update(np.unique(classes).tolist())
-        # a class may be rare, or a set hold background alone: only 0 beside an ignored 255 looks like a mask
+        # a class may be rare, or a set may only have background; but only 0 and the ignored 255 look like a binary mask
         if self.rule.num_classes > 1 and self.rule.ignore == 255 and seen == {IGNORED, 0}:
             raise ValueError(
-                f"{self.labels_folder}: the {len(chosen)} labels looked at hold no class but 0, beside the ignored 255 "
-                f"({self.rule}); masks of 0 and 255 have to be written as labels 0 and 1"
+                f"{self.labels_folder}: the {len(chosen)} labels checked hold only class 0 and the ignored 255 "
+                f"({self.rule}); masks of 0 and 255 must be written as labels 0 and 1"
             )
 
 
@@ -112,7 +112,7 @@ def open_segmentation(
     transform: Transform | None = None,
     classes: Sequence[str] | None = None,
 ) -> tuple[SegmentationFolder, list[str]]:
-    """The "train" or "val" split, and the names of its classes: `classes` (a checkpoint's) or the data's own."""
+    """Return the "train" or "val" split and its class names: `classes` (of a checkpoint) or those of the data."""
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; {_LAYOUT}")
@@ -121,7 +121,7 @@ def open_segmentation(
 
 
 def label_files(folder: Path) -> dict[str, Path]:
-    """Label files below a folder, by their path without suffix."""
+    """Return the label files below a folder, by their path without suffix."""
     return _files(folder, _LABEL_SUFFIXES)
 
 
@@ -134,17 +134,17 @@ def _split_folder(root: Path, what: str, split: str) -> Path:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Path below the folder without its suffix -> file, sorted; two files of one name are an error."""
-    found: dict[str, Path] = {}
+    """Return the files by path below the folder without suffix, sorted; a duplicate name is a ValueError."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
         if any(part.startswith(".") for part in below.parts) or path.suffix.lower() not in suffixes:
             continue
         if not path.is_file():
             continue
-        # a file system or an archive may take the accents of one of the two apart
+        # names of images and labels may be in different Unicode normalisation forms
         name = unicodedata.normalize("NFC", below.with_suffix("").as_posix())
-        if name in found:
-            raise ValueError(f"{path}: there is also {found[name].name}; an image and its label have one file each")
-        found[name] = path
-    return found
+        if name in files:
+            raise ValueError(f"{path}: duplicate of {files[name].name}; use one file per image and one per label")
+        files[name] = path
+    return files

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random access to the members of plain .tar files, without unpacking them.
 
-`index` walks the headers once (about a second for 50,000 members) and gives each regular file's offset and size;
-`read` fetches bytes by them. Handles belong to one process, so data loaders may fork or spawn as they like.
+`index` reads the headers once (about a second for 50,000 members) and returns each regular file's offset and size;
+`read` reads bytes by these. File handles are opened per process, so data loaders may fork or spawn.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Member(NamedTuple):
-    """One entry of an archive; `parts` is its path, empty for one that must not be used (link, .., device)."""
+    """One entry of an archive; `parts` is its path, empty if it must not be used (link, "..", device)."""
 
     parts: tuple[str, ...]
     is_folder: bool
@@ -22,41 +22,42 @@ class Member(NamedTuple):
 
 
 class Archive(NamedTuple):
-    """A .tar file as it was when it was indexed."""
+    """A .tar file and its modification time when it was indexed."""
 
     path: str
     changed: int
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> "Archive":
+        """Return the archive at `path` with its current modification time."""
         return cls(os.fspath(path), os.stat(path).st_mtime_ns)
 
 
 def index(archive: Archive) -> Iterator[Member]:
-    """Every member in the archive's order."""
+    """Yield every member, in the order of the archive."""
     try:
-        # "r:" refuses compressed archives, in which nothing can be read by offset
+        # "r:" refuses compressed archives, which cannot be read by offset
         with tarfile.open(archive.path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (info := tar.next()) is not None:
-                # tarfile remembers each member (1 kB); a million of them would fill the memory
+                # tarfile keeps each member (1 kB); a million of them would fill the memory
                 tar.members.clear()  # type: ignore[attr-defined]  # its stubs leave the list out
                 yield _member(info)
             _check_end(archive, tar.offset)
     except tarfile.TarError as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{archive.path}: not a whole, uncompressed tar archive ({reason}); copy or download it again, "
+            f"{archive.path}: not a complete, uncompressed tar archive ({reason}); copy or download it again, "
             "or unpack it and pack it without compression"
         ) from None
 
 
 def read(archive: Archive, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset`."""
+    """Return `size` bytes at `offset`."""
     if not hasattr(os, "pread"):  # Windows
         with open(archive.path, "rb") as stream:
             stream.seek(offset)
             return stream.read(size)
-    # pread moves no file position, so threads may share the handle
+    # pread does not move the file position, so threads may share the handle
     return os.pread(_handle(archive, os.getpid()).descriptor, size, offset)
 
 
@@ -69,15 +70,15 @@ def _member(info: tarfile.TarInfo) -> Member:
 
 
 def _check_end(archive: Archive, offset: int) -> None:
-    """tarfile takes a damaged header or the end of the file for the archive's end, which is zeros and nothing else."""
+    """Raise ReadError unless only zeros follow; tarfile takes a damaged header or the end of the file as the end."""
     with open(archive.path, "rb") as stream:
         stream.seek(offset)
         if len(block := stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError(f"cut off at byte {offset + len(block)}")
-        # writers fill up the last record, usually of 10 kB but as long as they like
+        # writers pad the last record, usually to 10 kB but possibly to any length
         while block:
             if block.count(0) < len(block):
-                raise tarfile.ReadError(f"damaged at byte {offset}, or there is another archive behind it")
+                raise tarfile.ReadError(f"damaged at byte {offset}, or followed by another archive")
             block = stream.read(1 << 20)
 
 
@@ -93,7 +94,7 @@ class _Handle:
             os.close(self.descriptor)
 
 
-# bounded: a thousand shards a worker would exhaust the usual limit of open files
+# bounded, because a thousand shards per worker would exceed the usual limit of open files
 @lru_cache(maxsize=128)
 def _handle(archive: Archive, process: int) -> _Handle:
     return _Handle(archive)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is: the numbers of training (`TrainConfig`) and the problem that is trained (`Task`).
+"""The inputs of a training run: its settings (`TrainConfig`) and the problem to train on (`Task`).
 
-Both are all that the loop knows. The configuration is flat, so that every field is one option of the command
-line; a task is a loss, an evaluation and the name of the metric that chooses the best checkpoint.
+The loop depends on nothing else. The configuration is flat, so that every field is one command-line option. A task
+is a loss, an evaluation and the name of the metric that selects the best checkpoint.
 """
 
 import os
@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-# these may change from one part of a run to the next without changing its result; the keys of studies leave them out
+# settings that may change when a run is resumed, because they do not affect its result; study keys leave them out
 FREE = {"device", "workers", "save_seconds", "save_steps", "log_every"}
 
 
 def _cores() -> int:
-    # a container or a scheduler may grant fewer than the machine has
+    # a container or a scheduler may grant fewer cores than the machine has
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -28,13 +28,13 @@ class TrainConfig:
     Args:
         epochs: passes over the training set.
         steps: optimiser steps of the whole run; overrides epochs.
-        batch_size: images a step, over all processes and accumulated micro-batches.
-        accumulate: micro-batches whose gradients add up to one step.
+        batch_size: images per step, over all processes and accumulated micro-batches.
+        accumulate: micro-batches whose gradients are summed for one step.
         optimizer: a timm optimiser name, such as adamw, sgd or lamb.
-        lr: highest learning rate.
+        lr: peak learning rate.
         min_lr: learning rate at the end (schedules cosine and poly).
-        weight_decay: not applied to biases, norms and what the model's no_weight_decay() names.
-        clip: largest norm of the gradient; null = no clipping.
+        weight_decay: not applied to biases, norms and the parameters that the model's no_weight_decay() lists.
+        clip: maximum norm of the gradient; null = no clipping.
         layer_decay: factor on the learning rate from each layer to the one below; null = off.
         schedule: cosine, poly (linear to min_lr) or multistep (a tenth at each milestone).
         milestones: epochs at which multistep divides the learning rate by ten.
@@ -42,18 +42,18 @@ class TrainConfig:
         warmup_steps: the same in steps; overrides warmup_epochs.
         warmup_lr: learning rate of the first step of the warm-up.
         amp: autocast to bf16 or fp16 (the latter with loss scaling); none = float32.
-        ema: decay of the moving average of the weights that is evaluated and kept; 0 = off.
-        strategy: ddp (every process holds the model) or fsdp (FSDP2: parameters are shared out).
+        ema: decay of the moving average of the weights, which is then evaluated and saved as best; 0 = off.
+        strategy: ddp (every process holds the full model) or fsdp (FSDP2: parameters are sharded).
         compile: run the model through torch.compile.
-        device: auto (CUDA where there is one, else the CPU), or a torch device such as cpu or cuda.
-        seed: of data order, augmentation, stochastic depth and mixing.
+        device: auto (CUDA if available, else the CPU), or a torch device such as cpu or cuda.
+        seed: seed of data order, augmentation, stochastic depth and mixing.
         workers: processes that load images, for each training process.
         evaluate_every: epochs between evaluations; the end of the run is always evaluated.
         save_seconds: seconds between checkpoints within an epoch (every evaluation saves one as well).
-        save_steps: also save a checkpoint every so many steps.
-        log_every: steps between training records; each is the mean of the steps since the one before.
-        max_corrupt: share of a set's images that may be unreadable before the run stops (one always may,
-            unless this is 0).
+        save_steps: additionally save a checkpoint every save_steps steps; null = off.
+        log_every: steps between training records; each is the mean over the steps since the previous one.
+        max_corrupt: share of a dataset's images that may be unreadable before the run stops (a single one is
+            always allowed, unless this is 0).
     """
 
     epochs: int = 300
@@ -115,23 +115,23 @@ class TrainConfig:
 
 
 def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What in a configuration has changed since the run began and may change its result, for people."""
+    """Return a readable line for each setting that changed since the run started and may affect its result."""
     changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
     return [f"{key}={now[key]} (was {before.get(key)})" for key in changed]
 
 
 class Task(Protocol):
-    """A problem to train on. `metric` is the key of evaluate()'s result that chooses the best weights: the highest."""
+    """A problem to train on. The best weights have the highest value of `metric`, a key of evaluate()'s result."""
 
     metric: str
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar that is minimised and the parts of it to log (the same keys in every step).
+        """Return the scalar to minimise and its parts to log (the same keys in every step).
 
-        `model` has to be called as a whole, `model(images)`: that call is where DDP and FSDP hook in.
+        The model must be called as `model(images)`, because DDP and FSDP attach their hooks to that call.
         """
         ...
 
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-        """Metrics over this process's batches (on the device already); the same numbers on every process."""
+        """Return the metrics over all processes, the same on each; `batches` are this process's, on the device."""
         ...

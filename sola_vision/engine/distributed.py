@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes: the group that torchrun starts, what its members tell each other, and who holds which parameters.
+"""Distributed training: the process group that torchrun starts, its collectives, DDP and FSDP, and signals.
 
-Everything here also works in a single process without a group. Objects and tensors on the CPU travel over gloo,
-tensors on a GPU over nccl.
+Everything here also works in a single process without a group. Objects and CPU tensors are sent over gloo, GPU
+tensors over nccl.
 """
 
 import os
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run."""
+    """The rank of this process, the number of processes in the run, and this process's device."""
 
     rank: int
     size: int
@@ -33,17 +33,18 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """True on the first process, which writes files and logs."""
         return self.rank == 0
 
 
 @contextmanager
 def distributed(device: str = "auto") -> Iterator[World]:
-    """The process group that torchrun's environment describes, or a world of one without it. May be nested."""
+    """Set up the process group described by torchrun's environment; a world of size 1 without it. May be nested."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     place = _device(device, local_rank)
     owner = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if owner:
-        # both, so that small objects do not have to pass through the GPU
+        # both backends, so that small objects do not have to pass through the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
@@ -51,7 +52,7 @@ def distributed(device: str = "auto") -> Iterator[World]:
         else:
             yield World(0, 1, place)
     except BaseException:
-        # the others may be inside a collective: nccl would wait for them here, torchrun ends them instead
+        # other processes may be inside a collective: nccl would wait for them here, but torchrun terminates them
         owner = owner and place.type != "cuda"
         raise
     finally:
@@ -65,30 +66,31 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name!r} is no device of torch: use auto, cpu, cuda or cuda:1") from None
+        raise ValueError(f"device={name!r} is not a torch device: use auto, cpu, cuda or cuda:1") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} is not one that runs train on: use auto, cpu or cuda")
+        raise ValueError(f"device={name!r} is not supported for training: use auto, cpu or cuda")
     if device.type == "cpu":
         return device
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"device={name!r} needs GPU {index}, but there are {torch.cuda.device_count()}: use device=cpu"
+            f"device={name!r} needs GPU {index}, but the number of GPUs is {torch.cuda.device_count()}: use device=cpu"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def set_precision(device: torch.device) -> None:
+    """Set TF32 matrix products and deterministic cuDNN algorithms on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-        # trying out algorithms may choose others after resuming, and some of them add in no fixed order
+        # benchmarking may select other algorithms after resuming, and some of them sum in no fixed order
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes; `tensor` itself is left as it is."""
+    """Return the sum over all processes; `tensor` itself is not modified."""
     total = tensor.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -96,7 +98,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(items: list[T]) -> list[T]:
-    """The lists of all processes, one after the other in the order of their ranks, on every process."""
+    """Return the lists of all processes concatenated in rank order, on every process."""
     if not dist.is_initialized():
         return list(items)
     lists: list[Any] = [None] * dist.get_world_size()
@@ -105,7 +107,7 @@ def gather_objects(items: list[T]) -> list[T]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """What `function` returns on the first process, or the OSError or ValueError it raises, on every process."""
+    """Call `function` on the first process; return its result, or raise its OSError or ValueError, on every process."""
     result: list[Any] = [None, None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -120,7 +122,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """Give every process the first one's values, in place."""
+    """Overwrite the tensors of every process with those of the first, in place."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for work in [dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]:
             if work is not None:
@@ -128,7 +130,7 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
 
 
 def parallel(model: nn.Module, strategy: str, world: World) -> nn.Module:
-    """The model to call in training: DDP around it, or itself with its parameters shared out (FSDP2, in place)."""
+    """Return the model to call in training: wrapped in DDP, or itself with sharded parameters (FSDP2, in place)."""
     if strategy == "fsdp":
         _shard(model, world)
         return model
@@ -136,23 +138,23 @@ def parallel(model: nn.Module, strategy: str, world: World) -> nn.Module:
         return model
     if world.device.type == "cuda":
         return nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index])
-    # After its first step DDP puts gradients into other buckets, so that of three processes or more a run that goes on
-    # adds them in another order than one that was not interrupted. It does not where it looks for unused parameters.
+    # After its first step DDP rebuilds its gradient buckets, so with three or more processes a resumed run would sum
+    # gradients in another order than an uninterrupted one. It does not rebuild them with find_unused_parameters.
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=world.size > 2)
 
 
 def _shard(model: nn.Module, world: World) -> None:
     if not dist.is_initialized():
         raise ValueError(
-            "strategy='fsdp' needs processes: start with torchrun --nproc-per-node N, or use strategy='ddp'"
+            "strategy='fsdp' needs a process group: start with torchrun --nproc-per-node N, or use strategy='ddp'"
         )
     mesh = init_device_mesh(world.device.type, (world.size,))
-    # blocks and stages live in lists; children come before the lists that hold them
+    # blocks and stages are held in lists; children come before the lists that hold them
     for parent in reversed(list(model.modules())):
         if isinstance(parent, nn.ModuleList | nn.Sequential):
             for child in parent.children():
                 callable_whole = not isinstance(child, nn.ModuleList | nn.ModuleDict | FSDPModule)
-                # below this, gathering costs more than it saves
+                # for smaller modules, gathering costs more than sharding saves
                 if callable_whole and sum(p.numel() for p in child.parameters()) >= 1 << 16:
                     fully_shard(child, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -160,7 +162,7 @@ def _shard(model: nn.Module, world: World) -> None:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Within this, a sharded model holds all its parameters, so that processes may call it unequally often."""
+    """Unshard an FSDP model within this context, so that processes may call it different numbers of times."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -173,13 +175,13 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Running statistics of the first process for all, so that evaluations and checkpoints are the same everywhere."""
+    """Copy running statistics from the first process, so that evaluation and checkpoints agree on all processes."""
     copy_from_main(buffer for buffer in model.buffers() if buffer.is_floating_point())
 
 
 @contextmanager
 def local_gradients(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients stay on their process until the last micro-batch of a step."""
+    """Synchronise gradients between processes only in the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         yield
@@ -191,14 +193,14 @@ def local_gradients(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 class Interrupts:
-    """Notes SIGINT and SIGTERM, so that the loop can end a step first. A second Ctrl-C interrupts at once."""
+    """Record SIGINT and SIGTERM, so that the loop can finish its step first. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can only be set there
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self

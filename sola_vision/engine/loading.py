@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a dataset to batches on the device: the same ones for every number of workers, and after every resumption.
+"""Data loading: batches on the device that depend neither on the number of workers nor on where a run was resumed.
 
-The order of images is a function of (seed, epoch), an image's augmentation one of (seed, epoch, index); resuming
-therefore means to begin at another step, and no random state is ever saved. An image that cannot be read
-(OSError or ValueError) is replaced by the next one in training and left out in evaluation.
+The order of images is a function of (seed, epoch), the augmentation of an image a function of (seed, epoch, index).
+Resuming therefore only means starting at another step, and no random state is saved. An image that cannot be read
+(OSError or ValueError) is replaced by the next one in training and skipped in evaluation.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from .config import TrainConfig
 from .distributed import World, gather_objects
 
-Failures = list[tuple[int, str]]  # (index, what the dataset said)
+Failures = list[tuple[int, str]]  # (index, error message)
 Collate = Callable[[list[Any]], Any]
 
 _MISSING = object()
 
 
 def seed_from(*key: int | str) -> int:
-    """63 bits that are the same in every process and on every machine."""
+    """Return a 63-bit seed derived from `key`, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def seed_all(*key: int | str) -> None:
-    """Seed every global generator, those of the accelerators too."""
+    """Seed every global generator, including those of the accelerators."""
     seed = seed_from(*key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -41,7 +41,7 @@ def seed_all(*key: int | str) -> None:
 
 @contextmanager
 def _seeded(*key: int | str) -> Iterator[None]:
-    """Seeded generators of the CPU (timm's transforms use all three), which get their state back afterwards."""
+    """Seed the CPU generators (timm's transforms use all three) within this context and restore them afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = seed_from(*key)
     random.seed(seed)
@@ -56,32 +56,34 @@ def _seeded(*key: int | str) -> Iterator[None]:
 
 
 class Skipped:
-    """The images of a set that could not be read, and how many of them a run puts up with."""
+    """The unreadable images of a dataset, and the number of them that a run tolerates."""
 
     def __init__(self, what: str, size: int, max_corrupt: float, known: dict[int, str] | None = None) -> None:
         self.what = what
         self.size = size
         self.max_corrupt = max_corrupt
-        # one bad file must not stop a set of fifty images, unless no bad file is wanted at all
+        # a single bad file is tolerated in a small dataset too, unless max_corrupt is 0
         limit = max(int(max_corrupt * size), 1 if max_corrupt > 0 else 0)
-        # but nothing is learnt or measured without a single good one
+        # but at least one image has to be readable
         self.limit = max(min(limit, size - 1), 0)
         self.known = dict(known or {})  # the same on every process
-        self.fresh: dict[int, str] = {}  # seen by this process and not yet shared
+        self.fresh: dict[int, str] = {}  # recorded by this process and not yet shared
 
     def note(self, failures: Failures) -> None:
+        """Record failures of this process."""
         self.fresh.update((index, text) for index, text in failures if index not in self.known)
 
-    def share(self, say: Callable[[str], None]) -> None:
-        """Together with all processes: name what is new, once, and stop the run if it is too much."""
+    def share(self, log: Callable[[str], None]) -> None:
+        """Log each new failure of any process once, then `check`. Collective: every process must call it."""
         for index, text in sorted(gather_objects(list(self.fresh.items()))):
             if index not in self.known:
                 self.known[index] = text
-                say(f"skipped {self.what} image {index}: {text}")
+                log(f"skipped {self.what} image {index}: {text}")
         self.fresh.clear()
         self.check()
 
     def check(self) -> None:
+        """Raise ValueError if more images than the limit are unreadable."""
         bad = self.known | self.fresh
         if len(bad) > self.limit:
             first = f"repair or remove them; the first: {next(iter(bad.values()))}"
@@ -89,12 +91,12 @@ class Skipped:
                 raise ValueError(f"none of the {self.size} {self.what} images can be read: {first}")
             raise ValueError(
                 f"{len(bad)} of the {self.size} {self.what} images cannot be read, more than the {self.limit} that "
-                f"may be left out ({self.max_corrupt:g} of a set, which only train.max_corrupt changes): {first}"
+                f"may be skipped ({self.max_corrupt:g} of a dataset; only train.max_corrupt changes this): {first}"
             )
 
 
 class _Readable(Dataset[tuple[Any, Failures]]):
-    """(epoch, index) -> a sample and the failures on the way to it."""
+    """Dataset wrapper: (epoch, index) -> (sample, failures), trying the next images after one that is unreadable."""
 
     def __init__(self, base: Dataset[Any], seed: int, tries: int) -> None:
         self.base = base
@@ -104,18 +106,18 @@ class _Readable(Dataset[tuple[Any, Failures]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Failures]:
         epoch, index = key
         failures: Failures = []
-        size = len(self.base)  # type: ignore[arg-type]  # torch does not promise a length
-        for at in ((index + offset) % size for offset in range(min(self.tries, size))):
+        size = len(self.base)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
+        for candidate in ((index + offset) % size for offset in range(min(self.tries, size))):
             try:
-                with _seeded(self.seed, epoch, at):
-                    return self.base[at], failures
+                with _seeded(self.seed, epoch, candidate):
+                    return self.base[candidate], failures
             except (OSError, ValueError) as error:
-                failures.append((at, " ".join(str(error).split()) or type(error).__name__))
+                failures.append((candidate, " ".join(str(error).split()) or type(error).__name__))
         return _MISSING, failures
 
 
 class _Collate:
-    """Samples -> a batch (None if nothing is left) and all their failures."""
+    """Collate function: samples -> (batch or None, failures). With `whole` a batch that lacks a sample is None."""
 
     def __init__(self, collate: Collate | None, whole: bool) -> None:
         self.collate = collate or default_collate
@@ -128,7 +130,10 @@ class _Collate:
 
 
 class MicroBatches(Sampler[list[tuple[int, int]]]):
-    """One process's micro-batches of steps [start, stop), as lists of (epoch, index); an epoch's rest is dropped."""
+    """Sampler of one process's micro-batches of steps [start, stop), each a list of (epoch, index).
+
+    The incomplete last batch of an epoch is dropped.
+    """
 
     def __init__(self, size: int, config: TrainConfig, world: World, start: int, stop: int) -> None:
         self.size, self.config, self.world, self.start, self.stop = size, config, world, start, stop
@@ -153,7 +158,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
 
 
 def micro_batch_size(config: TrainConfig, world: World) -> int:
-    """Images that one process passes through the model at once."""
+    """Return the number of images that one process passes through the model at once."""
     parts = config.accumulate * world.size
     if config.batch_size % parts:
         raise ValueError(
@@ -164,6 +169,7 @@ def micro_batch_size(config: TrainConfig, world: World) -> int:
 
 
 def count_epoch_steps(size: int, config: TrainConfig) -> int:
+    """Return the steps of an epoch over `size` images; the incomplete last batch is dropped."""
     if size < config.batch_size:
         raise ValueError(f"batch_size={config.batch_size} is more than the {size} training images: lower batch_size")
     return size // config.batch_size
@@ -178,14 +184,14 @@ def training_batches(
     skipped: Skipped,
     collate: Collate | None,
 ) -> Generator[Any, None, None]:
-    """The micro-batches of steps [start, stop), on the device; workers and their look-ahead outlive the epochs."""
+    """Yield the micro-batches of steps [start, stop) on the device; workers keep prefetching across epochs."""
     sampler = MicroBatches(skipped.size, config, world, start, stop)
     readable = _Readable(dataset, config.seed, tries=skipped.limit + 1)
     batches = iter(_loader(readable, sampler, _Collate(collate, whole=True), config.workers, world.device))
     try:
         for batch, failures in batches:
             skipped.note(failures)
-            if batch is None:  # more neighbours than the limit were unreadable: no other process has to confirm that
+            if batch is None:  # more images in a row than the limit were unreadable, so this process may stop alone
                 skipped.check()
             yield to_device(batch, world.device)
     finally:
@@ -193,7 +199,7 @@ def training_batches(
 
 
 class EvaluationBatches:
-    """Every image of a set exactly once over all processes, in order, on the device; may be iterated repeatedly."""
+    """Batches with every image of a dataset exactly once over all processes, in order; can be iterated repeatedly."""
 
     def __init__(
         self,
@@ -207,11 +213,11 @@ class EvaluationBatches:
         collate: Collate | None = None,
         known: dict[int, str] | None = None,
     ) -> None:
-        size = len(dataset)  # type: ignore[arg-type]  # torch does not promise a length
+        size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not declare __len__
         self.skipped = Skipped("evaluation", size, max_corrupt, known)
         self.world = world
-        mine = [(-1, index) for index in range(world.rank, size, world.size)]
-        batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+        keys = [(-1, index) for index in range(world.rank, size, world.size)]
+        batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
         readable = _Readable(dataset, seed, tries=1)
         self._loader = _loader(
             readable, batches, _Collate(collate, whole=False), workers, world.device, keep_workers=True
@@ -220,19 +226,19 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Any]:
         for batch, failures in self._loader:
             self.skipped.note(failures)
-            if self.world.size == 1:  # several processes agree on it after the evaluation, or some would wait for ever
+            if self.world.size == 1:  # several processes check after the evaluation, or some would wait forever
                 self.skipped.check()
             if batch is not None:
                 yield to_device(batch, self.world.device)
 
     def close(self) -> None:
-        """End the workers, which otherwise wait for the next evaluation."""
+        """Shut down the workers, which otherwise wait for the next evaluation."""
         _end_workers(self._loader._iterator)
         self._loader._iterator = None
 
 
 class _Loader(DataLoader[Any]):
-    """torch's, without its warning that there are more workers than cores: their number was asked for."""
+    """DataLoader without torch's warning about more workers than cores: their number is a setting."""
 
     def check_worker_number_rationality(self) -> None:
         pass
@@ -253,26 +259,26 @@ def _loader(
         num_workers=workers,
         persistent_workers=keep_workers and workers > 0,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # without it, every new iterator would draw from the global generator
     )
 
 
 def _end_workers(batches: Any) -> None:
-    # without being told, workers live as long as the iterator, and a traceback may hold on to that
+    # otherwise workers live as long as the iterator, and a traceback may keep a reference to it
     if hasattr(batches, "_shutdown_workers"):
         batches._shutdown_workers()
 
 
-def _outlive_signals(_: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group, but the step has to be finished with these workers
+def _ignore_signals(_: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the current step still needs its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # not on Windows
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Tensors in nested tuples, lists and dicts moved, the rest left as it is."""
+    """Move the tensors in nested tuples, lists and dicts to `device`; other values are returned unchanged."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: metrics.jsonl and TensorBoard for machines, standard error for people, a summary for both.
+"""Logging of a run: metrics.jsonl, TensorBoard, progress on standard error, and the final summary.
 
-Only the first process writes. Standard output stays free for results.
+Only the first process writes. Standard output is reserved for results.
 """
 
 import errno
@@ -26,13 +26,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 METRICS = Path("metrics.jsonl")
 SUMMARY = Path("summary.json")
 
-_TAKEN = "another process is training there: wait for its end or choose another folder"
+_LOCKED = "another process is training there: wait until it ends or choose another folder"
 
 _log = logging.getLogger("sola_vision")
 
 
 class Log:
-    """`keep` is the length of metrics.jsonl that the resumed state knows of; what a killed run wrote after it goes."""
+    """The log of a run. `keep` is the length of metrics.jsonl at the resumed state; the rest is cut off."""
 
     def __init__(self, folder: Path, *, main: bool, total: int, step: int = 0, keep: int = 0) -> None:
         self.main = main
@@ -40,15 +40,15 @@ class Log:
         self.started_at = step
         if not main:
             return
-        # slow to import, and only training needs it
+        # slow to import, and used only in training
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / METRICS).open("ab")
         if not _lock(self._file):
-            raise ValueError(f"{folder}: {_TAKEN}")
+            raise ValueError(f"{folder}: {_LOCKED}")
         self._file.truncate(min(keep, self._file.tell()))
-        # what came later in the folder, from a killed run or from one that failed at its start, counts no more
+        # hide later events in the folder, from a killed run or from one that failed at its start
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
@@ -65,13 +65,13 @@ class Log:
             self._bar.start()
             self._task = self._bar.add_task("training", total=total, completed=step, numbers="")
 
-    def say(self, text: str) -> None:
-        """One line for people."""
+    def info(self, text: str) -> None:
+        """Print one line to standard error."""
         if self.main:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def record(self, kind: str, step: int, epoch: float, numbers: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same in TensorBoard. JSON has no nan: such a number becomes null."""
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard; nan, unknown to JSON, becomes null."""
         if not self.main:
             return
         line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **_plain(numbers)}
@@ -81,7 +81,7 @@ class Log:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def progress(self, step: int, epoch: float, numbers: Mapping[str, float] | None = None, left: float = 0) -> None:
-        """Moves the bar; without a terminal, one line whenever there are `numbers`."""
+        """Update the progress bar; without a terminal, print one line if `numbers` are given."""
         if not self.main:
             return
         text = "" if numbers is None else "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
@@ -89,16 +89,17 @@ class Log:
             fields: dict[str, Any] = {} if numbers is None else {"numbers": text}
             self._bar.update(self._task, completed=step, description=f"epoch {epoch:.1f}", **fields)
         elif numbers is not None:
-            self.say(f"epoch {epoch:.2f}  step {step}/{self.total}  {text}  {_duration(left)} left")
+            self.info(f"epoch {epoch:.2f}  step {step}/{self.total}  {text}  {_duration(left)} left")
 
     def position(self) -> int:
-        """Length of metrics.jsonl, all of it on the disk."""
+        """Flush metrics.jsonl to disk and return its length in bytes."""
         if not self.main:
             return 0
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
+        """Stop the progress bar and close the files."""
         if self.main:
             if self._bar is not None:
                 self._bar.stop()
@@ -112,17 +113,17 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
 
 
-def check_untaken(folder: Path) -> None:
-    """Refuses a folder in which another process of this machine writes the metrics of a run."""
+def check_unlocked(folder: Path) -> None:
+    """Raise ValueError if another process of this machine is writing the metrics of a run in `folder`."""
     path = folder / METRICS
     if path.is_file():
         with path.open("rb") as file:
-            if not _lock(file, shared=True):  # all processes of a run may ask at once
-                raise ValueError(f"{folder}: {_TAKEN}")
+            if not _lock(file, shared=True):  # all processes of a run may check at once
+                raise ValueError(f"{folder}: {_LOCKED}")
 
 
 def _lock(file: IO[bytes], shared: bool = False) -> bool:
-    """False if another process has locked the file. Any end of a process unlocks it; its workers inherit no lock."""
+    """Lock the file; False if another process holds a lock. It ends with the process; workers do not inherit it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -130,12 +131,12 @@ def _lock(file: IO[bytes], shared: bool = False) -> bool:
     try:
         fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system may know no locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # a file system may not support locks
     return True
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. One that is damaged is named and left out: the run it tells of is worth more."""
+    """Return the records of a metrics.jsonl. A damaged line is skipped with a warning, so the rest stays readable."""
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -145,17 +146,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and {"kind", "step", "epoch"} <= record.keys():
             records.append(record)
         else:
-            _log.warning("%s: line %d is no record and is left out", path, number)
+            _log.warning("%s: line %d is not a record and is skipped", path, number)
     return records
 
 
 def write_json(path: Path, document: Any) -> None:
-    """`json_text`, as `write_text` writes."""
+    """Write a document as JSON (`json_text`), atomically (`write_text`)."""
     write_text(path, json_text(document) + "\n")
 
 
 def json_text(document: Any) -> str:
-    """Indented. JSON has no nan: such a number, which is a metric of nothing, becomes null."""
+    """Return a document as indented JSON. nan and inf, which JSON cannot represent, become null."""
     return json.dumps(_plain(document), indent=2, allow_nan=False)
 
 
@@ -168,21 +169,21 @@ def _plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaced at once or not at all, and nothing of it lost when the power goes."""
-    # several may write one file, and numbers of processes are the same on several machines
-    beside = path.with_name(f".{path.name}-{uuid4().hex}")
+    """Write a text file atomically and flush it to disk."""
+    # several processes may write the same file, and process ids repeat across machines
+    temporary = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def surroundings(device: torch.device, processes: int) -> dict[str, Any]:
-    """Where a run took place: hardware, versions, commit, command."""
+    """Return the environment of a run: memory, hardware, versions, commit, command."""
     return {
         "peak_memory_mib": round(_peak_memory(device) / 2**20, 1),
         "hardware": _hardware(device),
@@ -196,13 +197,13 @@ def surroundings(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 def _program() -> str:
-    """`python -m package` shows as the path of its __main__.py."""
+    """Return the program's name; argv[0] of `python -m package` is the path of its __main__.py."""
     path = Path(sys.argv[0])
     return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else of this process without its workers."""
+    """Return the peak memory in bytes: of the GPU on CUDA, otherwise of this process without its workers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -226,7 +227,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """Commit of this package's checkout, with a plus if it was changed; None when it is installed without one."""
+    """Return the commit of this package's git checkout, with "+" if it was modified; None if it is not in one."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -234,7 +235,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an environment may lie in somebody else's checkout
+        git("ls-files", "--error-unmatch", here.name)  # the environment may lie in the checkout of another project
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

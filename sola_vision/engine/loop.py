@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: `fit` takes a task, a model and two datasets, and fills a run's folder.
+"""The training loop: `fit` takes a task, a model and two datasets, and writes a run's folder.
 
 A step is a function of its number: learning rate, images, augmentation and every random draw follow from (seed,
-step), so that a run resumed from `last/`, on as many processes and threads, ends with the bits of one that was never
-interrupted. Losses, failures and requests of all processes travel in one small tensor a step, which a GPU's host
-reads one step late in order not to wait; before anything is evaluated or saved all of them have been read.
+step). A run resumed from `last/` on the same number of processes and threads is therefore bit-identical to one that
+was not interrupted. Losses, failures and requests of all processes are reduced in one small tensor per step. On a GPU
+the host reads it one step late, to avoid waiting; all of them are read before an evaluation or a checkpoint.
 """
 
 import math
@@ -28,8 +28,8 @@ from .reports import Report
 from .run import Run, Sets, prepare
 
 
-class TrainingStopped(RuntimeError):  # noqa: N818 - an end of the run, as StopIteration is one
-    """The loss or the gradient is no longer a number."""
+class TrainingStopped(RuntimeError):  # noqa: N818 - it ends the run, as StopIteration ends a loop
+    """Raised when the loss or the gradient is nan or infinite."""
 
 
 def fit(
@@ -47,11 +47,11 @@ def fit(
     eval_collate: Collate | None = None,
     begin: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Train `model` in place and return the summary that is also in the folder.
+    """Train `model` in place and return the summary, which is also written to the folder.
 
-    `metadata` goes into best.safetensors, beside the weights of the submodule `kept` ("": of the whole model). With
-    `resume` the run in `folder` goes on where its last checkpoint is. The first process calls `begin` as soon as
-    nothing can be refused any more and nothing is written yet. Under torchrun every process calls this alike.
+    `metadata` is stored in best.safetensors with the weights of the submodule `kept` ("" for the whole model). With
+    `resume` the run in `folder` continues from its last checkpoint. The first process calls `begin` once all checks
+    have passed and before anything is written. Under torchrun every process makes the same call.
     """
     folder = Path(folder)
     with distributed(config.device) as world, Interrupts() as interrupts:
@@ -68,7 +68,7 @@ def fit(
 
 @torch.no_grad()
 def evaluate(task: Task, model: nn.Module, batches: EvaluationBatches, *, amp: str = "none") -> dict[str, float]:
-    """The task's metrics; `batches.skipped` then knows the images that could not be read."""
+    """Return the task's metrics; images that could not be read are recorded in `batches.skipped`."""
     training = model.training
     model.eval()
     try:
@@ -85,8 +85,8 @@ def _train(run: Run, interrupts: Interrupts) -> None:
     while True:
         if run.stop:
             _save(run)
-            text = f"stopped at step {progress.step} of {run.total}; resume {run.folder} to go on"
-            run.log.say(text)
+            text = f"stopped at step {progress.step} of {run.total}; resume {run.folder} to continue"
+            run.log.info(text)
             raise KeyboardInterrupt(text)
         due = _evaluation_due(run)
         if (due and progress.step != run.saved_step) or _save_due(run):
@@ -112,14 +112,14 @@ def _train(run: Run, interrupts: Interrupts) -> None:
 
 
 def _step(run: Run, lr: float) -> dict[str, Tensor]:
-    """One optimiser step over its micro-batches; the means of the losses over them, on the device."""
+    """Run one optimiser step and return the means of the losses over its micro-batches, on the device."""
     config, step = run.config, run.progress.step
     optim.set_lr(run.optimizer, lr)
     run.optimizer.zero_grad(set_to_none=True)
     values: dict[str, Tensor] = {}
     for micro in range(config.accumulate):
         batch = next(run.batches)
-        # stochastic depth and mixing draw from these; so they need no saved state
+        # stochastic depth and mixing draw from the global generators; seeding here avoids saving their state
         loading.seed_all(config.seed, "step", step, micro, run.world.rank)
         with local_gradients(run.trained, last=micro == config.accumulate - 1):
             with _autocast(run.world.device, config.amp):
@@ -144,25 +144,25 @@ def _receive(run: Run, everything: bool) -> None:
     progress = run.progress
     for report in run.reports.receive(everything):
         run.grad_norm = report.values.pop("grad_norm")
-        # fp16's scaler skips a step whose gradient overflowed; anywhere else that gradient is in the weights now
-        for name, value in (("loss", report.values["loss"]), ("gradient's norm", run.grad_norm)):
+        # the fp16 scaler skips a step whose gradient overflowed; otherwise it has already been applied to the weights
+        for name, value in (("loss", report.values["loss"]), ("gradient norm", run.grad_norm)):
             if not math.isfinite(value) and (name == "loss" or not run.scaler.is_enabled()):
-                raise TrainingStopped(_why_stopped(run, report, name, value))
+                raise TrainingStopped(_stop_message(run, report, name, value))
         for name, value in report.values.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         progress.summed += 1
         if report.flags["failures"]:
-            run.skipped.share(run.log.say)
+            run.skipped.share(run.log.info)
         run.stop |= report.flags["stop"]
         run.save |= report.flags["save"]
 
 
-def _why_stopped(run: Run, report: Report, name: str, value: float) -> str:
+def _stop_message(run: Run, report: Report, name: str, value: float) -> str:
     epoch = (report.step - 1) // run.epoch_steps + 1
     if run.saved_step is None:
         good = "no checkpoint had been saved"
     else:
-        good = f"{run.folder / checkpoint.STATE} holds the last good state, of step {run.saved_step}"
+        good = f"{run.folder / checkpoint.STATE} holds the last good state, from step {run.saved_step}"
     return (
         f"the {name} became {value} in epoch {epoch}, step {report.step}, at a learning rate of {report.lr:.3g}; "
         f"{good}: try a lower lr, a longer warm-up, or amp none"
@@ -198,22 +198,22 @@ def _evaluate(run: Run) -> None:
     progress, began = run.progress, time.monotonic()
     loading.seed_all(run.config.seed, "evaluation", progress.step)
     metrics = evaluate(run.task, run.best_model, run.held_out, amp=run.config.amp)
-    run.held_out.skipped.share(run.log.say)
+    run.held_out.skipped.share(run.log.info)
     seconds = time.monotonic() - began
     progress.evaluated, progress.latest = progress.step, metrics
     run.log.record("eval", progress.step, run.epoch, {**metrics, "seconds": seconds})
-    run.log.say(f"epoch {run.epoch:.2f}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    run.log.info(f"epoch {run.epoch:.2f}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if run.task.metric not in metrics:
-        raise ValueError(f"metric={run.task.metric!r} is not among what evaluate() returned: {', '.join(metrics)}")
+        raise ValueError(f"metric={run.task.metric!r} is not returned by evaluate(): use one of {', '.join(metrics)}")
     value = metrics[run.task.metric]
     if math.isfinite(value) and (not progress.best or value > progress.best[run.task.metric]):
         progress.best = {**metrics, "step": progress.step}
         checkpoint.save_weights(run.folder / checkpoint.BEST, run.best_model.get_submodule(run.kept), run.metadata)
-    run.logged = (run.logged[0], run.logged[1] + seconds)  # not a part of the training speed
+    run.logged = (run.logged[0], run.logged[1] + seconds)  # excluded from the training speed
 
 
 def _save(run: Run) -> None:
-    _receive(run, everything=True)  # a state after a loss that was no number must not replace a good one
+    _receive(run, everything=True)  # a state after a nan loss must not replace a good one
     progress = run.progress
     progress.metrics_bytes = run.log.position()
     progress.scaler, progress.metadata = run.scaler.state_dict(), dict(run.metadata)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run tell each other after every step: losses, and wishes on which all have to agree.
+"""The exchange between the processes of a run after every step: losses, and flags on which all have to agree.
 
 One small tensor is summed over the processes. On a GPU its copy to the host is read one step late, so that the host
 never waits for the step that it has just launched.
@@ -18,7 +18,7 @@ _FLAGS = ("failures", "stop", "save")
 
 @dataclass
 class Report:
-    """A step as all processes saw it: means of the values, sums of the flags."""
+    """The result of a step over all processes: means of the values, logical or of the flags."""
 
     step: int
     lr: float
@@ -27,18 +27,19 @@ class Report:
 
 
 class Reports:
-    """Sends a step's numbers to all processes and reads them without holding up an accelerator."""
+    """Reduce the numbers of each step over all processes and read them without blocking an accelerator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pending: deque[tuple[int, float, list[str], Tensor, torch.cuda.Event | None]] = deque()
 
     def send(self, step: int, lr: float, values: dict[str, Tensor], flags: dict[str, bool]) -> None:
+        """Start the reduction of a step's values and flags."""
         losses = torch.stack([value.to(self.device, torch.float32) for value in values.values()])
         numbers = torch.cat([losses, torch.zeros(len(_FLAGS), device=self.device)])
         for index, name in enumerate(_FLAGS, start=len(values)):
             if flags[name]:
-                numbers[index].fill_(1.0)  # a kernel, where assigning would be a copy that waits
+                numbers[index].fill_(1.0)  # launches a kernel; an assignment would be a copy that blocks
         if dist.is_initialized():
             dist.all_reduce(numbers)
             numbers[: len(values)] /= dist.get_world_size()
@@ -51,9 +52,9 @@ class Reports:
         self._pending.append((step, lr, list(values), numbers, ready))
 
     def receive(self, everything: bool) -> Iterator[Report]:
-        """The reports that are due: on the CPU all, on an accelerator all but the last, which is still computed."""
-        leave = 1 if self.device.type == "cuda" and not everything else 0
-        while len(self._pending) > leave:
+        """Yield the finished reports: all on the CPU; on an accelerator all but the last, which is still running."""
+        unfinished = 1 if self.device.type == "cuda" and not everything else 0
+        while len(self._pending) > unfinished:
             step, lr, names, numbers, ready = self._pending.popleft()
             if ready is not None:
                 ready.synchronize()

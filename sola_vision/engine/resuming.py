@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run that goes on finds in its folder: whether there is one, what has changed since, which images are bad."""
+"""Checks when a run resumes: whether its folder holds a run, what has changed since, which images are unreadable."""
 
 import json
 from collections.abc import Mapping
@@ -8,29 +8,29 @@ from pathlib import Path
 
 from .checkpoint import BEST, STATE, Progress
 from .config import TrainConfig, list_changes
-from .log import METRICS, SUMMARY, check_untaken
+from .log import METRICS, SUMMARY, check_unlocked
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Refuses to overwrite a run, and to resume where there is none. A command line asks before it writes there.
+    """Raise an error if `folder` holds a run and `resume` is false, or no run and `resume` is true.
 
-    What ended before its first checkpoint has left nothing that is worth keeping.
+    Commands call this before they write to the folder. A run that ended before its first checkpoint does not count.
     """
-    check_untaken(folder)
+    check_unlocked(folder)
     kept = [name for name in (STATE, BEST, SUMMARY) if (folder / name).exists()]
     if kept and not resume:
         raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
-    if kept and STATE not in kept:  # it would begin anew, over the results
+    if kept and STATE not in kept:  # it would start over and overwrite the results
         raise ValueError(
-            f"{folder} holds {kept[0]} but no {STATE}, so that nothing can go on: choose another folder (--out), "
-            f"and --init {folder} to start from these weights"
+            f"{folder} holds {kept[0]} but no {STATE} and cannot be resumed: choose another folder (--out), "
+            f"with --init {folder} to start from these weights"
         )
     if resume and not kept and not (folder / METRICS).exists():
         raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
 
 
 def changes(before: Progress, config: TrainConfig, images: Mapping[str, int]) -> list[str]:
-    """Settings and numbers of images that are not those of the state, as words."""
+    """Return a readable line for each setting and number of images that differs from the saved state."""
     changed = list_changes(before.config, json.loads(json.dumps(asdict(config))))
     return changed + [
         f"{number} {name} images (was {then})"
@@ -40,7 +40,7 @@ def changes(before: Progress, config: TrainConfig, images: Mapping[str, int]) ->
 
 
 def known_failures(before: Progress, images: Mapping[str, int]) -> dict[str, dict[int, str]]:
-    """Images of each set that could not be read; in a set of another size they are other images."""
+    """Return the unreadable images of each dataset; none if its size changed, as indices then mean other images."""
     return {
         name: {int(index): text for index, text in some.items()}
         for name, some in before.skipped.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: all that its training loop works with, put together anew or taken up again where its folder says."""
+"""The state of a run: everything that the training loop uses, created new or restored from the run's folder."""
 
 import copy
 import time
@@ -22,7 +22,7 @@ from .reports import Reports
 
 
 class Sets(NamedTuple):
-    """The datasets, and how a batch is made of their samples (None: by torch's own collating)."""
+    """The datasets and their collate functions (None: torch's default_collate)."""
 
     train: Dataset[Any]
     val: Dataset[Any]
@@ -32,7 +32,7 @@ class Sets(NamedTuple):
 
 @dataclass
 class Run:
-    """What the loop's functions share."""
+    """The objects and counters shared by the functions of the loop."""
 
     task: Task
     config: TrainConfig
@@ -41,9 +41,9 @@ class Run:
     epoch_steps: int
     total: int
     model: nn.Module
-    trained: nn.Module  # the model, or DDP around it
+    trained: nn.Module  # the model, possibly wrapped in DDP
     ema: optim.Ema | None
-    modules: dict[str, nn.Module]  # whose weights are saved
+    modules: dict[str, nn.Module]  # saved in the resumable state
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     batches: Generator[Any, None, None]
@@ -53,7 +53,7 @@ class Run:
     log: Log
     reports: Reports
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the best weights
-    kept: str = ""  # the submodule whose weights these are
+    kept: str = ""  # the submodule whose weights are saved as best
     began: float = field(default_factory=time.monotonic)
     saved: float = field(default_factory=time.monotonic)
     saved_step: int | None = None
@@ -64,13 +64,16 @@ class Run:
 
     @property
     def epoch(self) -> float:
+        """The number of epochs trained so far."""
         return self.progress.step / self.epoch_steps
 
     @property
     def best_model(self) -> nn.Module:
+        """The model that is evaluated and saved as best: the moving average if enabled."""
         return self.model if self.ema is None else self.ema.module
 
     def close(self) -> None:
+        """Shut down the workers and close the log."""
         self.batches.close()
         self.held_out.close()
         self.log.close()
@@ -87,11 +90,11 @@ def prepare(
     resume: bool,
     begin: Callable[[], None] | None,
 ) -> Run:
-    """What `fit` trains; with `resume` as its folder's last checkpoint has left it.
+    """Create the run that `fit` trains; with `resume` restore it from the last checkpoint of its folder.
 
-    `begin` and the log are the first to write, when nothing can be refused any more.
+    Nothing is written before all checks have passed; `begin` is called first, then the log is opened.
     """
-    # torch does not promise a length
+    # torch's Dataset does not declare __len__
     images = {"training": len(sets.train), "evaluation": len(sets.val)}  # type: ignore[arg-type]
     epoch_steps = loading.count_epoch_steps(images["training"], config)
     total = optim.count_steps(config, epoch_steps)
@@ -111,7 +114,7 @@ def prepare(
         on_main(begin)
 
     progress = saved or Progress()
-    # only now: it cuts off what the state does not know of
+    # opened only after all checks, because it cuts off records newer than the state
     log = Log(folder, main=world.is_main, total=total, step=progress.step, keep=progress.metrics_bytes)
     known = resuming.known_failures(progress, images)
     skipped = loading.Skipped("training", images["training"], config.max_corrupt, known.get("training"))
@@ -127,10 +130,10 @@ def prepare(
     )
     if saved is not None:
         if changed := resuming.changes(progress, config, images):
-            log.say(f"the run goes on with another configuration: {', '.join(changed)}")
-        log.say(f"resuming {folder} at step {progress.step} of {total}")
+            log.info(f"the run goes on with another configuration: {', '.join(changed)}")
+        log.info(f"resuming {folder} at step {progress.step} of {total}")
     elif resume:
-        log.say(f"{folder} has no checkpoint yet: starting from the beginning")
+        log.info(f"{folder} has no checkpoint yet: starting from the beginning")
     progress.config, progress.images = asdict(config), images
     return Run(
         task=task,
@@ -156,16 +159,16 @@ def prepare(
 
 
 def _place(model: nn.Module, config: TrainConfig, world: World) -> tuple[nn.Module, nn.Module, nn.Module | None]:
-    """On the devices of all processes: the model, what is trained of it, and its moving average if there is one."""
+    """Move the model to the device; return it, the module to call in training, and its moving average or None."""
     model = model.to(world.device)
     if world.size > 1 and world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch has none for the CPU
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # torch has no SyncBatchNorm for the CPU
     copy_from_main(model.state_dict().values())
     average = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else None
     if config.compile:
         for module in (model, average):
             if module is not None:
-                module.compile()  # in place: the keys of checkpoints stay
+                module.compile()  # in place, so checkpoint keys do not change
     trained = parallel(model, config.strategy, world)
     if average is not None and config.strategy == "fsdp":
         parallel(average, config.strategy, world)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems to train on: model, loss and metric each. Classification here; the loop is `engine.fit`."""
+"""Tasks: the model, loss and metric of classification, detection, segmentation and distillation, for `engine.fit`."""
 
 from sola_vision.tasks.classification import Classification, Tally
 from sola_vision.tasks.detector import DetectorConfig

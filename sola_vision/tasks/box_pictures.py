@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detections for people: boxes, masks and labels over an image, precision-recall curves, the worst images."""
+"""Drawings of detections: boxes, masks and labels over an image, precision-recall curves, the worst images."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from sola_vision.tasks.coco_eval import RECALLS, THRESHOLDS, Score
 from sola_vision.tasks.label_pictures import class_colours, enlargement
 from sola_vision.tasks.pictures import BLUE, GREEN, ORANGE, VERMILION
 
-_LABELLED = 40  # with more objects than this only the colours name the classes
-_CURVES = 12  # classes with a curve and a name of their own
+_LABELLED = 40  # with more objects than this, classes are shown by colour alone
+_CURVES = 12  # classes with a coloured curve and a legend entry
 _WEAK = 0.5
 
 Box = tuple[float, float, float, float]
@@ -23,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Shape:
-    """An object in an image: box x0 y0 x1 y1, class (from 0), score (None: it is true) and mask uint8 [H, W]."""
+    """An object in an image: box x0 y0 x1 y1, class (from 0), score (None for ground truth) and mask uint8 [H, W]."""
 
     box: Box
     label: int
@@ -32,7 +32,7 @@ class Shape:
 
 
 def draw_shapes(image: Image.Image, shapes: Sequence[Shape], classes: Sequence[str]) -> Image.Image:
-    """The image, enlarged where it is small, with its objects in the colours of their classes; the surest on top."""
+    """Return the image, enlarged if small, with its objects in their class colours; the highest score is on top."""
     factor = enlargement(image)
     colours = class_colours(len(classes))
     shapes = sorted(shapes, key=lambda shape: shape.score or 0)
@@ -66,7 +66,7 @@ def _write(
     taken: list[Box],
     size: tuple[int, int],
 ) -> None:
-    """The label where none is yet: above the box, in its upper corner, or below; nowhere if all three are taken."""
+    """Draw the label in the first free place: above the box, in its upper corner or below it; else leave it out."""
     text = name if shape.score is None else f"{name} {100 * shape.score:.0f} %"
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     wide, high = right - left + 6, bottom - top + 6
@@ -78,7 +78,7 @@ def _write(
         if inside and not any(_overlap(place, other) for other in taken):
             taken.append(place)
             draw.rectangle(place, fill=colour)
-            # black or white, whichever stands out
+            # black or white, whichever has more contrast
             ink = "black" if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140 else "white"
             draw.text((x + 3 - left, y + 3 - top), text, fill=ink, font=font)
             return
@@ -93,16 +93,16 @@ def _rgb(colour: np.ndarray) -> tuple[int, ...]:
 
 
 def draw_curves(scores: Sequence[Score], out: Path) -> None:
-    """Precision over recall, a row a kind: mean over the classes at several overlaps, and every class at 0.5."""
+    """Draw precision over recall, one row per kind: the mean over classes at several IoUs, and each class at 0.5."""
     figure = Figure(figsize=(12, 4.4 * len(scores)), layout="constrained")
     for row, score in zip(figure.subplots(len(scores), 2, squeeze=False), scores, strict=True):
         kind = "boxes" if score.kind == "bbox" else "masks"
         for threshold, colour in ((0.5, BLUE), (0.75, GREEN), (0.9, ORANGE)):
             index = int(np.flatnonzero(np.isclose(THRESHOLDS, threshold))[0])
             some = score.precision[index, :, :, 0, 2]
-            if (there := some.max(0) > -1).any():
+            if (defined := some.max(0) > -1).any():
                 average = score.average(threshold=threshold)
-                mean = some[:, there].mean(1)
+                mean = some[:, defined].mean(1)
                 row[0].plot(RECALLS, mean, color=colour, label=f"IoU {threshold:g}: AP {100 * average:.1f} %")
         row[0].set_title(f"{kind}: mean over the classes")
         order = sorted(range(len(score.classes)), key=lambda label: -_number(score.average(threshold=0.5, label=label)))
@@ -127,13 +127,13 @@ def draw_worst(
     classes: Sequence[str],
     out: Path,
 ) -> None:
-    """A sheet with a row an image: (name, image, true objects, detections, what to say about them)."""
+    """Draw a sheet with one row per image from (name, image, true objects, detections, caption)."""
     figure = Figure(figsize=(12, 4.6 * max(1, len(examples))), layout="constrained")
     grid = figure.subplots(max(1, len(examples)), 2, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for row, (name, image, truth, found, says) in zip(grid, examples, strict=False):
-        titles = (f"{name}: {len(truth)} true objects", f"{len(found)} detections: {says}")
+    for row, (name, image, truth, found, caption) in zip(grid, examples, strict=False):
+        titles = (f"{name}: {len(truth)} true objects", f"{len(found)} detections: {caption}")
         for axes, shapes, title in zip(row, (truth, found), titles, strict=True):
             axes.imshow(draw_shapes(image, shapes, classes))
             axes.set_title(title, fontsize=8, color="black" if shapes is truth else VERMILION)
@@ -141,7 +141,7 @@ def draw_worst(
 
 
 def matches(truth: Sequence[Shape], found: Sequence[Shape], overlap: float = 0.5) -> list[Shape]:
-    """The detections that find a true object: same class, boxes that overlap by `overlap`, the surest first."""
+    """Return the detections that match a true object: same class, IoU of at least `overlap`, highest score first."""
     free = list(range(len(truth)))
     hits = []
     for shape in sorted(found, key=lambda shape: -(shape.score or 0)):
@@ -155,9 +155,10 @@ def matches(truth: Sequence[Shape], found: Sequence[Shape], overlap: float = 0.5
 def counted(
     truth: Sequence[Shape], found: Sequence[Shape], crowds: Sequence[Shape], overlap: float = 0.5
 ) -> tuple[list[Shape], int]:
-    """The detections that count, and how many are right: what finds no object but lies on a crowd of its class is out.
+    """Return the detections that count and the number of correct ones.
 
-    As COCO has it, `overlap` with a crowd is a share of the detection's own box.
+    An unmatched detection on a crowd of its class does not count. As in COCO, its overlap with the crowd is a share
+    of the detection's box.
     """
     right = matches(truth, found, overlap)
 
@@ -169,7 +170,7 @@ def counted(
 
 
 def box_overlap(a: Box, b: Box) -> float:
-    """Intersection over union."""
+    """Return the intersection over union of two boxes."""
     shared = _shared(a, b)
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
     return shared / union if union > 0 else 0.0

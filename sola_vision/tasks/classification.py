@@ -16,10 +16,10 @@ from sola_vision.engine import all_reduce_sum
 
 @dataclass
 class Tally:
-    """Counts over a labelled set, from which every number of its evaluation follows.
+    """Counts over a labelled set, from which all its metrics are computed.
 
-    confusion [classes, classes] counts images by (true class, predicted class); top5 those whose class is among the
-    five best; loss is the sum of the cross-entropies. Classes without images count nowhere.
+    confusion [classes, classes] counts images by (true class, predicted class); top5 counts those whose class is among
+    the five highest logits; loss is the sum of the cross-entropies. Classes without images do not affect any metric.
     """
 
     confusion: Tensor
@@ -28,10 +28,11 @@ class Tally:
 
     @classmethod
     def of(cls, num_classes: int) -> "Tally":
+        """Return an empty tally for `num_classes` classes."""
         return cls(torch.zeros(num_classes, num_classes, dtype=torch.long))
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """logits [B, classes], labels [B]."""
+        """Add a batch: logits [B, classes], labels [B]."""
         num_classes = logits.shape[1]
         pairs = labels * num_classes + logits.argmax(1)
         counts = torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -41,16 +42,17 @@ class Tally:
         self.loss += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
 
     def reduced(self, device: torch.device) -> "Tally":
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         counts = torch.cat(
             (self.confusion.flatten().double(), torch.tensor([self.top5, self.loss], dtype=torch.float64))
         )
-        # float64 holds counts exactly; not every backend has it, and then float32 counts to 2^24 a cell
+        # float64 holds counts exactly; MPS lacks it, and float32 is exact up to 2^24 per cell
         counts = all_reduce_sum(counts.to(device, torch.float32 if device.type == "mps" else torch.float64)).cpu()
         return Tally(counts[:-2].reshape(self.confusion.shape).long(), counts[-2].item(), counts[-1].item())
 
     @property
     def images(self) -> int:
+        """The number of images."""
         return int(self.confusion.sum())
 
     @property
@@ -86,15 +88,15 @@ class Classification:
             self.criterion = SoftTargetCrossEntropy()
 
     def check_batch(self, size: int) -> None:
-        """Refuses a size that cannot be mixed in pairs; a command line asks before it writes anything."""
+        """Raise ValueError if `size` images cannot be mixed in pairs. Commands call this before they write files."""
         if self.mixup is not None and size % 2:
             raise ValueError(
-                f"a batch of {size} images cannot be mixed in pairs: choose an even batch size a process, "
+                f"a batch of {size} images cannot be mixed in pairs: choose an even batch size per process, "
                 "or image.mixup 0 and image.cutmix 0"
             )
 
     def mixed(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The images that are seen in training, and what the criterion compares the logits with."""
+        """Return the images and targets of a training batch, after Mixup and CutMix if enabled."""
         images, labels = batch
         if self.mixup is not None:
             self.check_batch(len(images))
@@ -109,7 +111,7 @@ class Classification:
         return self.tally(model, batches).metrics
 
     def tally(self, model: nn.Module, batches: Iterable[Any]) -> Tally:
-        """Counts over this process's batches, summed over all processes."""
+        """Return the counts over this process's batches, summed over all processes."""
         tally = Tally.of(self.num_classes)
         device = next(model.parameters()).device
         for images, labels in batches:

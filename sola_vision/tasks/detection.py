@@ -26,22 +26,22 @@ _LOGGED = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 @dataclass(frozen=True)
 class Findings:
-    """What a detector found in a set, of all processes: results in COCO's format, and the images that were seen."""
+    """The results of a detector on a dataset, over all processes, in COCO's format, and the ids of the images seen."""
 
     results: list[Result]
     image_ids: list[int]
 
     def of(self, kind: Kind) -> list[Result]:
-        """The results as COCO's server takes them, boxes or masks."""
+        """Return the results in the format of COCO's server, boxes or masks."""
         fields = ("image_id", "category_id", "score", "bbox" if kind == "bbox" else "segmentation")
         return [{name: result[name] for name in fields} for result in self.results]
 
 
 class Detection:
-    """The task of `engine.fit`; scores against the truth of `held_out`, in percent."""
+    """The task of `engine.fit`; metrics in percent against the truth of `held_out`."""
 
     def __init__(self, held_out: CocoFolder, max_dets: int, *, masks: bool) -> None:
-        mask_library()  # before hours of training end in a missing package
+        mask_library()  # fail now, not after hours of training, if the package is missing
         self.truth = held_out.truth()
         self.category_ids = held_out.category_ids
         self.max_dets = max_dets
@@ -56,11 +56,11 @@ class Detection:
 
     def evaluate(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         scores = self.scores(self.find(model, batches))
-        # what the best state is chosen by is there even if no readable image has an object
+        # the metric that selects the best weights is present even if no readable image has an object
         return {self.metric: math.nan} | {name: value for one in scores for name, value in metrics(one).items()}
 
     def find(self, model: nn.Module, batches: Iterable[Any]) -> Findings:
-        """The results of this process's batches and of all others, in the order of the images' ids."""
+        """Return the results on the batches of all processes, in the order of the image ids."""
         assert isinstance(model, Detector)
         results: list[Result] = []
         seen: list[int] = []
@@ -72,12 +72,12 @@ class Detection:
         return Findings(sorted(results, key=lambda result: result["image_id"]), sorted(seen))
 
     def known(self, findings: Findings) -> Findings:
-        """Without the classes that the held-out set lacks: they are no mistake in it, and their ids are our own."""
+        """Drop results of classes that the held-out set lacks: they are not errors, and their ids are made up."""
         ids = {category["id"] for category in self.truth["categories"]}
         return replace(findings, results=[result for result in findings.results if result["category_id"] in ids])
 
     def scores(self, findings: Findings) -> list[Score]:
-        """COCO's numbers of boxes and, if they are learned, of masks; the first process computes them for all."""
+        """Return COCO's scores of boxes and, if learned, of masks; the first process computes them for all."""
         own = self.known(findings).results
         return on_main(
             lambda: [
@@ -88,7 +88,7 @@ class Detection:
 
 
 def metrics(one: Score) -> dict[str, float]:
-    """The six average precisions in percent, as box_ap ... mask_apl; without those that have no truth."""
+    """Return the six average precisions in percent, box_ap ... mask_apl, without those that have no ground truth."""
     numbers = {name: one.numbers[name] for name in _LOGGED}
     return {f"{NAMES[one.kind]}_{name.lower()}": 100 * v for name, v in numbers.items() if v == v}
 
@@ -96,7 +96,7 @@ def metrics(one: Score) -> dict[str, float]:
 def to_results(
     found: dict[str, Tensor], image_id: int, size: tuple[int, int], category_ids: Sequence[int]
 ) -> list[Result]:
-    """What a detector found in an image of `size` (H, W), in COCO's format."""
+    """Return a detector's output for an image of `size` (H, W) in COCO's format."""
     boxes = found["boxes"].double().cpu().numpy()
     scores, labels = found["scores"].double().tolist(), found["labels"].tolist()
     masks = found["masks"].float().cpu().numpy() if "masks" in found else None
@@ -116,11 +116,10 @@ def to_results(
 
 
 def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Probabilities [m, m] over a box x0 y0 x1 y1 as a mask uint8 [H, W]: bilinear, at the pixels' centres, from 0.5.
-
-    torchvision rounds the box to whole pixels first, which costs small objects much of their overlap.
-    """
-    whole = np.zeros(size, np.uint8)
+    """Return probabilities [m, m] over a box x0 y0 x1 y1 as a mask uint8 [H, W] of the pixels with at least 0.5."""
+    # not in the paper: bilinear at pixel centres, as in MMDetection; torchvision first rounds the box to whole pixels,
+    # which costs small objects much of their overlap
+    pasted = np.zeros(size, np.uint8)
     spans = []
     for low, high, side in ((box[1], box[3], size[0]), (box[0], box[2], size[1])):
         first, last = max(0, int(np.floor(low)) - 1), min(side, int(np.ceil(high)) + 1)
@@ -129,5 +128,5 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.n
         weights = 1 - np.abs(places[:, None] - np.arange(len(mask)))
         spans.append((slice(first, last), weights.clip(0)))
     (rows, down), (columns, across) = spans
-    whole[rows, columns] = down @ mask @ across.T >= 0.5
-    return whole
+    pasted[rows, columns] = down @ mask @ across.T >= 0.5
+    return pasted

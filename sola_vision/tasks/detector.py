@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A detector from its configuration, from a classifier's checkpoint, or from its own: Mask R-CNN over the backbone's
-four feature maps, or Faster R-CNN where there are no masks to learn.
+"""Detectors built from a configuration, a classifier's checkpoint or a detector's checkpoint: Mask R-CNN over the four
+feature maps of the backbone, or Faster R-CNN without masks.
 
     images -> Pyramid (strides 4, 8, 16, 32) -> FPN -> proposals (strides 4 .. 64) -> boxes, masks (strides 4 .. 32)
 """
@@ -42,25 +42,25 @@ from sola_vision.tasks.rcnn import (
 )
 
 _STRIDES = (4, 8, 16, 32)
-_GRID = 224  # pixels a side of the position embedding, that of the classifiers; other sizes interpolate it
-_PADDED = (64, 96)  # images come as multiples of 32 pixels
+_GRID = 224  # image size of the position embedding, as for the classifiers; it is interpolated for other sizes
+_PADDED = (64, 96)  # test size of the backbone: images are padded to multiples of 32 pixels
 
 
 @dataclass(kw_only=True)
 class DetectorConfig:
-    """Everything of a detector but its backbone, and how the backbone is trained.
+    """Settings of a detector except its backbone, and of how the backbone is trained.
 
     Args:
-        channels: of the feature pyramid and of the mask head.
-        box_channels: of the two layers that classify a box.
+        channels: channels of the feature pyramid and of the mask head.
+        box_channels: channels of the two layers that classify a box.
         group_norm: normalise the pyramid and the mask head, for training from scratch.
-        anchor_scale: side of a square anchor by the stride of its level; 8 gives 32 to 512 pixels.
-        proposals: boxes of an image that the second stage sees.
-        samples: of which so many train it.
-        max_detections: objects that are reported in an image at most, and maxDets of the evaluation.
-        score_threshold: what scores less is not reported.
-        nms_threshold: of two boxes of a class that overlap more, the lower score is dropped.
-        frozen_stages: the stem and so many stages keep the weights they start with; 0 = all are trained.
+        anchor_scale: side of a square anchor divided by the stride of its level; 8 gives 32 to 512 pixels.
+        proposals: boxes per image that are passed to the second stage.
+        samples: proposals per image that the second stage is trained on.
+        max_detections: maximum number of objects reported per image, and maxDets of the evaluation.
+        score_threshold: detections with a lower score are not reported.
+        nms_threshold: of two boxes of a class with a higher IoU, the one with the lower score is dropped.
+        frozen_stages: number of stages that, with the stem, keep their initial weights; 0 = all are trained.
         checkpointing: recompute the backbone's activations in the backward pass instead of keeping them.
         drop_bridges: leave out the bridges of the checkpoint that training starts from.
     """
@@ -105,13 +105,14 @@ class FeaturePyramid(nn.Module):
 
 
 class Detector(GeneralizedRCNN):
-    """Called with (images, targets) in training it returns losses, with images in evaluation what it found:
-    a list of {"boxes" [n, 4], "labels" [n], "scores" [n], "masks" [n, 28, 28] over the boxes}, best first.
-    Images are a list of uint8 tensors [3, H, W] of any size.
+    """Mask R-CNN or Faster R-CNN on lists of uint8 images [3, H, W] of any size.
+
+    In training, (images, targets) -> losses by name. In evaluation, images -> a list of {"boxes" [n, 4], "labels" [n],
+    "scores" [n], "masks" [n, 28, 28] over the boxes}, highest score first.
     """
 
     def __init__(self, body: nn.Module, num_classes: int, config: DetectorConfig, image: DetectionConfig) -> None:
-        """`num_classes` without the background; masks are learned unless image.masks is false."""
+        """`num_classes` excludes the background; masks are learned unless image.masks is false."""
         norm = partial(_group_norm) if config.group_norm else None
         pyramid = Pyramid(body)
         if tuple(pyramid.strides) != _STRIDES:
@@ -132,7 +133,7 @@ class Detector(GeneralizedRCNN):
             AlignedRoIAlign(7, _STRIDES),
             TwoMLPHead(config.channels * 7**2, config.box_channels),
             FastRCNNPredictor(config.box_channels, classes),
-            *(0.5, 0.5, config.samples, 0.25, None),  # the same for the second stage, and the usual box weights
+            *(0.5, 0.5, config.samples, 0.25, None),  # the same for the second stage, and the default box weights
             config.score_threshold,
             config.nms_threshold,
             config.max_detections,
@@ -153,23 +154,26 @@ class Detector(GeneralizedRCNN):
 
     @property
     def pyramid(self) -> Pyramid:
+        """The backbone with its normalised feature maps."""
         return self.backbone.pyramid
 
     @property
     def has_masks(self) -> bool:
+        """True if the detector has a mask head."""
         return self.roi_heads.has_mask()
 
     def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters without weight decay."""
         return self.pyramid.no_weight_decay("backbone.pyramid")
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's groups for layer-wise decay: the backbone's own; all that is not backbone learns at the full rate."""
+        """Return timm's groups for layer-wise decay: the backbone's; all other parameters use the full rate."""
         return self.pyramid.group_matcher("backbone.pyramid")
 
 
 @dataclass(frozen=True)
 class DetectorCheckpoint:
-    """A trained detector and what its file says about it; category_ids are those of its training data, by class."""
+    """A trained detector with the metadata of its file; category_ids are those of its training data, by class."""
 
     model: Detector
     name: str
@@ -180,7 +184,7 @@ class DetectorCheckpoint:
 
 
 def build_detector(model: ModelConfig, detector: DetectorConfig, image: DetectionConfig, num_classes: int) -> Detector:
-    """The network with fresh weights."""
+    """Return a detector with newly initialised weights."""
     return _create(model.name, network_changes(model, _GRID), detector, image, num_classes)
 
 
@@ -194,13 +198,13 @@ def _create(
 
 
 def load_detector(path: str | Path) -> DetectorCheckpoint:
-    """A detector of ours, or a run's folder (its best weights), ready for evaluation.
+    """Load a detector written by this package, from a file or a run's folder (its best weights), in evaluation mode.
 
-    Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program or task.
+    Raise FileNotFoundError or ValueError if it is missing, damaged, or written by another program or for another task.
     """
     path, values = read_description(path)
     if values["task"] != "detection":
-        raise ValueError(f"{path} is of the task {values['task']!r}: a detector's checkpoint is needed here")
+        raise ValueError(f"{path} is a checkpoint of the task {values['task']!r}: use a checkpoint of a detector")
     try:
         image = read_settings(DetectionConfig, values["image"])
         detector = read_settings(DetectorConfig, values["detector"])
@@ -209,7 +213,7 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise foreign_metadata(path, error) from None
     if len(ids) != len(classes):
-        raise foreign_metadata(path, f"{len(classes)} classes have {len(ids)} ids")
+        raise foreign_metadata(path, f"{len(classes)} classes but {len(ids)} category ids")
     name, network = read_network(path, values)
     model = _create(name, network, detector, image, len(classes))
     load_weights(model, path)
@@ -217,26 +221,27 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
 
 
 def start_detector(model: Detector, path: str | Path, classes: Sequence[str], drop_bridges: bool) -> str:
-    """Start from a classifier's weights, or from a whole detector; returns what happened, in one line.
+    """Initialise `model` from a classifier's or a detector's weights; return a one-line description.
 
-    Of a detector what depends on the classes stays fresh where they differ, and masks where it has none.
+    From a detector, layers that depend on the classes are newly initialised if the classes differ, and the mask head if
+    the checkpoint has none.
     """
     path = weights_file(path)
     stored = read_weights(path)
     if not any(name.startswith("backbone.pyramid.") for name in stored):
         return model.pyramid.start_from(stored, path, drop_bridges)
     own = model.state_dict()
-    theirs = read_description(path)[1]["classes"] if path.suffix == ".safetensors" else None
+    stored_classes = read_description(path)[1]["classes"] if path.suffix == ".safetensors" else None
     fresh = [name for name in own if name.startswith("roi_heads.mask_") and name not in stored]
-    if theirs != list(classes):
+    if stored_classes != list(classes):
         fresh += [name for name in own if ".box_predictor." in name or "mask_fcn_logits" in name]
     stored = {name: value for name, value in stored.items() if name in own or not name.startswith("roi_heads.mask_")}
     stored |= {name: own[name] for name in fresh}
     report = LoadReport.of(own, stored)
     if report:
-        raise ValueError(f"{path} does not fit the detector: {report}; start from a checkpoint of the same network")
+        raise ValueError(f"{path} does not fit the detector: {report}; use a checkpoint of the same network")
     model.load_state_dict(stored)
-    return f"weights from {path}" + (f" ({len(set(fresh))} of {len(own)} tensors fresh)" if fresh else "")
+    return f"weights from {path}" + (f" ({len(set(fresh))} of {len(own)} tensors newly initialised)" if fresh else "")
 
 
 def _group_norm(channels: int) -> nn.Module:
@@ -245,11 +250,11 @@ def _group_norm(channels: int) -> nn.Module:
 
 
 def backbone_of(model: Detector) -> nn.Module:
-    """timm's network inside, whose configuration a checkpoint carries."""
+    """Return timm's network inside, whose configuration is stored in a checkpoint."""
     return model.pyramid.network
 
 
 @torch.inference_mode()
 def detect(model: Detector, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """What is in the images, one at a time: attention sees padding, so a neighbour's size would change the result."""
+    """Run the model on each image alone: padding to a common size would change the result of attention."""
     return [model([image])[0] for image in images]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that other programs wrote, described as our checkpoints describe themselves.
+"""Descriptions of weights written by other programs, in the format of this package's checkpoint metadata.
 
-Two kinds: a folder of timm's with a config.json (`save_for_hf`, the Hugging Face hub), and Vision-RWKV's files.
+Two kinds are supported: a folder of timm's with a config.json (`save_for_hf`, the Hugging Face hub), and Vision-RWKV's
+files.
 """
 
 import json
@@ -23,10 +24,10 @@ _IMAGE = ("mean", "std", "interpolation", "crop_pct")
 
 
 def describe(path: Path) -> dict[str, Any] | None:
-    """Task, model, image and classes of a file; None if nothing says so."""
-    beside = path.with_name("config.json")
-    if beside.is_file() and path.name in _TIMM:
-        return _timm(beside)
+    """Return the task, model, image settings and classes of a file, or None if they are unknown."""
+    config = path.with_name("config.json")
+    if config.is_file() and path.name in _TIMM:
+        return _timm(config)
     weights = read_weights(path)
     try:
         if not is_published(weights):
@@ -54,21 +55,21 @@ def _timm(file: Path) -> dict[str, Any]:
             raise ValueError(f"{len(names)} label_names for {count} classes")
         classes = [names[str(index)] for index in range(count)] if isinstance(names, dict) else names
         if cfg.get("crop_mode") not in (None, "center"):
-            _say_crop(file, cfg["crop_mode"])
+            _warn_crop(file, cfg["crop_mode"])
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(
-            f"{file} is not a config.json of timm's ({error!r}): write it with timm's save_for_hf"
+            f"{file} is not a config.json written by timm ({error!r}): write it with timm's save_for_hf"
         ) from None
     return {"task": "classification", "model": model, "image": image, "classes": classes}
 
 
-@cache  # a file is described more than once
-def _say_crop(file: Path, mode: str) -> None:
+@cache  # warn once, although a file is described more than once
+def _warn_crop(file: Path, mode: str) -> None:
     _log.warning(
-        "%s: crop_mode %s is not followed: the centre of images is cut out, so accuracy may differ", file, mode
+        "%s: crop_mode %s is not supported: images are cropped at the centre, so accuracy may differ", file, mode
     )
 
 
 def _imagenet(count: int) -> list[str]:
-    """Names for classes that a file does not name: ImageNet's, which its folders have, or numbers."""
+    """Return class names for a file without names: ImageNet's synset ids for 1000 classes, else numbers."""
     return ImageNetInfo().label_names() if count == 1000 else [str(index) for index in range(count)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page of drawn predictions to browse: one HTML file beside its pictures, nothing to load from elsewhere.
+"""A gallery of drawn predictions: one HTML file next to its pictures, with no external resources.
 
-Thumbnails that a word filters (names and what was found), a large view with the arrow keys, Escape to go back.
+Thumbnails with a text filter (names and predictions) and a large view: arrow keys to browse, Escape to close.
 """
 
 import html
@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 @dataclass(frozen=True)
 class Card:
-    """An image of the page: its name, the drawn picture (a path below the page's folder), what was found in it."""
+    """An image of the page: its name, the drawn picture (a path relative to the page), its predictions as text."""
 
     name: str
     picture: str
@@ -23,7 +23,7 @@ class Card:
 
 
 def write_gallery(out: Path, title: str, cards: Sequence[Card]) -> None:
-    """`out` is the page's file; `cards` are shown in their order."""
+    """Write the HTML page `out` that shows `cards` in their order."""
     data = [
         {"name": card.name, "picture": quote(os.fsencode(card.picture)), "facts": list(card.facts)} for card in cards
     ]
@@ -52,7 +52,7 @@ dialog img { width: 100%; height: calc(100% - 3.2rem); object-fit: contain }
 dialog p { margin: 0 0 .4rem; overflow-wrap: anywhere; max-height: 2.8em; overflow: auto }
 </style>
 <h1>__TITLE__</h1>
-<input id="word" type="search" placeholder="filter by name or by what was found" aria-label="filter">
+<input id="word" type="search" placeholder="filter by name or prediction" aria-label="filter">
 <span id="count"></span>
 <div id="grid"></div>
 <dialog id="large"><p></p><img alt=""></dialog>

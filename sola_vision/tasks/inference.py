@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a segmentation network to each pixel's class: the whole image at once or in windows, mirrored, at more scales.
+"""Inference of segmentation networks: whole images or sliding windows, with mirrored and multi-scale test views.
 
-With one look the logits decide; several looks (mirrored, scaled) are averaged as probabilities, as mmsegmentation
-does. Overlapping windows are averaged as logits, each pixel over the windows that it lies in.
+A single view is scored by its logits; several views (mirrored, scaled) are averaged as probabilities, as mmsegmentation
+does. Overlapping windows are averaged as logits, each pixel over the windows that contain it.
 """
 
 import math
@@ -17,7 +17,7 @@ _CLASSES_AT_ONCE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """How to look at an image: in windows of `slide` pixels every `stride`, mirrored as well, at several scales."""
+    """Settings of inference: windows of `slide` pixels every `stride` pixels, mirrored views (`flip`), scales."""
 
     slide: int | None = None
     stride: int | None = None
@@ -28,35 +28,35 @@ class Inference:
         for name in ("slide", "stride"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: pixels, at least 1")
+                raise ValueError(f"{name}={value} must be at least 1 pixel")
         if self.stride is not None and self.slide is None:
-            raise ValueError(f"stride {self.stride} is of windows: give their side as slide, or leave stride out")
+            raise ValueError(f"stride={self.stride} needs windows: set their side with slide, or omit stride")
         if self.stride is not None and self.slide is not None and self.stride > self.slide:
-            raise ValueError(f"stride {self.stride}: at most the windows' side, slide {self.slide}, or pixels are lost")
+            raise ValueError(f"stride={self.stride} must be at most slide={self.slide}, or pixels are skipped")
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"scales {self.scales}: finite factors above 0 on the size of the image")
+            raise ValueError(f"scales={self.scales} must be finite factors above 0 on the image size")
 
     def __call__(self, model: nn.Module, image: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """image [3, H, W] as the network sees it -> classes [h, w] at `size` (that of the image if None)."""
+        """Return the classes [h, w] at `size` (default: the image's) of a preprocessed image [3, H, W]."""
         scores = self.scores(model, image[None])
         return best_classes(scores, size or (image.shape[1], image.shape[2]))
 
     def scores(self, model: nn.Module, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] -> [B, classes, H, W]: logits of a single look, else the mean of probabilities."""
-        looks = [(scale, mirrored) for scale in self.scales for mirrored in ((False, True) if self.flip else (False,))]
+        """Return scores [B, classes, H, W] of images [B, 3, H, W]: logits of a single view, else mean probabilities."""
+        views = [(scale, mirrored) for scale in self.scales for mirrored in ((False, True) if self.flip else (False,))]
         total: Tensor | None = None
-        for scale, mirrored in looks:
-            seen = images if scale == 1 else _scaled(images, scale)
-            logits = self._logits(model, seen.flip(-1) if mirrored else seen).float()
+        for scale, mirrored in views:
+            view = images if scale == 1 else _scaled(images, scale)
+            logits = self._logits(model, view.flip(-1) if mirrored else view).float()
             logits = logits.flip(-1) if mirrored else logits
             if logits.shape[-2:] != images.shape[-2:]:
                 logits = interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
-            if len(looks) == 1:
+            if len(views) == 1:
                 return logits
             probabilities = logits.softmax(1)
             total = probabilities if total is None else total + probabilities
         assert total is not None
-        return total / len(looks)
+        return total / len(views)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -78,12 +78,12 @@ class Inference:
 
 
 def best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """scores [1, classes, H, W] -> the best class of each pixel [h, w], after bilinear interpolation to `size`."""
+    """Return the best class of each pixel [h, w] of scores [1, classes, H, W], interpolated bilinearly to `size`."""
     if scores.shape[-2:] == size:
         return scores[0].argmax(0)
     best: Tensor | None = None
     classes: Tensor | None = None
-    # a few classes at a time: 150 maps of a large photograph would take gigabytes
+    # in groups of classes, because 150 maps of a large photograph would take gigabytes
     for first in range(0, scores.shape[1], _CLASSES_AT_ONCE):
         some = interpolate(scores[:, first : first + _CLASSES_AT_ONCE], size=size, mode="bilinear", align_corners=False)
         value, index = some[0].max(0)
@@ -98,7 +98,7 @@ def best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _starts(length: int, side: int, stride: int) -> list[int]:
-    """Where windows begin, so that they cover everything and none leaves the image; the last may overlap more."""
+    """Return the start of each window; together they cover `length` without exceeding it, the last may overlap more."""
     if length <= side:
         return [0]
     return [*range(0, length - side, stride), length - side]

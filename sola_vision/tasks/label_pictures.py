@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentations for people: class colours, a picture under them with its legend, the worst images of an evaluation."""
+"""Drawings of segmentations: class colours, overlays with a legend, label files, the worst images of an evaluation."""
 
 import colorsys
 import math
@@ -19,14 +19,14 @@ from sola_vision.tasks.pictures import shortened
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _NONE = (0, 0, 0)  # pixels without a class
 _WRONG = (213, 94, 0)  # Okabe and Ito's vermilion
-_SHORTEST = 480  # pixels that a drawn image has at least, or labels could not be read
-_LONGEST = 4096  # that enlarging gives, of a strip
+_SHORTEST = 480  # smallest side of a drawn image in pixels, so that labels are readable
+_LONGEST = 4096  # largest side after enlarging, for very elongated images
 _NAMED = 24  # classes in the legend of the worst images
 
 
 @dataclass(frozen=True)
 class Example:
-    """An image (None: not at hand) with its true and predicted classes [H, W], and what was right of it in percent."""
+    """An image (None if unavailable), its true and predicted classes [H, W], and its pixel accuracy in percent."""
 
     name: str
     image: Image.Image | None
@@ -36,7 +36,7 @@ class Example:
 
 
 def class_colours(num_classes: int) -> NDArray[np.uint8]:
-    """A colour for each class [classes, 3]: hues far apart for neighbours, three levels of lightness."""
+    """Return a colour for each class, [classes, 3]: distant hues for neighbours, three levels of lightness."""
     colours = [
         colorsys.hsv_to_rgb(
             (0.58 + index * _GOLDEN) % 1, (0.75, 0.5, 0.95)[index % 3], (0.95, 0.8, 0.65)[index // 3 % 3]
@@ -47,17 +47,17 @@ def class_colours(num_classes: int) -> NDArray[np.uint8]:
 
 
 def enlargement(image: Image.Image) -> int:
-    """The whole factor by which a small image is drawn larger."""
+    """Return the integer factor by which a small image is enlarged for drawing."""
     return max(1, min(math.ceil(_SHORTEST / min(image.size)), _LONGEST // max(image.size)))
 
 
 def paint(classes: NDArray[np.integer], num_classes: int) -> NDArray[np.uint8]:
-    """Classes [H, W] as colours [H, W, 3]; what is ignored is black."""
+    """Return classes [H, W] as colours [H, W, 3]; ignored pixels are black."""
     return np.vstack([class_colours(num_classes), [_NONE]]).astype(np.uint8)[classes]  # IGNORED is -1: the last row
 
 
 def write_labels(path: Path, classes: NDArray[np.integer], rule: LabelRule) -> None:
-    """A PNG of labels by the data's rule; up to 8 bits with a palette, so that viewers show colours."""
+    """Write a PNG of labels by the data's rule; 8-bit files get a palette, so that viewers show colours."""
     labels = rule.to_labels(classes)
     picture = Image.fromarray(labels)
     if labels.dtype == np.uint8:
@@ -70,7 +70,7 @@ def write_labels(path: Path, classes: NDArray[np.integer], rule: LabelRule) -> N
 def draw_overlay(
     image: Image.Image, classes: NDArray[np.integer], names: Sequence[str], opacity: float = 0.55
 ) -> Image.Image:
-    """The image, enlarged if small, under its classes' colours; a legend of those that occur, largest first."""
+    """Return the image, enlarged if small, overlaid with class colours, and a legend of its classes, largest first."""
     factor = enlargement(image)
     image = image.convert("RGB").resize((factor * image.width, factor * image.height), Image.Resampling.BICUBIC)
     classes = classes.repeat(factor, 0).repeat(factor, 1)
@@ -90,7 +90,7 @@ def draw_overlay(
 
 
 def _legend(rows: Sequence[tuple[str, float, NDArray[np.uint8]]], height: int) -> Image.Image:
-    # as many rows as fit at a size that can be read; a small picture gets a taller sheet
+    # the font stays readable; a small picture gets a taller sheet instead
     size = max(11, min(22, height // 24))
     font = ImageFont.load_default(size)
     line, margin = round(1.5 * size), size // 2
@@ -106,9 +106,9 @@ def _legend(rows: Sequence[tuple[str, float, NDArray[np.uint8]]], height: int) -
 
 
 def draw_worst(examples: Sequence[Example], names: Sequence[str], out: Path) -> None:
-    """A sheet with a row an image: the image, its truth, what was predicted, and where that was wrong.
+    """Draw a sheet with one row per image: the image, its truth, the prediction, and the wrong pixels.
 
-    Below it the names of the classes that occur, largest first.
+    The classes that occur are named below, largest first.
     """
     counts = np.zeros(len(names), int)
     for classes in (part for example in examples for part in (example.truth, example.predicted)):
@@ -133,7 +133,7 @@ def draw_worst(examples: Sequence[Example], names: Sequence[str], out: Path) -> 
         shown = np.asarray(photograph.convert("L").convert("RGB"), dtype=np.uint8).copy()
         shown[wrong] = _WRONG
         pictures = (example.image, *paints, shown)
-        titles = (example.name, "truth", "predicted", f"{example.right:.1f} % of the pixels right")
+        titles = (example.name, "truth", "predicted", f"{example.right:.1f} % of the pixels correct")
         for axes, picture, title in zip(row, pictures, titles, strict=True):
             if picture is not None:
                 axes.imshow(picture)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that runs and evaluations leave: learning curve, confusion matrix, right and wrong predictions."""
+"""Figures of runs and evaluations: learning curve, confusion matrix, correct and wrong predictions."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from sola_vision.engine.log import read_records
 
-# Okabe and Ito's colours: told apart by colour-blind readers and in print
+# Okabe and Ito's colours, distinguishable by colour-blind readers and in print
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
-_NAMES = 40  # along a side of a confusion matrix
-_FEW = 30  # points of a curve, each of which is marked; a single one would not be seen otherwise
+_NAMES = 40  # maximum number of class names along a side of a confusion matrix
+_FEW = 30  # curves with up to this many points get markers; a single point would be invisible otherwise
 
 
 def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
-    """Training loss and the metric of the held-out set over epochs, from a run's metrics.jsonl."""
+    """Draw the training loss and the metric of the held-out set over epochs, from a run's metrics.jsonl."""
     records = read_records(metrics)
     losses = [(r["epoch"], r["loss"]) for r in records if r["kind"] == "train" and r.get("loss") is not None]
     scores = [(r["epoch"], r[metric]) for r in records if r["kind"] == "eval" and r.get(metric) is not None]
@@ -36,19 +36,19 @@ def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
         right = left.twinx()
         right.plot(*zip(*scores, strict=True), color=VERMILION, marker="o", markersize=3)
         low, high = right.get_ylim()
-        right.set_ylim(max(low, 0.0), min(high, 100.5))  # room for a mark at 100 %, and no more
+        right.set_ylim(max(low, 0.0), min(high, 100.5))  # room for a marker at 100 %
         right.set_ylabel(f"{metric} on the held-out images, %", color=VERMILION)
         best = max(score for _, score in scores)
         right.set_title(f"best {metric} {best:.2f}", loc="right", fontsize=10)
-    # from the beginning, or a short run would be spread over tenths of an epoch
+    # start at epoch 0, or the axis of a short run would only span tenths of an epoch
     left.set_xlim(0, 1.03 * max((epoch for epoch, _ in losses + scores), default=1))
     figure.savefig(out, dpi=120)
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None:
-    """Rows are true classes, columns predicted ones, each row a share of 1; counts while they can be read.
+    """Draw true classes as rows and predicted classes as columns, each row normalised to 1; with counts if they fit.
 
-    Of very many classes every second, third ... has its name beside it.
+    With many classes only every second, third, ... is named.
     """
     counts = confusion.double().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -72,13 +72,13 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None
 
 
 def shortened(name: str, letters: int = 28) -> str:
-    """A name as matplotlib draws it, which leaves room for others beside it."""
+    """Return a class name cut to `letters` characters and escaped for matplotlib."""
     name = name if len(name) <= letters else f"{name[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
     return name.replace("$", r"\$")  # dollars would enclose a formula
 
 
 def draw_predictions(examples: Sequence[tuple[Image.Image, str, str, float]], out: Path, title: str) -> None:
-    """A sheet of (picture, true class, predicted class, confidence); wrong ones are framed."""
+    """Draw a sheet of (picture, true class, predicted class, confidence); wrong predictions are framed."""
     columns = min(8, max(1, len(examples)))
     rows = math.ceil(len(examples) / columns)
     figure = Figure(figsize=(1.75 * columns, 2.1 * rows + 0.5), layout="constrained")
@@ -88,8 +88,8 @@ def draw_predictions(examples: Sequence[tuple[Image.Image, str, str, float]], ou
     for axes, (picture, true, predicted, confidence) in zip(figure.axes, examples, strict=False):
         right = true == predicted
         axes.imshow(picture, interpolation="nearest" if max(picture.size) <= 64 else "antialiased")
-        says = f"{predicted} {100 * confidence:.0f} %"
-        text = says if right else f"{says}\nis {true}"
+        answer = f"{predicted} {100 * confidence:.0f} %"
+        text = answer if right else f"{answer}\nis {true}"
         axes.set_title(text, fontsize=8, color="black" if right else VERMILION)
         if not right:
             width, height = picture.size

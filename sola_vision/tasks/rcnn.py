@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's Mask R-CNN with the choices behind the numbers that papers report, where torchvision's differ.
+"""torchvision's Mask R-CNN, changed where it differs from the settings used for published results.
 
-# not in the paper: it says "Mask R-CNN, 1x schedule". Numbers of this kind come from MMDetection, whose choices are
-# taken here: RoIAlign with half-pixel alignment and as many samples as a bin needs, L1 loss on boxes, anchors at fixed
+# not in the paper: it says "Mask R-CNN, 1x schedule". Such results usually come from MMDetection, whose settings are
+# used here: RoIAlign with half-pixel alignment and as many samples as a bin needs, L1 loss on boxes, anchors at fixed
 # strides and not rounded, 1000 proposals in training as in testing, mask targets that are 0 or 1, heads that start
-# with small weights. Every class below is one of them, or says what else it is for.
+# with small weights. Every class below implements one of these, or states its other purpose.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from torchvision.ops import roi_align
 
 from sola_vision.data import DetectionConfig
 
-_CANONICAL = 56.0  # a box of so many pixels a side and its elders belong to level 0, of twice as many to level 1
+_CANONICAL = 56.0  # side in pixels of a box at level 0; it doubles with each level
 
 
 class AlignedRoIAlign(nn.Module):
-    """Boxes cut out of the level of the pyramid that their size belongs to: a tensor [boxes, C, size, size]."""
+    """RoIAlign of each box from the pyramid level that matches its size: a tensor [boxes, C, size, size]."""
 
     def __init__(self, size: int, strides: Sequence[int]) -> None:
         super().__init__()
@@ -40,16 +40,16 @@ class AlignedRoIAlign(nn.Module):
         out = maps[0].new_zeros((len(rois), maps[0].shape[1], *self.output_size))
         for level, (features_here, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.nonzero(levels == level).flatten()
-            # also of no boxes at all, so that every map takes part in every backward pass
+            # also without boxes, so that every map takes part in every backward pass
             cut = roi_align(features_here, rois[chosen], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
             out = out.index_copy(0, chosen, cut)
         return out
 
 
 class FixedAnchors(AnchorGenerator):
-    """Anchors of one size a level: scale times the stride, at each ratio (height by width), centred at multiples of
-    the stride. torchvision divides the image's size by the map's, which is another number wherever that does not
-    come out even.
+    """Anchors of one size per level: scale times stride, at each ratio (height / width), at multiples of the stride.
+
+    torchvision instead divides the image size by the map size, which differs from the stride if it is not a multiple.
     """
 
     def __init__(self, strides: Sequence[int], scale: float, ratios: Sequence[float]) -> None:
@@ -77,7 +77,7 @@ class FixedAnchors(AnchorGenerator):
 
 
 class FloatRPNHead(RPNHead):
-    """Boxes are computed in float32, whatever autocast does to the convolutions."""
+    """RPN head whose outputs are float32, so that boxes are computed in float32 under autocast."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         scores, deltas = super().forward(x)
@@ -85,7 +85,7 @@ class FloatRPNHead(RPNHead):
 
 
 class L1RegionProposals(RegionProposalNetwork):
-    """Region proposals whose boxes learn by L1, where torchvision has smooth L1 with beta 1/9."""
+    """Region proposals with an L1 loss on boxes, where torchvision uses smooth L1 with beta 1/9."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -93,14 +93,14 @@ class L1RegionProposals(RegionProposalNetwork):
         some_positive, some_negative = self.fg_bg_sampler(labels)
         positive = torch.nonzero(torch.cat(some_positive)).flatten()
         sampled = torch.cat((positive, torch.nonzero(torch.cat(some_negative)).flatten()))
-        deltas, wanted = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
-        box_loss = F.l1_loss(deltas, wanted, reduction="sum") / max(1, len(sampled))
+        deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        box_loss = F.l1_loss(deltas, targets, reduction="sum") / max(1, len(sampled))
         score_loss = F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], torch.cat(labels)[sampled])
         return score_loss, box_loss
 
 
 class L1RoIHeads(RoIHeads):
-    """The second stage: L1 on boxes, and masks that are compared with targets of 0 and 1."""
+    """The second stage, with an L1 loss on boxes and binary mask targets."""
 
     def forward(
         self,
@@ -150,9 +150,9 @@ class L1RoIHeads(RoIHeads):
 
 
 class Preparation(GeneralizedRCNNTransform):
-    """uint8 images normalised, resized in evaluation (training's come resized) and padded to multiples of 32 pixels.
+    """Normalise uint8 images, resize them in evaluation (in training the data does) and pad to multiples of 32 pixels.
 
-    What is found goes back to the pixels of the original; masks stay as they are, [n, 28, 28] over their boxes.
+    Boxes are scaled back to the pixels of the original; masks stay [n, 28, 28] over their boxes.
     """
 
     def __init__(self, config: DetectionConfig) -> None:
@@ -166,7 +166,7 @@ class Preparation(GeneralizedRCNNTransform):
         if self.training:
             return image, target
         size = self.config.resized(*image.shape[-2:])
-        # with antialiasing, as the training images are made; torchvision resizes without
+        # with antialiasing, as for training images; torchvision resizes without
         resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)
         return resized[0], target
 
@@ -184,7 +184,7 @@ class Preparation(GeneralizedRCNNTransform):
 def _box_losses(
     scores: Tensor, regression: Tensor, labels: list[Tensor], deltas: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the classes, and L1 of the true class's box over all that were sampled."""
+    """Return the cross-entropy over classes, and the L1 loss of the true class's box, averaged over all samples."""
     kinds = torch.cat(labels)
     positive = torch.nonzero(kinds > 0).flatten()
     own = regression.unflatten(1, (-1, 4))[positive, kinds[positive]]
@@ -193,15 +193,15 @@ def _box_losses(
 
 
 def _mask_loss(logits: Tensor, boxes: list[Tensor], owners: list[Tensor], kinds: Tensor, masks: list[Tensor]) -> Tensor:
-    """Binary cross-entropy of the true class's mask with the object's, cut out by the box."""
+    """Return the binary cross-entropy of the true class's mask with the object's mask, cropped to the box."""
     if not len(kinds):
         return logits.sum() * 0
     size = logits.shape[-1]
-    wanted = []
+    targets = []
     for some_boxes, some_owners, some_masks in zip(boxes, owners, masks, strict=True):
         if len(some_boxes):
             rois = torch.cat((some_owners[:, None].to(some_boxes), some_boxes), 1)
             cut = roi_align(some_masks[:, None].float(), rois, (size, size), 1.0, sampling_ratio=0, aligned=True)
-            wanted.append((cut[:, 0] >= 0.5).float())
+            targets.append((cut[:, 0] >= 0.5).float())
     chosen = logits[torch.arange(len(kinds), device=kinds.device), kinds]
-    return F.binary_cross_entropy_with_logits(chosen, torch.cat(wanted))
+    return F.binary_cross_entropy_with_logits(chosen, torch.cat(targets))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Semantic segmentation: cross-entropy of the head and the auxiliary head; one confusion matrix over the whole set.
 
-Intersection over union is computed once from the pixels of all images, never as a mean over images. A class that is
-nowhere, neither in the truth nor predicted, has none: `miou` is the mean over the other classes (mmsegmentation's and
-most papers' number), `miou_all` counts it as 0 (ADE20K's official script). Both are the same where every class occurs.
+Intersection over union is computed once from the pixels of all images, not as a mean over images. It is undefined for
+a class that is neither in the truth nor predicted: `miou` is the mean over the other classes (as in mmsegmentation and
+most papers), `miou_all` counts it as 0 (as in ADE20K's official script). Both are equal if every class occurs.
 """
 
 from collections.abc import Iterable
@@ -24,17 +24,18 @@ from sola_vision.tasks.inference import Inference
 class PixelCounts:
     """Pixels by (true class, predicted class), [classes, classes + 1]; the last column holds pixels without a class.
 
-    Pixels whose truth is IGNORED count nowhere, whatever is predicted there.
+    Pixels whose truth is IGNORED are not counted.
     """
 
     confusion: Tensor
 
     @classmethod
     def of(cls, num_classes: int) -> "PixelCounts":
+        """Return empty counts for `num_classes` classes."""
         return cls(torch.zeros(num_classes, num_classes + 1, dtype=torch.long))
 
     def add(self, predicted: Tensor, truth: Tensor) -> Tensor:
-        """Classes of pixels, predicted ones possibly IGNORED (= none); returns what they added to the matrix."""
+        """Add predicted and true classes; a prediction may be IGNORED (no class). Return the counts that were added."""
         num_classes = len(self.confusion)
         counted = truth != IGNORED
         columns = torch.where(predicted == IGNORED, num_classes, predicted.long())[counted]
@@ -44,44 +45,44 @@ class PixelCounts:
         return counts
 
     def reduced(self, device: torch.device) -> "PixelCounts":
-        """The sum over all processes; in integers, because a large set has more pixels than float64 tells apart."""
+        """Return the sum over all processes, in integers, because float32 cannot count that many pixels exactly."""
         return PixelCounts(all_reduce_sum(self.confusion.to(device)).cpu())
 
     @property
     def pixels(self) -> NDArray[np.int64]:
-        """Pixels of each class in the truth."""
+        """The number of pixels of each class in the truth."""
         return self.confusion.sum(1).numpy()
 
     @property
     def iou(self) -> NDArray[np.float64]:
-        """Of each class, a share of 1; nan where it is neither in the truth nor predicted."""
-        right, named = self._right, self.confusion[:, :-1].sum(0).numpy()
-        return _divided(right, self.pixels + named - right)
+        """Intersection over union of each class, from 0 to 1; nan for a class neither in the truth nor predicted."""
+        correct, predicted = self._correct, self.confusion[:, :-1].sum(0).numpy()
+        return _divided(correct, self.pixels + predicted - correct)
 
     @property
     def accuracy(self) -> NDArray[np.float64]:
-        """The share of each class's pixels that got it; nan where the truth has none."""
-        return _divided(self._right, self.pixels)
+        """The share of each class's pixels that are predicted correctly; nan for a class not in the truth."""
+        return _divided(self._correct, self.pixels)
 
     @property
     def precision(self) -> NDArray[np.float64]:
-        """The share of the pixels that got a class and are of it; nan where none got it."""
-        return _divided(self._right, self.confusion[:, :-1].sum(0).numpy())
+        """The share of the pixels predicted as a class that belong to it; nan for a class never predicted."""
+        return _divided(self._correct, self.confusion[:, :-1].sum(0).numpy())
 
     @property
     def metrics(self) -> dict[str, float]:
-        """In percent: miou and mean_accuracy over the classes that have one, miou_all with 0 for the others."""
+        """Metrics in percent: miou and mean_accuracy over the classes that have a value, miou_all with 0 for others."""
         iou, accuracy = self.iou, self.accuracy
         return {
             "miou": 100 * _mean(iou[~np.isnan(iou)]),
             "miou_all": 100 * _mean(np.nan_to_num(iou)),
             "mean_accuracy": 100 * _mean(accuracy[~np.isnan(accuracy)]),
-            "pixel_accuracy": 100 * _mean(_divided(self._right.sum(keepdims=True), self.pixels.sum(keepdims=True))),
+            "pixel_accuracy": 100 * _mean(_divided(self._correct.sum(keepdims=True), self.pixels.sum(keepdims=True))),
             "classes_present": float((~np.isnan(iou)).sum()),
         }
 
     @property
-    def _right(self) -> NDArray[np.int64]:
+    def _correct(self) -> NDArray[np.int64]:
         return self.confusion.diagonal().numpy()
 
 
@@ -98,10 +99,10 @@ class Segmentation:
         self.inference = inference or Inference()
 
     def check_batch(self, size: int) -> None:
-        """Refuses what BatchNorm cannot normalise; a command line asks before it writes anything."""
+        """Raise ValueError if a batch is too small for BatchNorm. Commands call this before they write files."""
         if size < 2:
             raise ValueError(
-                f"a batch of {size} image a process: the 1x1 pooling of UPerNet needs two for its BatchNorm; "
+                f"batch size per process must be at least 2 for BatchNorm in UPerNet's 1x1 pooling (got {size}); "
                 "raise train.batch_size or lower train.accumulate"
             )
 
@@ -117,30 +118,30 @@ class Segmentation:
         return self.count(model, batches).metrics
 
     def count(self, model: nn.Module, batches: Iterable[Any]) -> PixelCounts:
-        """The confusion over this process's batches, summed over all processes."""
+        """Return the pixel counts over this process's batches, summed over all processes."""
         counts = PixelCounts.of(self.num_classes)
         for batch in batches:
-            for image, classes in batch:  # one by one, because each has its own size
+            for image, classes in batch:  # one by one, because sizes differ
                 counts.add(self.inference(model, image, (classes.shape[0], classes.shape[1])), classes)
         return counts.reduced(next(model.parameters()).device)
 
 
 def listed(samples: list[Any]) -> list[Any]:
-    """The collate function of evaluation: images of any size side by side."""
+    """Collate function of evaluation: return the list of samples, as images differ in size."""
     return samples
 
 
 def share_right(predicted: Tensor, truth: Tensor) -> float:
-    """Percent of an image's counted pixels that got their class; nan where none counts."""
+    """Return the percentage of an image's pixels, without ignored ones, that are correct; nan if none remain."""
     counted = truth != IGNORED
     pixels = int(counted.sum())
     return 100 * int((counted & (predicted == truth)).sum()) / pixels if pixels else float("nan")
 
 
 def _cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Mean over the pixels that count. A batch without any gives 0, where torch's mean would be no number."""
+    """Return the mean over pixels that are not ignored; 0 for a batch without any, where torch's mean is nan."""
     total = nn.functional.cross_entropy(logits.float(), classes.long(), ignore_index=IGNORED, reduction="sum")
-    # not in the paper: a mean over the pixels that count, as torch's; mmsegmentation divides by all of them
+    # not in the paper: a mean over the pixels that are not ignored, as in torch; mmsegmentation divides by all pixels
     return total / (classes != IGNORED).sum().clamp(min=1)
 
 

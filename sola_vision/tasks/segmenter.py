@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A segmentation network from its configuration, from a classifier's checkpoint, or from its own."""
+"""Segmentation networks built from a configuration, a classifier's checkpoint or a segmentation checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from sola_vision.tasks.model import (
 from sola_vision.tasks.pyramid import create_body
 from sola_vision.tasks.upernet import UPerNet, UPerNetConfig
 
-_ANY = (45, 67)  # pixels that no stride divides: images are evaluated at their own size
+_ANY = (45, 67)  # test size of the backbone that no stride divides, because images are evaluated at any size
 
 
 @dataclass(frozen=True)
 class SegmentationCheckpoint:
-    """A trained segmentation network and what its file says about it."""
+    """A trained segmentation network with the metadata of its file."""
 
     model: UPerNet
     name: str
@@ -36,11 +36,12 @@ class SegmentationCheckpoint:
 
     @property
     def rule(self) -> LabelRule:
+        """The rule that maps labels to classes."""
         return LabelRule(len(self.classes), self.image.ignore)
 
 
 def build_segmenter(model: ModelConfig, head: UPerNetConfig, num_classes: int, image_size: int) -> UPerNet:
-    """The network with fresh weights, the backbone's position grid laid out for `image_size`."""
+    """Return a newly initialised network with a position grid for `image_size`."""
     return _create(model.name, head, num_classes, network_changes(model, image_size))
 
 
@@ -52,15 +53,18 @@ def _create(name: str, head: UPerNetConfig, num_classes: int, changes: dict[str,
 
 
 def backbone_of(model: UPerNet) -> nn.Module:
-    """timm's network inside, whose configuration a checkpoint carries."""
+    """Return timm's network inside, whose configuration is stored in a checkpoint."""
     return model.backbone.network
 
 
 def load_segmenter(path: str | Path) -> SegmentationCheckpoint:
-    """A segmentation checkpoint of ours, or a run's folder (its best weights), ready for evaluation."""
+    """Load a segmentation checkpoint of this package, from a file or a run's folder (its best weights), for evaluation.
+
+    Raise FileNotFoundError or ValueError if it is missing, damaged, or written by another program or for another task.
+    """
     path, values = read_description(path)
     if values["task"] != "segmentation":
-        raise ValueError(f"{path} is of the task {values['task']!r}: a segmentation checkpoint is needed here")
+        raise ValueError(f"{path} is a checkpoint of the task {values['task']!r}: use a segmentation checkpoint")
     try:
         image = read_settings(SegmentationConfig, values["image"])
         head = read_settings(UPerNetConfig, values["segmenter"])
@@ -74,9 +78,9 @@ def load_segmenter(path: str | Path) -> SegmentationCheckpoint:
 
 
 def start_segmenter(model: UPerNet, path: str | Path, classes: Sequence[str], drop_bridges: bool) -> str:
-    """Start from a classifier's weights, or from a whole segmentation checkpoint; returns what happened, in one line.
+    """Initialise `model` from a classifier's or a segmentation checkpoint; return a one-line description.
 
-    Of the latter the classifiers stay fresh where the classes differ.
+    From the latter, the output layers are newly initialised if the classes differ.
     """
     path = weights_file(path)
     stored = read_weights(path)
@@ -89,6 +93,6 @@ def start_segmenter(model: UPerNet, path: str | Path, classes: Sequence[str], dr
         stored |= {name: own[name] for name in fresh}
     report = LoadReport.of(own, stored)
     if report:
-        raise ValueError(f"{path} does not fit the network: {report}; start from a checkpoint of the same network")
+        raise ValueError(f"{path} does not fit the network: {report}; use a checkpoint of the same network")
     model.load_state_dict(stored)
-    return f"weights from {path}" + (f" ({', '.join(fresh)} fresh, the classes differ)" if fresh else "")
+    return f"weights from {path}" + (f" ({', '.join(fresh)} newly initialised, the classes differ)" if fresh else "")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UPerNet (Xiao et al. 2018) over a pyramid of four maps, as mmsegmentation has it, with an auxiliary FCN head.
+"""UPerNet (Xiao et al. 2018) over a pyramid of four maps, as in mmsegmentation, with an auxiliary FCN head.
 
     maps at strides 4, 8, 16, 32 -> pyramid pooling (1, 2, 3, 6) on the last, 1x1 laterals, top-down sums,
-    3x3 convolutions -> all at stride 4, side by side -> 3x3 fusion -> 1x1 classifier -> logits at the image's size
+    3x3 convolutions -> concatenation at stride 4 -> 3x3 fusion -> 1x1 classifier -> logits at the image size
 
-# not in the paper: all of the head but its name. mmsegmentation's is what the paper's numbers are compared with;
-# tests/tasks/test_upernet.py holds it to Hugging Face's port with copied weights, to the last bit.
+# not in the paper: all of the head but its name. This is mmsegmentation's, with which the paper's numbers are compared;
+# tests/tasks/test_upernet.py checks bit-equality with Hugging Face's port, with copied weights.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ _POOLS = (1, 2, 3, 6)
 
 @dataclass(kw_only=True)
 class UPerNetConfig:
-    """The head of a segmentation network, and how it treats its backbone.
+    """Settings of the head of a segmentation network, and of how its backbone is trained.
 
     Args:
-        channels: width of the head.
-        dropout: of whole channels before the classifiers, while training.
-        auxiliary_channels: width of the auxiliary head on the stride-16 map, which only trains.
-        auxiliary_weight: of its loss beside the main one; 0 = no auxiliary head.
-        drop_bridges: start from a checkpoint with bridges although this network has none; they are left out.
-        frozen_stages: stages of the backbone whose weights stay as they are, the stem with them.
-        checkpointing: compute the backbone's layers again in the backward pass instead of keeping what they made.
+        channels: channels of the head.
+        dropout: dropout rate of whole channels before the classifiers, in training.
+        auxiliary_channels: channels of the auxiliary head on the stride-16 map, used only in training.
+        auxiliary_weight: weight of the auxiliary loss relative to the main loss; 0 = no auxiliary head.
+        drop_bridges: leave out the bridges of the checkpoint that training starts from.
+        frozen_stages: number of stages that, with the stem, keep their initial weights; 0 = all are trained.
+        checkpointing: recompute the backbone's activations in the backward pass instead of keeping them.
     """
 
     channels: int = 512
@@ -53,7 +53,7 @@ class UPerNetConfig:
 
 
 class UPerNet(nn.Module):
-    """image [B, 3, H, W] -> logits [B, classes, H, W]; while training also the auxiliary head's, in a tuple."""
+    """image [B, 3, H, W] -> logits [B, classes, H, W]; in training a tuple with the auxiliary head's logits."""
 
     def __init__(self, body: nn.Module, num_classes: int, config: UPerNetConfig) -> None:
         super().__init__()
@@ -79,14 +79,16 @@ class UPerNet(nn.Module):
         return logits
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's groups for layer-wise decay: the backbone's; the heads use the full rate."""
         return self.backbone.group_matcher("backbone")
 
     def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters without weight decay."""
         return self.backbone.no_weight_decay("backbone")
 
 
 class UPerHead(nn.Module):
-    """Maps [B, C_i, H_i, W_i], finest first -> logits [B, classes, H_0, W_0]."""
+    """UPerNet's head: maps [B, C_i, H_i, W_i], finest first -> logits [B, classes, H_0, W_0]."""
 
     def __init__(self, in_channels: Sequence[int], channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One map [B, C, H, W] -> logits [B, classes, H, W]; while training it makes the backbone's middle tell classes."""
+    """The auxiliary head, which supervises the third map in training: [B, C, H, W] -> logits [B, classes, H, W]."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -127,7 +129,7 @@ class FCNHead(nn.Module):
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution without bias, BatchNorm, ReLU, at the same size."""
+    """Convolution without bias, BatchNorm, ReLU; the size does not change."""
 
     def __init__(self, in_channels: int, channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -146,7 +148,7 @@ def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """x [B, C, H, W] at the height and width of `like`."""
+    """Return x [B, C, H, W] resized to the height and width of `like`."""
     size = (like.shape[-2], like.shape[-1])
     if x.shape[-2:] == size:
         return x

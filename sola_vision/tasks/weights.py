@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights with all that belongs to them: `save_pretrained` writes a folder, `load` gives a network back, as it was or
-for other classes, channels and image sizes. What does not fit is never passed over in silence.
+"""Weights with their description: `save_pretrained` writes a folder, `load` restores the network, unchanged or adapted
+to other classes, channels and image sizes. Every mismatch is reported.
 
 A folder holds `model.safetensors`, whose metadata has the network, its classes and its image settings, and
-`config.json`, which says the same to timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+`config.json`, the same for timm: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 """
 
 import logging
@@ -41,7 +41,7 @@ _log = logging.getLogger("sola_vision")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained network and what its file says about it."""
+    """A trained network with the metadata of its file."""
 
     model: nn.Module
     task: str
@@ -53,27 +53,27 @@ class Checkpoint:
 def save_pretrained(
     model: nn.Module, folder: str | Path, *, classes: Sequence[str] | None = None, image: ImageConfig | None = None
 ) -> None:
-    """Write a classifier or backbone with its configuration, classes and image settings, each file at once or not.
+    """Write a classifier or backbone with its configuration, classes and image settings; each file atomically.
 
-    classes: a name for each output; without them those that it was loaded with, or numbers.
-    image: how pictures are prepared for it; without it as it was loaded, or as timm says of its name.
-    Raises ValueError for what does not fit together or was pruned, OSError where it cannot be written.
+    classes: a name for each output; default: the names it was loaded with, or numbers.
+    image: preprocessing of its images; default: the settings it was loaded with, or timm's for its name.
+    Raise ValueError if the arguments do not match or the network was pruned, OSError if it cannot be written.
     """
     folder = Path(folder)
     if folder.suffix == ".safetensors" or folder.is_file():
-        raise ValueError(f"{folder}: save_pretrained writes a folder, not a file: name a folder")
+        raise ValueError(f"{folder}: save_pretrained writes a folder, not a file: give the path of a folder")
     if (folder / "best.safetensors").exists():
-        raise ValueError(f"{folder} is the folder of a run, whose best.safetensors goes first: name another folder")
+        raise ValueError(f"{folder} is the folder of a run, whose best.safetensors is loaded first: use another folder")
     name, cfg = _identity(model)
     _check_whole(model)
     arguments = network_arguments(model)
     count: int = getattr(model, "num_classes", 0)
     known = cfg.get("label_names") or ()
-    if len(known) != count:  # of a head that was replaced
+    if len(known) != count:  # the head was replaced
         known = map(str, range(count))
     names = list(known if classes is None else classes)
     if len(names) != count or len(set(names)) != count or not all(isinstance(label, str) for label in names):
-        raise ValueError(f"classes: {count} different names are needed, one for each output, not {names!r:.80}")
+        raise ValueError(f"classes must be {count} different names, one for each output (got {names!r:.80})")
     image = image or _image(model, cfg)
     about = metadata("classification", ModelConfig(name=name), image, names, model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,105 +100,107 @@ def load(
     partial: bool = False,
     **changes: Any,
 ) -> nn.Module:
-    """The network of a folder that save_pretrained, `sola train` or timm wrote, of a file in it, or of Vision-RWKV's.
+    """Load a network from a folder written by save_pretrained, `sola train` or timm, a file in it, or Vision-RWKV's.
 
-    It is ready for evaluation. What was adapted, missing, unexpected or resized is logged and is its `.load_report`;
-    `.pretrained_cfg` has its classes and image settings, where timm looks for them.
+    It is in evaluation mode. Adapted, missing, unexpected and resized tensors are logged and stored as `.load_report`;
+    `.pretrained_cfg` holds its classes and image settings, as timm expects.
 
-    num_classes, classes: another number of outputs, or other names; the head is kept where the names stay, else fresh.
-    in_chans: other input channels, for which the stem's weights are summed or repeated, as timm does.
-    img_size: pixels a side of the images it will see; the position embedding is interpolated.
-    partial: take what fits where the rest does not, instead of a ValueError.
-    changes: other fields of the network, such as drop_path_rate, bridges, or eq9 of Vision-RWKV's.
-    Raises FileNotFoundError or ValueError with one line for what is missing, damaged, unsafe or does not fit.
+    num_classes, classes: another number of outputs, or other names; unless the names match, the head is initialised.
+    in_chans: other input channels, for which the stem's weights are summed or repeated, as in timm.
+    img_size: side in pixels of its images; the position embedding is interpolated.
+    partial: load the tensors that match and report the others, instead of a ValueError.
+    changes: other fields of the network, such as drop_path_rate, bridges, or eq9 of Vision-RWKV.
+    Raise FileNotFoundError or ValueError if something is missing, damaged, unsafe or does not match.
     """
     options = {"in_chans": in_chans, "img_size": img_size, **changes}
-    asked = {key: value for key, value in options.items() if value is not None}
-    return _load(path, num_classes, classes, asked, partial).model
+    requested = {key: value for key, value in options.items() if value is not None}
+    return _load(path, num_classes, classes, requested, partial).model
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """A classifier for the commands, which read images of three channels, with nothing adapted.
+    """Load a classifier for the commands, which read images of three channels, without adapting it.
 
-    Raises FileNotFoundError or ValueError with one line if it is missing, damaged or of another program or task.
+    Raise FileNotFoundError or ValueError if it is missing, damaged, or written by another program or for another task.
     """
     checkpoint = _load(path)
     if not checkpoint.classes:
-        raise ValueError(f"{path} is a backbone without a head: a classifier is needed here")
+        raise ValueError(f"{path} is a backbone without a head: use a checkpoint of a classifier")
     channels = getattr(checkpoint.model, "in_chans", 3)
     if channels != 3:
-        raise ValueError(f"{path} takes images of {channels} channels: pictures are read as three, RGB")
+        raise ValueError(f"{path} takes images of {channels} channels, but images are read as RGB: use 3 channels")
     return checkpoint
 
 
 def initialise(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> str:
-    """Start from a checkpoint's weights; returns what happened, in one line.
+    """Initialise `model` from a checkpoint's weights; return a one-line description.
 
-    The head stays fresh where the number of classes differs, or their names if `classes` tells them; a position
-    embedding of another size is interpolated; anything else that does not fit is a ValueError.
+    The head is newly initialised if the number of classes differs, or their names if `classes` is given; a position
+    embedding of another size is interpolated. Raise ValueError if anything else does not match.
     """
     path = weights_file(path)
     stored = read_weights(path)
-    told = _stored_classes(path)
-    same = None if classes is None or told is None else told == list(classes)
+    saved = _stored_classes(path)
+    same = None if classes is None or saved is None else saved == list(classes)
     weights, adapted = adapt(model, stored, same)
     try:
         take_weights(model, weights, path)
     except ValueError as error:
-        raise ValueError(f"{str(error).partition(';')[0]}; start from a checkpoint of the same network") from None
+        raise ValueError(f"{str(error).partition(';')[0]}; use a checkpoint of the same network") from None
     return f"weights from {path}" + (f" ({', '.join(adapted)})" if adapted else "")
 
 
 def adapt(
     model: nn.Module, stored: Mapping[str, Tensor], same_classes: bool | None
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Stored weights as `model` needs them, and what had to be changed: the grid of the position embedding, the stem's
-    channels, and the head, which stays fresh for other classes; same_classes None: for another number of them.
+    """Return stored weights adapted to `model`, and a note on each change.
+
+    The grid of the position embedding and the stem's channels are adapted, and the head is newly initialised for other
+    classes; if same_classes is None, for another number of them.
     """
     own = model.state_dict()
     cfg = getattr(model, "pretrained_cfg", {})
     weights = renamed(stored) if is_published(stored) else dict(stored)
-    said = []
-    here, there = own.get("position.weight"), weights.get("position.weight")
-    if here is not None and there is not None and here.shape != there.shape and here.shape[:-2] == there.shape[:-2]:
-        weights["position.weight"] = resize_position(there, here.shape[-2:])
-        said.append(f"position embedding {_grid(there)} interpolated to {_grid(here)}")
+    notes = []
+    new, old = own.get("position.weight"), weights.get("position.weight")
+    if new is not None and old is not None and new.shape != old.shape and new.shape[:-2] == old.shape[:-2]:
+        weights["position.weight"] = resize_position(old, new.shape[-2:])
+        notes.append(f"position embedding {_grid(old)} interpolated to {_grid(new)}")
     for first in (f"{module}.weight" for module in _modules(cfg.get("first_conv"))):
-        here, there = own.get(first), weights.get(first)
-        if here is not None and there is not None and _but_for_channels(here) == _but_for_channels(there):
-            inputs, outputs = there.shape[1], here.shape[1]
+        new, old = own.get(first), weights.get(first)
+        if new is not None and old is not None and _without_inputs(new) == _without_inputs(old):
+            inputs, outputs = old.shape[1], new.shape[1]
             if inputs != outputs:
-                weights[first] = adapt_input_conv(outputs, there, base_chans=inputs)
-                said.append(f"{first} from {inputs} to {outputs} channels")
+                weights[first] = adapt_input_conv(outputs, old, base_chans=inputs)
+                notes.append(f"{first} from {inputs} to {outputs} channels")
     heads = tuple(f"{module}." for module in _modules(cfg.get("classifier")))
     for name in [name for name in (*own, *weights) if name.startswith(heads) and not same_classes]:
         if name not in own:
             del weights[name]
-            said.append(f"{name} left out")
+            notes.append(f"{name} left out")
         elif same_classes is False or (name in weights and own[name].shape != weights[name].shape):
             weights[name] = own[name]
-            said.append(f"{name} {_size(own[name])} fresh")
-    return weights, tuple(dict.fromkeys(said))
+            notes.append(f"{name} {_size(own[name])} newly initialised")
+    return weights, tuple(dict.fromkeys(notes))
 
 
 def _load(
     path: str | Path,
     num_classes: int | None = None,
     classes: Sequence[str] | None = None,
-    asked: Mapping[str, Any] | None = None,
+    requested: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> Checkpoint:
     path, values = read_description(path)
     saved, image = _settings(path, values)
     name, network = read_network(path, values)
     known = own_fields(name) | STANDARD
-    changes = dict(asked or {})
+    changes = dict(requested or {})
     if unknown := sorted(set(changes) - known):
-        raise ValueError(f"{name} has no {', '.join(unknown)}: what can be changed is {', '.join(sorted(known))}")
+        raise ValueError(f"{name} has no {', '.join(unknown)}: use one of {', '.join(sorted(known))}")
     names = _names(saved, num_classes, classes)
     image = replace(image, size=changes.get("img_size", image.size))
     if not own_fields(name):
-        changes.pop("img_size", None)  # create_network gives it to those that want it
+        changes.pop("img_size", None)  # create_network passes it to networks that need it
     model: Any = create_network(name, len(names), image.size, network | changes)
     weights, adapted = adapt(model, read_weights(path), names == saved)
     report = replace(take_weights(model, weights, path, partial=partial), adapted=adapted)
@@ -210,11 +212,11 @@ def _load(
 
 
 def _settings(path: Path, values: Mapping[str, Any]) -> tuple[list[str], ImageConfig]:
-    """Classes and image settings of a classifier."""
+    """Return the classes and image settings of a classifier."""
     if values["task"] != "classification":
         raise ValueError(
-            f"{path} is of the task {values['task']!r}: a checkpoint of a classifier is needed here; "
-            "sola_vision.tasks.segmenter.load_segmenter and sola_vision.tasks.detector.load_detector read the others"
+            f"{path} is a checkpoint of the task {values['task']!r}: use a checkpoint of a classifier, or "
+            "sola_vision.tasks.segmenter.load_segmenter or sola_vision.tasks.detector.load_detector"
         )
     try:
         return [str(label) for label in values["classes"]], read_settings(ImageConfig, values["image"])
@@ -225,15 +227,15 @@ def _settings(path: Path, values: Mapping[str, Any]) -> tuple[list[str], ImageCo
 def _names(saved: list[str], num_classes: int | None, classes: Sequence[str] | None) -> list[str]:
     if classes is not None:
         if num_classes not in (None, len(classes)):
-            raise ValueError(f"num_classes={num_classes} beside {len(classes)} classes: give one of them")
+            raise ValueError(f"num_classes={num_classes} does not match {len(classes)} classes: use one of the two")
         return [str(label) for label in classes]
     if num_classes is not None and num_classes < 0:
-        raise ValueError(f"num_classes={num_classes} must not be negative; 0 leaves the head out")
+        raise ValueError(f"num_classes={num_classes} must not be negative; use 0 for no head")
     return saved if num_classes in (None, len(saved)) else [str(index) for index in range(num_classes)]
 
 
 def _stored_classes(path: Path) -> list[str] | None:
-    """The classes that a file tells; bare weights tell none."""
+    """Return the classes stored with a file, or None for bare weights."""
     try:
         classes = read_description(path)[1]["classes"]
     except ValueError:
@@ -242,15 +244,17 @@ def _stored_classes(path: Path) -> list[str] | None:
 
 
 def _identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The network's name in timm's registry, and what timm says of it."""
+    """Return the network's name in timm's registry and its pretrained_cfg."""
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture")
     if name is None and isinstance(model, SolaVision | VisionRwkv):
-        # built without a name: any of the family does, since every field is kept
+        # built without a name: any name of the family works, because every field is stored
         name = "sola_tiny" if isinstance(model, SolaVision) else "vrwkv_tiny"
         cfg = timm.get_pretrained_cfg(name).to_dict()
     if name is None or not timm.is_model(name):
-        raise ValueError(f"{type(model).__name__} is not in timm's registry, so that its name could bring it back")
+        raise ValueError(
+            f"{type(model).__name__} is not in timm's registry, so load could not build it: save its state_dict"
+        )
     strange = sorted(set(getattr(model, "_model_args", {})) - STANDARD - {"drop_rate"}) if not own_fields(name) else []
     if strange:
         raise ValueError(f"{name} was built with {', '.join(strange)}: save it with timm's save_for_hf")
@@ -258,7 +262,7 @@ def _identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Refuses a network of ours whose modules are no longer those of its config, by which it would be built again."""
+    """Raise ValueError if a network of this package no longer has the modules that its config builds."""
     if not isinstance(model, SolaVision | VisionRwkv):
         return
     kind: Any = type(model)
@@ -269,13 +273,13 @@ def _check_whole(model: nn.Module) -> None:
     differing = sorted(name for name in own.keys() | built.keys() if own.get(name) != built.get(name))
     if differing:
         raise ValueError(
-            f"{len(differing)} parameters, {differing[0]} first, are not those that the network's config builds: it "
-            "was pruned or changed; save its weights alone, with safetensors.torch.save_model"
+            f"{len(differing)} parameters, {differing[0]} first, do not match the network's config: it "
+            "was pruned or changed; save only its weights, with safetensors.torch.save_model"
         )
 
 
 def _image(model: nn.Module, cfg: Mapping[str, Any]) -> ImageConfig:
-    """How timm says that pictures are prepared; a network that was not loaded is as large as it was built."""
+    """Return timm's image settings; the size of a network that was not loaded is the one it was built with."""
     size = cfg["input_size"][-1]
     if not hasattr(model, "load_report"):
         size = network_arguments(model).get("img_size", size)
@@ -285,7 +289,7 @@ def _image(model: nn.Module, cfg: Mapping[str, Any]) -> ImageConfig:
 
 
 def _described(model: nn.Module, image: ImageConfig, names: list[str]) -> dict[str, Any]:
-    """The same in timm's words."""
+    """Return classes and image settings under timm's names."""
     return {
         "input_size": (getattr(model, "in_chans", 3), image.size, image.size),
         "mean": image.mean,
@@ -298,11 +302,12 @@ def _described(model: nn.Module, image: ImageConfig, names: list[str]) -> dict[s
 
 
 def _modules(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """timm names one module, several (two heads, or streams of the stem), or none."""
+    """Return timm's module names, which may be one, several (two heads, or streams of the stem) or none, as a tuple."""
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
-def _but_for_channels(weight: Tensor) -> tuple[int, ...]:
+def _without_inputs(weight: Tensor) -> tuple[int, ...]:
+    """Return the shape of a convolution's weight without its input channels."""
     return (*weight.shape[:1], *weight.shape[2:])
 
 

@@ -54,7 +54,7 @@ FIELDS = [
     (["--train.strategy", "fsdp"], ["fsdp", "torchrun"]),
     (["--image.mixup", "0.5"], ["batch of 7", "image.mixup 0"]),
     (["--image.size", "0"], [": --image.size=0"]),
-    (["--image.scale", "[0.5,0.2]"], ["--image.scale (0.5, 0.2)"]),
+    (["--image.scale", "[0.5,0.2]"], ["--image.scale=(0.5, 0.2)"]),
     (["--image.mean", "[1,2]"], ["--image.mean", "3 elements"]),
     (["--image.auto_augment", "strong"], ["auto_augment strong"]),
     (["--model.dims", "1,2"], ["--model.dims", "1,2", "[int, int, ...]"]),
@@ -162,7 +162,9 @@ def test_train_refuses_folder(refused, tmp_path, data):
 
 def test_one_class_is_no_training_set_but_can_be_evaluated(refused, sola, tmp_path, trained):
     write_images(tmp_path / "single", ["bee"])
-    refused(*TINY, "--data", "single", "--out", "run", names=["single", "'bee' is its only class", "beside train/bee/"])
+    refused(
+        *TINY, "--data", "single", "--out", "run", names=["single", "'bee' is its only class", "next to train/bee/"]
+    )
     said = sola("eval", "--checkpoint", trained, "--data", "single", "--out", "out", "--workers", 0, "--json")
     assert json.loads(said.out)["images"] == 1
 
@@ -354,7 +356,7 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_good_state(sola, tmp_pa
     said = sola(*_train(data, "--train.epochs", 2))
     assert (said.code, said.out) == (1, "")
     last = said.err.splitlines()[-1]
-    assert all(text in last for text in ("nan", "epoch 2", "step 9", "last good state, of step 6"))
+    assert all(text in last for text in ("nan", "epoch 2", "step 9", "last good state, from step 6"))
     for name in ("best.safetensors", "last/state.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / name).values())
     monkeypatch.undo()

@@ -114,7 +114,7 @@ def test_init_with_other_classes_and_size_says_so(sola, tmp_path, trained):
     assert said.code == 0
     line = next(line for line in said.err.splitlines() if str(best) in line)
     assert "position embedding 8x8 interpolated to 12x12" in line
-    assert "head.fc.weight 3x32 fresh" in line
+    assert "head.fc.weight 3x32 newly initialised" in line
     before, after = load_file(best), load_file(tmp_path / "run" / "best.safetensors")
     assert torch.allclose(before["stem.proj.weight"], after["stem.proj.weight"], atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_init_with_as_many_other_classes_starts_with_a_fresh_head(sola, tmp_path
     write_images(tmp_path / "birds", [f"bird {n}" for n in range(7)], train=1)
     said = sola(*TINY, "--data", "birds", "--out", "run", "--init", trained)
     assert said.code == 0
-    assert "head.fc.weight 7x32 fresh" in said.err
+    assert "head.fc.weight 7x32 newly initialised" in said.err
 
 
 # resuming ------------------------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def test_help_explains(sola, capsys, verb):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["train", "few_images"], ["pixels a side of training crops", "alpha of Mixup"]),
+        (["train", "few_images"], ["side in pixels of training crops", "alpha of Mixup"]),
         (["bench", "op"], ["Measure the operator", "rounds of measuring (default: 7)"]),
         (["bench", "model"], ["Measure networks", "images at once (default: 1)"]),
         (["eval"], ["sees at once (default: 64)", "(default: auto)"]),

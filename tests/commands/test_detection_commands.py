@@ -184,7 +184,7 @@ def test_masks_that_are_unusable_are_said_and_cost_boxes_nothing(sola, caplog, t
     (tmp_path / "both.json").write_text(json.dumps([a | b for a, b in zip(boxes, results, strict=True)]))
     said = sola("eval", "--results", "both.json", "--annotations", "truth.json", "--out", "again", "--json")
     assert said.code == 0, said.err
-    assert "scoring leaves out 1 of" in caplog.text
+    assert "scoring skips 1 of" in caplog.text
     result = json.loads(said.out)
     assert result["bbox"] == json.loads((tmp_path / "eval" / "eval.json").read_text())["bbox"]
     assert "segm" in result
@@ -262,8 +262,8 @@ def test_wrong_options_are_one_line(refused, scenes, detector):
     refused("eval", "--checkpoint", detector, names=["--data", "detector"])
     refused("eval", "--checkpoint", detector, "--data", scenes, "--split", "dev", names=["split dev"])
     refused("eval", "--checkpoint", detector, "--data", scenes, "--max-dets", 0, names=["--max-dets 0"])
-    refused("eval", "--checkpoint", detector, "--data", scenes, "--size", 0, names=["size 0", "at least 32"])
-    refused("predict", scenes / "val", "--checkpoint", detector, "--size", 0, names=["size 0", "at least 32"])
+    refused("eval", "--checkpoint", detector, "--data", scenes, "--size", 0, names=["size=0", "at least 32"])
+    refused("predict", scenes / "val", "--checkpoint", detector, "--size", 0, names=["size=0", "at least 32"])
     refused("eval", "--checkpoint", detector, "--data", scenes, "--type", "segm", names=["--type", "--results"])
     refused("eval", "--results", "nowhere.json", names=["--annotations"])
     refused("eval", "--results", "nowhere.json", "--annotations", truth, names=["nowhere.json"])

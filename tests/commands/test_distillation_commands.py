@@ -107,7 +107,7 @@ def test_a_run_goes_on_with_its_teacher_only(sola, tmp_path, data, taught, train
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     said = sola("train", "--resume", "--out", "run", "--teacher.checkpoint", "other", "--train.epochs", 3)
     assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
-    assert "not those that the run began with" in said.err
+    assert "not those that the run was started with" in said.err
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
     # the same teacher from another place is the same teacher
     shutil.copytree(trained, tmp_path / "moved")
@@ -122,7 +122,7 @@ def test_a_teacher_of_other_classes_teaches_its_maps(sola, tmp_path, data):
     assert said.code == 0
     notes = [line for line in said.err.splitlines() if "only its feature maps are learned" in line]
     assert notes == [
-        "7 of the data's 7 classes are not the teacher's, such as 'ant': only its feature maps are learned"
+        "7 of the data's 7 classes are not among the teacher's, such as 'ant': only its feature maps are learned"
     ]
     step = _records(tmp_path / "run")[0]
     assert "targets" not in step
@@ -173,8 +173,8 @@ def test_a_compiled_student_keeps_its_keys(sola, tmp_path, data, trained, taught
         ([], ["needs a teacher", "--teacher.checkpoint RUN", "--teacher.name NAME"]),
         (["--teacher.name", "resnet17"], ["'resnet17'", "unknown"]),
         (["--teacher.checkpoint", "nowhere"], ["nowhere"]),
-        (["--teacher.checkpoint", "RUN", "--teacher.name", "resnet18"], ["is of sola_nano", "resnet18"]),
-        (["--teacher.checkpoint", "RUN", "--teacher.sha256", "12ab"], ["12ab", "began with"]),
+        (["--teacher.checkpoint", "RUN", "--teacher.name", "resnet18"], ["is a checkpoint of sola_nano", "resnet18"]),
+        (["--teacher.checkpoint", "RUN", "--teacher.sha256", "12ab"], ["12ab", "was started with"]),
         (["--teacher.name", TEACHER, "--teacher.checkpoint", "it.safetensors", "--distill.targets", "soft"], ["'ant'"]),
         (
             ["--teacher.name", TEACHER, "--teacher.checkpoint", "it.safetensors", "--distill.feature_weight", "0"],

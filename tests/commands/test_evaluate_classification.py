@@ -59,9 +59,9 @@ def test_too_many_unreadable_images_are_to_be_repaired(sola, tmp_path, data, tra
     said = sola("eval", "--checkpoint", trained, "--data", "images", "--out", "out", "--workers", 0)
     assert said.code == 2
     last = said.err.splitlines()[-1]
-    assert "2 of the 16 evaluation images cannot be read, more than the 1 that may be left out" in last
+    assert "2 of the 16 evaluation images cannot be read, more than the 1 that may be skipped" in last
     # eval has no option for it
-    assert "only train.max_corrupt changes): repair or remove them; the first: " in last
+    assert "only train.max_corrupt changes this): repair or remove them; the first: " in last
 
 
 def test_the_split_is_said(sola, data, trained):

@@ -274,13 +274,13 @@ def test_bad_input_of_eval_and_predict(refused, tmp_path, scenes, segmenter):
         refused(*folders, "--classes", 5, "--ignore", 255, *words,
                 names=[" ".join(map(str, words)), "--predictions", "leave one out"])  # fmt: skip
     refused(*folders, "--classes", 3, "--ignore", 255, names=["classes.txt names 5 classes", "3"])
-    refused(*folders, "--classes", 5, "--ignore", 2, names=["ignore 2"])
+    refused(*folders, "--classes", 5, "--ignore", 2, names=["ignore=2"])
     refused("eval", "--checkpoint", segmenter, names=["--data"])
-    refused("eval", "--checkpoint", segmenter, "--data", scenes, "--stride", 9, names=["stride 9"])
+    refused("eval", "--checkpoint", segmenter, "--data", scenes, "--stride", 9, names=["stride=9"])
     for words in (["--stride", 0], ["--slide", 32, "--stride", 0]):
-        refused("eval", "--checkpoint", segmenter, "--data", scenes, *words, names=["stride 0"])
+        refused("eval", "--checkpoint", segmenter, "--data", scenes, *words, names=["stride=0"])
     refused("eval", "--checkpoint", segmenter, "--data", scenes, "--slide", 0, "--stride", 9,
-            names=["stride 9", "leave stride out"])  # fmt: skip
+            names=["stride=9", "omit stride"])  # fmt: skip
     refused("predict", tmp_path / "none", "--checkpoint", segmenter, names=["none"])
     refused("predict", scenes, "--checkpoint", segmenter, "--opacity", 2, names=["--opacity 2"])
     (tmp_path / "taken").write_text("mine")
@@ -300,11 +300,11 @@ def test_bad_input_of_train(refused, tmp_path, scenes):
     refused(*words, "--data", "none", names=["none"])
     refused(*words, "--data", scenes, "--image.num_classes", 7, names=["classes.txt", "7"])
     refused(*words, "--data", scenes, "--image.ignore", 2, names=["ignored 2"])
-    refused(*words, "--data", scenes, "--train.batch_size", 1, names=["a batch of 1 image"])
+    refused(*words, "--data", scenes, "--train.batch_size", 1, names=["must be at least 2", "got 1"])
     refused(*words, "--data", scenes, "--model.name", "vit_tiny_patch16_224", "--model.dims", "null",
             "--model.head_dim", "null", names=["strides 16, 16, 16"])  # fmt: skip
     refused(*words, "--data", scenes, "--segmenter.frozen_stages", 9, names=["frozen_stages=9"])
-    refused(*words, "--data", scenes, "--image.slide", 16, "--image.stride", 20, names=["stride 20"])
+    refused(*words, "--data", scenes, "--image.slide", 16, "--image.stride", 20, names=["stride=20"])
     refused(*words, "--data", scenes, "--init", "none.safetensors", names=["none.safetensors"])
     shutil.copytree(scenes, tmp_path / "data")
     Image.new("RGB", (64, 48)).save(tmp_path / "data" / "annotations" / "train" / "00000.png")
@@ -323,4 +323,4 @@ def test_other_networks_of_timm_train_and_are_read_again(sola, scenes, name):
 
 def test_a_network_for_one_size_is_refused_before_anything_is_written(refused, scenes):
     words = [*TINY, "--data", scenes, "--out", "run", "--model.dims", "null", "--model.head_dim", "null"]
-    refused(*words, "--model.name", "hiera_tiny_224", names=["hiera_tiny_224", "no image of 45x67 pixels"])
+    refused(*words, "--model.name", "hiera_tiny_224", names=["hiera_tiny_224", "not take images of 45x67 pixels"])

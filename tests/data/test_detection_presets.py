@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms of detection: image, boxes and masks stay together whatever is done to them."""
+"""Transforms of detection: image, boxes and masks stay aligned under all of them."""
 
 import random
 
@@ -55,7 +55,7 @@ def test_boxes_and_masks_stay_together(scenes, crop, hflip, vflip):
         assert len(target["labels"]) == len(target["boxes"])
         for box, mask in zip(target["boxes"].numpy(), target["masks"].numpy(), strict=True):
             assert np.abs(np.array(tight(mask)) - box).max() <= 1.5
-            # the shapes are bright on a dark ground: pixels, mask and box are of the same place
+            # the shapes are bright on a dark ground: pixels, mask and box are at the same place
             assert image[:, mask.astype(bool)].float().amax(0).mean() > 150
             objects += 1
     assert objects > 3
@@ -106,13 +106,13 @@ def test_colours_change_only_with_jitter(scenes):
 
 
 WRONG = {
-    "size 16": {"size": 16},
-    "zoom 2": {"zoom": 2},
-    "zoom 0": {"size": None, "zoom": 0},
+    "size=16": {"size": 16},
+    "zoom=2": {"zoom": 2},
+    "zoom=0": {"size": None, "zoom": 0},
     "scale": {"scale": (2, 1)},
-    "hflip 2": {"hflip": 2},
+    "hflip=2": {"hflip": 2},
     "std": {"std": (1, 0, 1)},
-    "color_jitter -1": {"color_jitter": -1},
+    "color_jitter=-1": {"color_jitter": -1},
 }
 
 
@@ -123,7 +123,7 @@ def test_wrong_settings_are_refused(says):
 
 
 def test_the_image_of_training_is_that_of_evaluation(scenes):
-    """Training resizes PIL images in workers, evaluation tensors on the device: the same pixels but for rounding."""
+    """Training resizes PIL images in workers, evaluation tensors on the device: the same pixels up to rounding."""
     from sola_vision.tasks.rcnn import Preparation
 
     config = DetectionConfig(size=45, longest=60, hflip=0, mean=(0, 0, 0), std=(1, 1, 1))

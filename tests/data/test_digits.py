@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The digits: the split's facts, and the files that `sola predict` is shown."""
+"""The digits: the properties of the splits, and the files written for `sola predict`."""
 
 import sys
 
@@ -65,5 +65,5 @@ def test_write_folder_gives_held_out_digits_in_the_folder_layout(tmp_path):
         index = digits.samples.index(name)
         assert digits.targets[index] == label
         assert digits.image(index).tobytes() == image.tobytes()
-    with pytest.raises(ValueError, match="count 360"):
+    with pytest.raises(ValueError, match="count=360"):
         write_folder(tmp_path, 360)

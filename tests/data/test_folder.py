@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ImageFolder layout in folders, tar files and shards: one content, one order, and clear errors."""
+"""The ImageFolder layout in folders, tar files and shards: same content, same order, and clear errors."""
 
 import io
 import logging
@@ -81,7 +81,7 @@ def test_image_folder_lists_images_by_class_and_name(tmp_path):
     assert data.location(3) == f"{tmp_path}/train/dog/1.png"
 
 
-def test_image_folder_says_how_many_files_it_ignored(tmp_path, caplog):
+def test_image_folder_logs_how_many_files_it_ignored(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         ImageFolder(write_tree(tmp_path, FILES), "train")
     assert "ignored 2 files that are not images" in caplog.text
@@ -258,7 +258,7 @@ def other_class(root: Path) -> None:
         (no_folder, ["no such folder", "holds train/ and val/"]),
         (no_split, ["no train/", "found: cat, dog", "ROOT/train/CLASS/*.jpg"]),
         (no_classes, ["train: no class folders", "CLASS/"]),
-        (empty_class, ["train/dog: a class without images", "add images"]),
+        (empty_class, ["train/dog: class without images", "add images"]),
         (other_class, ["train/wolf: class 'wolf'", "2 known classes (cat, dog)", "rename"]),
     ],
 )
@@ -281,7 +281,7 @@ def test_image_folder_errors_are_one_line_with_path_rule_and_fix(tmp_path, make,
 
 def test_image_folder_refuses_other_files(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"a\.zip: a file that is neither"):
+    with pytest.raises(ValueError, match=r"a\.zip: neither a folder nor"):
         ImageFolder(tmp_path / "a.zip", "train")
 
 
@@ -309,7 +309,7 @@ def test_image_folder_refuses_a_broken_tar(tmp_path, damage):
         "damaged header": whole[: last.offset] + b"X" * 512 + whole[last.offset + 512 :],
     }
     path.write_bytes(broken[damage])
-    with pytest.raises(ValueError, match=r"a\.tar: not a whole, uncompressed tar archive \(.*copy") as caught:
+    with pytest.raises(ValueError, match=r"a\.tar: not a complete, uncompressed tar archive \(.*copy") as caught:
         ImageFolder(path, "train")
     assert "\n" not in str(caught.value)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kind of image file against the pixels that were written into it, and every kind of broken one."""
+"""Every kind of image file compared with the pixels written to it, and every kind of corrupt file."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from PIL import Image
 
 from sola_vision.data import CorruptImage, read_image
 
-# Pillow warns about damaged metadata, and damaged is what many files are here
+# Pillow warns about damaged metadata, which many files here have
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
 # asymmetric in both directions and in every channel
@@ -70,7 +70,7 @@ def test_read_image_palette_gives_its_colours_not_its_indices(tmp_path):
 
 def test_read_image_palette_transparency_shows_white(tmp_path):
     file = tmp_path / "a.png"
-    # entry 2 (black) half transparent, entry 4 wholly
+    # entry 2 (black) half transparent, entry 4 fully
     palette_image().save(file, transparency=bytes([255, 255, 127, 255, 0, 255]))
     expected = COLOURS.astype(int)
     expected[0, 2], expected[1, 1] = 128, 255
@@ -114,7 +114,7 @@ def test_read_image_cmyk_tiff(tmp_path):
 
 
 def cmyk_jpeg(file: Path) -> np.ndarray:
-    """Adobe's inverted kind; returns the colours that it should show."""
+    """Write Adobe's inverted CMYK; return the expected colours."""
     Image.fromarray(np.repeat(np.repeat(CMYK, 16, 0), 16, 1), "CMYK").save(file, quality=100)
     assert b"Adobe" in file.read_bytes()
     return np.repeat(np.repeat(CMYK_AS_RGB, 16, 0), 16, 1)
@@ -141,7 +141,7 @@ DEEP = np.array([[0, 128, 257, 32768], [65535, 1000, 40000, 65280]], np.uint16)
 
 
 def png16(values: np.ndarray) -> bytes:
-    """A 16-bit greyscale PNG written by hand, so that the test does not trust the library it tests."""
+    """A 16-bit greyscale PNG written by hand, so that the test does not depend on the library under test."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return png_file(values.shape[1], values.shape[0], depth=16, colour=0, data=zlib.compress(rows))
 
@@ -185,7 +185,7 @@ def test_read_image_refuses_pixels_without_an_agreed_range(tmp_path, values, rea
     assert str(file) in str(caught.value)
 
 
-# EXIF 2.32, tag 0x0112: which side of the picture the file's first row and first column are
+# EXIF 2.32, tag 0x0112: the side of the image at which the file's first row and column are
 SIDES = {
     **{1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left")},
     **{5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom")},
@@ -210,7 +210,7 @@ def test_read_image_turns_exif_orientations_upright(tmp_path, orientation, suffi
     Image.fromarray(as_stored(picture, orientation)).save(file, exif=exif, **lossless)
     image = read_image(file)
     assert np.abs(np.asarray(image).astype(int) - picture).max() <= (12 if suffix == "jpg" else 0)
-    # and whoever looks for the tag again finds nothing to turn
+    # and reading the tag again does not rotate the image twice
     assert image.getexif().get(0x0112) is None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transforms: Swin's recipe step by step, right geometry, right normalisation, any image size."""
+"""The transforms: Swin's recipe step by step, correct geometry and normalisation, any image size."""
 
 import pickle
 import random
@@ -39,7 +39,7 @@ def test_train_transform_is_swins_recipe():
     assert torch.allclose(normalise.std, torch.tensor([0.229, 0.224, 0.225]))
     assert (erase.probability, erase.per_pixel, erase.min_count, erase.max_count) == (0.25, True, 1, 1)
     assert (erase.min_area, erase.max_area) == (0.02, 1 / 3)
-    # and the batch's part, which others apply
+    # and the settings for batches, which are applied elsewhere
     config = ImageConfig()
     assert (config.mixup, config.cutmix, config.mixup_prob, config.smoothing) == (0.8, 1.0, 1.0, 0.1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks as COCO writes them: there and back, and lengths that must not reach the library."""
+"""COCO's compressed masks: encoding and decoding, and invalid lengths that must not reach the library."""
 
 import numpy as np
 import pytest

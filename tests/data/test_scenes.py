@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated scenes: a function of seed and index, whose image, boxes, masks, map and files say the same."""
+"""Generated scenes: a function of seed and index, with consistent image, boxes, masks, map and files."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_scenes_say_the_same_in_every_form(size):
         areas = scene.masks.sum((1, 2))
         assert scene.label == scene.labels[areas.argmax()]
         assert areas.min() >= 4
-        assert scene.masks.sum(0).max() == 1  # apart from each other
+        assert scene.masks.sum(0).max() == 1  # no overlap
         assert torch.equal(scene.semantic, (scene.masks * (1 + scene.labels)[:, None, None]).sum(0))
 
 
@@ -97,7 +97,7 @@ def test_write_coco_tells_what_the_scenes_hold(tmp_path):
                 assert [x, y, x + width, y + height] == box
                 assert annotation["area"] == mask.sum()
                 polygon = np.array(annotation["segmentation"]).reshape(-1, 2)
-                # the outline encloses the pixels' centres: half a pixel of room on each side
+                # the outline encloses pixel centres: a tolerance of half a pixel on each side
                 low, high = polygon.min(0) - 0.5, polygon.max(0) + 0.5
                 assert (low <= (x, y)).all()
                 assert (high >= (x + width, y + height)).all()

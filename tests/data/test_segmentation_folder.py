@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label rules, label files of every kind, the layout and what is refused of it, transforms that keep pixels true."""
+"""Label rules, label files of every kind, the layout and its errors, transforms that keep image and labels aligned."""
 
 import os
 import unicodedata
@@ -39,7 +39,7 @@ def save(array, path, mode=None):
     Image.fromarray(np.asarray(array), mode).save(path)
 
 
-# which label is which class -------------------------------------------------------------------------------------------
+# labels and classes --------------------------------------------------------------------------------------------------
 def test_the_rule_of_ade20k_and_the_plain_one():
     labels = np.array([[0, 1, 2, 150]], dtype=np.uint8)
     assert LabelRule(150, 0).to_classes(labels, "a").tolist() == [[IGNORED, 0, 1, 149]]
@@ -70,7 +70,7 @@ def test_rules_that_cannot_be(classes, ignore):
 )
 def test_a_label_beyond_the_classes_is_named(rule, label):
     with pytest.raises(
-        ValueError, match=rf"x\.png: label {label} in 2 pixels is neither: labels .* are classes"
+        ValueError, match=rf"x\.png: label {label} in 2 pixels is not valid: labels .* are classes"
     ) as info:
         rule.to_classes(np.array([[1, label, label]]), "x.png")
     assert "\n" not in str(info.value)
@@ -127,22 +127,24 @@ def test_an_image_and_its_label_may_write_an_accent_differently(root):
 # names ----------------------------------------------------------------------------------------------------------------
 def test_names_of_the_classes(root):
     assert open_segmentation(root, "val", 255, None)[1] == ["ground", "disc", "square", "triangle", "cross"]
-    # of the same file, where label 0 is ignored or the last one is
+    # of the same file, with label 0 or the last label ignored
     assert open_segmentation(root, "val", 0, None)[1] == ["disc", "square", "triangle", "cross"]
     assert open_segmentation(root, "val", 4, None)[1] == ["ground", "disc", "square", "triangle"]
     (root / "classes.txt").write_text("\ufeffa b\nc\n\n", encoding="utf-8")
     assert open_segmentation(root, "val", 255, 2)[1] == ["a b", "c"]
-    with pytest.raises(ValueError, match=r"names 2 classes, but the number of classes given is 3"):
+    with pytest.raises(ValueError, match=r"names 2 classes, but the number of classes is set to 3"):
         open_segmentation(root, "val", 255, 3)
     (root / "classes.txt").write_text("a\nb\na\n")
-    with pytest.raises(ValueError, match="two classes are called 'a'"):
+    with pytest.raises(ValueError, match="duplicate class name 'a'"):
         open_segmentation(root, "val", 255, None)
     (root / "classes.txt").write_text("0 a\n2 c\n")
     with pytest.raises(ValueError, match="without a gap"):
         open_segmentation(root, "val", 255, None)
     for text in ("", "\n\n", "0 other\n"):  # the last is ignored
         (root / "classes.txt").write_text(text)
-        with pytest.raises(ValueError, match=r"classes\.txt names no class: write their names into it, one a line"):
+        with pytest.raises(
+            ValueError, match=r"classes\.txt names no class: write the class names into it, one per line"
+        ):
             open_segmentation(root, "val", 0, None)
     for content in (b"\xff\xfe\x00", "a\nb\n".encode("utf-16")):
         (root / "classes.txt").write_bytes(content)
@@ -196,20 +198,18 @@ def test_labels_of_another_size_are_named(root):
 
 def test_a_wrong_rule_is_refused_before_a_run(root):
     (root / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(ValueError, match=r"label 4 in \d+ pixels is neither: labels 0\.\.1 are classes"):
+    with pytest.raises(ValueError, match=r"label 4 in \d+ pixels is not valid: labels 0\.\.1 are classes"):
         open_segmentation(root, "train", 255, None)[0].check_labels()
     for index in range(3):  # masks as drawing programs save them
         labels = np.asarray(Image.open(label_file(root, index)))
         save(np.where(labels > 0, 255, 0).astype(np.uint8), label_file(root, index))
-    with pytest.raises(
-        ValueError, match=r"hold no class but .*masks of 0 and 255 have to be written as labels 0 and 1"
-    ):
+    with pytest.raises(ValueError, match=r"hold only class 0 .*masks of 0 and 255 must be written as labels 0 and 1"):
         open_segmentation(root, "train", 255, None)[0].check_labels()
 
 
 @pytest.mark.parametrize(("only", "ignore"), [(0, 255), (2, 255), (1, 0)])
 def test_one_class_alone_is_no_wrong_rule(root, only, ignore):
-    for index in range(3):  # a set of background, or of one common class: others may be rare
+    for index in range(3):  # only background, or one common class: others may be rare
         labels = np.full((40, 56), only, np.uint8)
         labels[0] = only if ignore else 0
         save(labels, label_file(root, index))
@@ -229,7 +229,7 @@ PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "distort": 0.0}
 
 
 def painted(height, width, block=16):
-    """Blocks of classes 0..3, and an image whose grey says the class."""
+    """Blocks of classes 0..3, and an image with one grey level per class."""
     classes = (np.add.outer(np.arange(height) // block, 2 * (np.arange(width) // block)) % 4).astype(np.int16)
     return Image.fromarray((40 + 60 * classes).astype(np.uint8)).convert("RGB"), classes
 
@@ -248,7 +248,7 @@ def test_image_and_classes_stay_together(size, hflip):
         inside = labels != IGNORED
         assert (pixels[:, ~inside] == 0).all()  # padding
         wrong = ((said - labels).abs() > 0.5) & inside
-        assert wrong.sum() < 0.2 * inside.sum()  # only edges, which bilinear resizing softens
+        assert wrong.sum() < 0.2 * inside.sum()  # only edges, which bilinear resizing blurs
 
 
 def test_a_mirrored_crop_is_mirrored():
@@ -282,7 +282,7 @@ def test_distortion_changes_colours_and_nothing_else():
     one, other = (SegmentationTrainTransform(config)(image, classes) for _ in range(2))
     assert torch.equal(one[1], other[1])
     assert not torch.equal(one[0], other[0])
-    grey = Image.new("RGB", (8, 8), (120, 120, 120))  # without saturation, hue has nothing to turn
+    grey = Image.new("RGB", (8, 8), (120, 120, 120))  # without saturation, a change of hue has no effect
     assert len(np.unique(np.asarray(SegmentationTrainTransform(config)._distorted(grey)))) == 1
 
 

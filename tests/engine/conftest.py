@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the tests here import `tiny`, which is a script as well, and computes as its processes do."""
+"""Let the tests here import `tiny`, which is also a script, and compute with one thread as its processes do."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="package", autouse=True)
 def _one_thread():
-    # runs are compared bit by bit, and another number of threads adds in another order
+    # runs are compared bit by bit, and another number of threads sums in another order
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -21,8 +21,8 @@ def _one_thread():
 
 @pytest.fixture(scope="package")
 def whole_run(tmp_path_factory):
-    """The run that nothing interrupted."""
-    from tiny import train  # only now can it be found
+    """A run that was not interrupted."""
+    from tiny import train  # importable only after the path has been extended
 
     folder = tmp_path_factory.mktemp("whole")
     train(folder)

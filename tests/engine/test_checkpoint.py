@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights come back whole or not at all; nothing is unpickled; the old file outlives every failure."""
+"""Weights are restored completely or not at all; code is never unpickled; the old file survives every failure."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def equal(one, other):
 
 
 def averaged(model):
-    """What timm's training leaves: options, weights, and their moving average as DDP names it."""
+    """Return a checkpoint of timm's training: options, weights, and their moving average with DDP's key prefix."""
     average = {f"module.{key}": value for key, value in model.state_dict().items()}
     return {"args": Namespace(lr=1.0), "state_dict": net().state_dict(), "state_dict_ema": average}
 
@@ -39,7 +39,7 @@ def test_load_weights_restores_every_bit(tmp_path, kind):
         assert read_metadata(path) == {"classes": "cat dog"}
     else:
         state = source.state_dict()
-        both = {"model": net().state_dict(), "model_ema": state}  # as timm once wrote them
+        both = {"model": net().state_dict(), "model_ema": state}  # as older versions of timm wrote them
         kinds = {"nested.pth": {"model": state}, "pth.tar": averaged(source), "ema.pth": both}
         torch.save(kinds.get(kind, state), path)
     report = load_weights(target, path)
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a real failure in the middle of the file
     try:
-        with pytest.raises(OSError, match="the previous one is untouched") as info:
+        with pytest.raises(OSError, match="the previous one is unchanged") as info:
             save_weights(path, net(width=100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert equal(old, target)
 
 
-@pytest.mark.parametrize("step", ["save_file", "_to_disk", "os.replace"])
+@pytest.mark.parametrize("step", ["save_file", "_flush", "os.replace"])
 def test_a_failure_at_any_moment_leaves_a_complete_file(tmp_path, monkeypatch, step):
     path, old = tmp_path / "w.safetensors", net()
     save_weights(path, old)
@@ -147,7 +147,7 @@ def test_a_failure_at_any_moment_leaves_a_complete_file(tmp_path, monkeypatch, s
 
 
 def test_files_are_flushed_through_handles_that_may_write(tmp_path, monkeypatch):
-    """Windows flushes no others."""
+    """Windows can only flush files opened for writing."""
     fsync, flushed = os.fsync, []
 
     def strict(handle):
@@ -162,7 +162,7 @@ def test_files_are_flushed_through_handles_that_may_write(tmp_path, monkeypatch)
 
 
 def test_folders_that_cannot_be_flushed_are_no_obstacle(tmp_path, monkeypatch):
-    """Some shared folders; a file that cannot be is not written."""
+    """Some network file systems cannot flush folders; a file that cannot be flushed is an error."""
     fsync, of_files = os.fsync, False
 
     def partly(handle):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images, in which order, with which augmentation: functions of the seed, whoever loads them."""
+"""The images, their order and their augmentation depend on the seed only, not on the process that loads them."""
 
 import random
 from collections import namedtuple
@@ -68,7 +68,7 @@ def test_augmentation_does_not_depend_on_workers_or_on_where_a_run_resumed():
 
 
 @pytest.mark.filterwarnings("error")
-def test_more_workers_than_cores_are_what_was_asked_for(monkeypatch):
+def test_more_workers_than_cores_raise_no_warning(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     batches = EvaluationBatches(Images(31), ONE, batch_size=16, workers=2)
@@ -102,7 +102,7 @@ def test_an_unreadable_image_is_replaced_by_the_next(workers):
     changed = (images != good).any(-1).flatten().nonzero().flatten().tolist()
     order = [pair[1] for pair in flat(MicroBatches(60, settings(), ONE, 0, 6))]
     assert {order[position] for position in changed} == {3, 4, 59}
-    # 59 is the last: the next one is the first; both augmented as (epoch, 0) says
+    # 59 is the last: the next one is the first; both augmented with the seed of (epoch, 0)
     assert torch.equal(images.flatten(0, 1)[order.index(59)], good.flatten(0, 1)[order.index(0)])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of results: JSON that every reader takes, replaced whole or not at all."""
+"""Result files: JSON that every parser accepts, replaced atomically."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_a_file_that_cannot_be_replaced_stays_and_nothing_lies_beside(tmp_path, 
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
-    """On several machines, or in containers, they may be processes of one number."""
+    """On several machines, or in containers, processes may have the same id."""
     replace = os.replace
 
     def interrupted(beside, path):

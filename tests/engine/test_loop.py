@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run: what its folder holds, what a kill costs (nothing), and how it ends when something is wrong."""
+"""A run: the contents of its folder, resuming after a kill without loss, and how it ends after an error."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ TINY = Path(__file__).parent / "tiny.py"
 
 
 def start(*arguments, torchrun=0):
-    """One process, or so many under torchrun, of tiny.py."""
+    """Run tiny.py in one process, or in `torchrun` processes under torchrun."""
     launcher = []
     if torchrun:
         with socket.socket() as free:
@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_bits(whole_run, tmp_path):
 
 
 def test_two_processes_resume_to_the_same_bits(tmp_path):
-    """DDP killed, FSDP stopped; few launches, since each of them takes seconds."""
+    """DDP killed, FSDP stopped; few launches, because each takes seconds."""
     fsdp = ('strategy="fsdp"', "width=300", "plain=true", "lr=0.001")
     killed = start(tmp_path / "killed", "die=17", torchrun=2)
     assert killed.returncode != 0
@@ -110,13 +110,13 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
         torchrun=2,
     )
     assert runs.returncode == 0, runs.stderr
-    assert runs.stderr.count(f"resuming {tmp_path / 'killed'} at step 8 of 15") == 1  # only the first process speaks
+    assert runs.stderr.count(f"resuming {tmp_path / 'killed'} at step 8 of 15") == 1  # only the first process logs
     assert "stopped at step" in runs.stderr
     assert runs.stdout == ""
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert_same_run(tmp_path / "sharded", tmp_path / "stopped")
 
-    # two processes that share out parameters and images compute what one computes
+    # two processes that shard parameters and images compute the same as one
     train(tmp_path / "one", Classify(mix=False), Net(300, dropout=0.0, norm=False), lr=0.001)
     one, two = (load_file(tmp_path / name / "last/state.safetensors") for name in ("one", "sharded"))
     assert one.keys() == two.keys()
@@ -125,7 +125,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
 
 
 def test_four_processes_resume_to_the_same_bits(tmp_path):
-    """From three on the order counts in which gradients are added."""
+    """With three or more processes the order in which gradients are summed matters."""
     of = ("width=300", "lr=0.001", "batch_size=16")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     runs = start(whole, *of, "--", stopped, *of, "term=13", "--", stopped, *of, "resume=true", torchrun=4)
@@ -151,7 +151,7 @@ def test_a_stop_before_a_due_evaluation_evaluates_after_resuming(whole_run, tmp_
 
 
 class FailsAt(Classify):
-    """Breaks off in its nth evaluation."""
+    """Fail in the nth evaluation."""
 
     def __init__(self, evaluation):
         super().__init__()
@@ -232,7 +232,7 @@ def test_steps_override_epochs(tmp_path):
 
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, amp):
-    with pytest.raises(TrainingStopped, match=r"loss became nan in epoch 2, step 9, .* of 0\.0397; .*of step 8"):
+    with pytest.raises(TrainingStopped, match=r"loss became nan in epoch 2, step 9, .* of 0\.0397; .*from step 8"):
         train(tmp_path, Classify(nan=18), amp=amp)
     state = load_file(tmp_path / "last/state.safetensors")
     assert all(value.isfinite().all() for value in state.values())
@@ -240,7 +240,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, amp):
 
 
 class BadGradient(Classify):
-    """A finite loss whose gradient is none: the square root at zero."""
+    """A finite loss with a gradient that is not finite: the square root at zero."""
 
     def loss(self, model, batch):
         loss, parts = super().loss(model, batch)
@@ -248,7 +248,7 @@ class BadGradient(Classify):
 
 
 def test_a_gradient_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(TrainingStopped, match=r"the gradient's norm became (nan|inf).* no checkpoint had been saved"):
+    with pytest.raises(TrainingStopped, match=r"the gradient norm became (nan|inf).* no checkpoint had been saved"):
         train(tmp_path, BadGradient(), save_steps=None)
     assert not (tmp_path / "last").exists()
 
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole_run, tmp_path, monkeypatch
     save_file = module.save_file
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", fill_up)
-        with pytest.raises(OSError, match="No space left on device; the previous one is untouched") as info:
+        with pytest.raises(OSError, match="No space left on device; the previous one is unchanged") as info:
             train(tmp_path)
     assert info.value.errno == errno.ENOSPC
     assert module.load_progress(tmp_path).step == 5
@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole_run, tmp_path, monkeypatch
 
 
 class Tuples(Classify):
-    """Plain (image, label) pairs, as ImageFolder gives them."""
+    """Plain (image, label) pairs, as ImageFolder returns them."""
 
     def loss(self, model, batch):
         image, label = batch
@@ -385,7 +385,7 @@ def test_a_gpu_run_resumes_to_the_same_bits(tmp_path, amp):
 
 @pytest.mark.gpu
 def test_a_gpu_run_stops_at_a_loss_that_is_no_number(tmp_path):
-    with pytest.raises(TrainingStopped, match=r"loss became nan in epoch 2, step 8, .*of step 5"):
+    with pytest.raises(TrainingStopped, match=r"loss became nan in epoch 2, step 8, .*from step 5"):
         train(tmp_path, Classify(nan=16), device="cuda")  # step 8 is where a checkpoint is due
     state = load_file(tmp_path / "last/state.safetensors")
     assert all(value.isfinite().all() for value in state.values())

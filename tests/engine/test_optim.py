@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule is a pure function with known ends; groups follow the model's wishes; the average forgets."""
+"""The schedule is a pure function with known ends; groups follow the model's settings; the average decays."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def test_warmup_steps_and_steps_override_epochs():
 
 
 def test_a_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warm-up of 10 steps is not shorter than the run of 8"):
+    with pytest.raises(ValueError, match="warm-up of 10 steps must be shorter than the run of 8"):
         count_steps(config(steps=8), 5)
 
 
@@ -64,7 +64,7 @@ def test_a_warmup_longer_than_the_run_is_refused():
         ({"workers": -1}, "workers=-1"),
     ],
 )
-def test_config_refuses_what_cannot_be(wrong, words):
+def test_config_refuses_invalid_values(wrong, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(**wrong)
 
@@ -116,16 +116,20 @@ def test_make_optimizer_refuses_unknown_names_and_layer_decay_without_layers():
 @pytest.mark.filterwarnings("ignore:.*opt_einsum")
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
-    [("kron", "cannot hold the list Q"), ("adahessian", "does not require grad"), ("fusedadam", "APEX|CUDA")],
+    [
+        ("kron", "cannot hold its state Q of type list"),
+        ("adahessian", "does not require grad"),
+        ("fusedadam", "APEX|CUDA"),
+    ],
 )
 def test_make_optimizer_refuses_what_cannot_train_or_be_saved(optimizer, reason, monkeypatch):
     if optimizer == "kron":
-        monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # of its helpers, in seconds
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # compiling its helpers takes seconds
     elif optimizer == "fusedadam" and torch.cuda.is_available():
-        pytest.skip("may be there")
+        pytest.skip("may be available")
     with pytest.raises(ValueError, match=reason) as info:
         make_optimizer(Layered(), config(optimizer=optimizer))
-    assert str(info.value).startswith(f"optimizer='{optimizer}' cannot train here")
+    assert str(info.value).startswith(f"optimizer='{optimizer}' cannot be used here")
     assert "\n" not in str(info.value)
 
 
@@ -140,5 +144,5 @@ def test_ema_follows_weights_and_statistics_with_its_decay():
     assert ema.module.weight.tolist() == [2.0] * 3
     assert ema.module.running_mean.tolist() == [1.0] * 3
     assert ema.module.num_batches_tracked.item() == 7
-    ema.update(model, step=0)  # early, a tenth of the past is kept at most
+    ema.update(model, step=0)  # in early steps the decay is at most 0.1
     assert ema.module.weight.tolist() == pytest.approx([4.7] * 3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that goes on with something else than it began with: what is taken, said and refused."""
+"""Resuming with other settings, data or files than at the start: what is accepted, logged and refused."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def test_a_finished_run_without_its_state_is_not_begun_anew(whole_run, tmp_path)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, resume):
-    """Before its first checkpoint, when nothing else in the folder tells it."""
+    """Before its first checkpoint, when no other file in the folder shows it."""
     words = ["epochs=100000", "warmup_epochs=1", "save_steps=null", "evaluate_every=100000", "log_every=1"]
     other = subprocess.Popen([sys.executable, tiny.__file__, tmp_path, *words], stderr=subprocess.DEVNULL)
     try:
@@ -57,19 +57,19 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, resume
             time.sleep(0.1)
         begun = log.read_bytes()
         assert begun
-        with pytest.raises(ValueError, match="another process is training there: wait for its end or choose another"):
+        with pytest.raises(ValueError, match="another process is training there: wait until it ends or choose another"):
             train(tmp_path, resume=resume)
         assert log.read_bytes().startswith(begun)
         assert other.poll() is None
     finally:
         other.kill()
         other.wait()
-    train(tmp_path, resume=resume)  # a killed process holds nothing
+    train(tmp_path, resume=resume)  # a killed process holds no lock
     assert len(metrics(tmp_path)) < 20
 
 
 def test_resuming_a_longer_run_is_refused(whole_run, tmp_path):
-    """As with fewer images than it was begun with."""
+    """As with fewer images than at the start."""
     folder = shutil.copytree(whole_run, tmp_path / "run")
     with pytest.raises(ValueError, match=r"is at step \d+, past the \d+ steps .* more images or epochs"):
         train(folder, resume=True, epochs=2)
@@ -87,7 +87,7 @@ def test_other_numbers_of_images_are_said_and_forget_which_were_skipped(tmp_path
 
 
 def test_a_state_of_the_version_before_resumes(whole_run, tmp_path, capfd):
-    """It says neither how many images there were nor what the weights are of."""
+    """It stores neither the number of images nor the metadata of the weights."""
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, Classify(term=15))
     path = tmp_path / "last/state.safetensors"
@@ -103,11 +103,11 @@ def test_a_state_of_the_version_before_resumes(whole_run, tmp_path, capfd):
 def test_resuming_another_model_or_optimizer_is_refused(whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write("{}\n")  # what a refused run must not cut off
+        file.write("{}\n")  # a refused run must not cut this off
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         train(folder, model=Net(width=16), resume=True)
-    with pytest.raises(ValueError, match=r"optimizer='sgd' cannot go on from the state of 'adamw' .*resume with"):
+    with pytest.raises(ValueError, match=r"optimizer='sgd' cannot resume from the state of 'adamw' .*resume with"):
         train(folder, optimizer="sgd", resume=True)
     with pytest.raises(ValueError, match=r"2 parameter groups instead of 1: .*weight_decay"):
         train(folder, weight_decay=0, resume=True)
@@ -118,7 +118,7 @@ def test_a_state_without_an_optimizer_is_refused(whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     state = folder / "last/state.safetensors"
     module.save_file(load_file(state), state, {"progress": read_metadata(state)["progress"]})
-    with pytest.raises(ValueError, match=r"state\.safetensors holds no optimiser's state"):
+    with pytest.raises(ValueError, match=r"state\.safetensors holds no optimiser state"):
         train(folder, resume=True)
 
 

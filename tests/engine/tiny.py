@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run small enough to be killed and compared: seconds on one core, and random wherever a real one is.
+"""A run small enough to be killed and compared: seconds on one core, and random in the same places as a real one.
 
 The tests import its pieces; as a script (`python tiny.py FOLDER key=value ... -- FOLDER ...`) it is one process of one
 or more runs, which can be killed or started by torchrun: `die=N` is a SIGKILL inside the Nth loss, `term=N` a SIGTERM.
@@ -81,7 +81,7 @@ class Classify:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.calls == self.term:
             os.kill(os.getpid(), signal.SIGTERM)
-        image = batch["image"] * (np.random.beta(8, 1) if self.mix else 1.0)  # as timm's Mixup draws
+        image = batch["image"] * (np.random.beta(8, 1) if self.mix else 1.0)  # same generator as timm's Mixup
         loss = F.cross_entropy(model(image), batch["label"])
         if self.calls == self.nan:
             loss = loss * float("nan")
@@ -145,7 +145,7 @@ def assert_same_run(one, other):
 def main(folder, *arguments):
     given = {key: json.loads(value) for key, value in (argument.split("=", 1) for argument in arguments)}
     resume, width, bad = given.pop("resume", False), given.pop("width", 32), given.pop("bad", [])
-    plain = given.pop("plain", False)  # nothing that differs between one process and two
+    plain = given.pop("plain", False)  # without anything that differs between one process and two
     task = Classify(given.pop("die", None), given.pop("term", None), mix=not plain)
     model = Net(width, dropout=0.0, norm=False) if plain else Net(width)
     torch.set_num_threads(1)

@@ -56,7 +56,7 @@ def test_tally_without_images():
 def test_tally_reduced_alone_is_itself_to_the_bit():
     tally = Tally.of(9)
     tally.add(*_answers())
-    tally.loss = 0.1  # no float32
+    tally.loss = 0.1  # not representable in float32
     alone = tally.reduced(torch.device("cpu"))
     assert (alone.top5, alone.loss) == (tally.top5, tally.loss)
     assert torch.equal(alone.confusion, tally.confusion)
@@ -87,7 +87,7 @@ def test_two_processes_sum_up(tmp_path):
 
 
 class _Record(nn.Module):
-    """Remembers what it was given; its logits are the images' first pixels."""
+    """Store the input; the logits are the first pixels of the images."""
 
     def forward(self, images):
         self.images = images
@@ -115,7 +115,7 @@ def test_loss_with_mixup_is_cross_entropy_with_the_mixed_targets():
     task = Classification(5, _plain(mixup=0.8, smoothing=0.1))
     np.random.seed(3)
     loss, _ = task.loss(model := _Record(), (images.clone(), labels))
-    # timm mixes an image with the one at the batch's other end; their share can be read off the pixels
+    # timm mixes an image with the one at the batch's other end; their shares can be read from the pixels
     other = images.flip(0)
     share = ((model.images - other) * (images - other)).sum() / ((images - other) ** 2).sum()
     assert 0 < share < 1

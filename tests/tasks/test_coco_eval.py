@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""COCO's numbers: those of pycocotools, those that can be counted by hand, and results that cannot be scored."""
+"""COCO's metrics: equal to pycocotools, equal to hand-computed values, and results that cannot be scored."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ pytest.importorskip("faster_coco_eval", reason="needs the extra [det]")
 
 DATA = Path(os.environ.get("SOLA_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")).resolve()
 
-# what pycocotools 2.0.11 gives for COCO's official fake results of 100 images of val2014
+# the metrics of pycocotools 2.0.11 for COCO's official fake results of 100 images of val2014
 OFFICIAL = {
     "bbox": [
         0.504580698725,
@@ -62,7 +62,7 @@ def test_official_results_have_the_numbers_of_pycocotools(kind):
     numbers = score(truth, results, kind).numbers
     assert list(numbers) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     assert np.abs(np.array(list(numbers.values())) - OFFICIAL[kind]).max() < 1e-9
-    assert results[:3] == before  # the library may write into a copy only
+    assert results[:3] == before  # the library may only modify a copy
 
 
 def square(x, y, side, size=(200, 200)):
@@ -186,18 +186,18 @@ def test_the_order_of_the_results_changes_nothing():
 GOOD = found(1, 3, 10, 10, 20, 0.9)
 WRONG = {
     "list of results": {"a": 1},
-    "needs image_id": [{"score": 1}],
-    "image 77": [{**GOOD, "image_id": 77}],
-    "category 4": [{**GOOD, "category_id": 4}],
-    r"image \[1\]": [{**GOOD, "image_id": [1]}],
-    r"category \[3\]": [{**GOOD, "category_id": [3]}],
-    "the score 1000": [{**GOOD, "score": 10**400}],
-    "no finite number": [{**GOOD, "score": math.nan}],
-    "the score 'high'": [{**GOOD, "score": "high"}],
+    "must have image_id": [{"score": 1}],
+    "image_id 77": [{**GOOD, "image_id": 77}],
+    "category_id 4": [{**GOOD, "category_id": 4}],
+    r"image_id \[1\]": [{**GOOD, "image_id": [1]}],
+    r"category_id \[3\]": [{**GOOD, "category_id": [3]}],
+    "finite number .got 1000": [{**GOOD, "score": 10**400}],
+    "score must be a finite number .got nan": [{**GOOD, "score": math.nan}],
+    "finite number .got 'high'": [{**GOOD, "score": "high"}],
     "has no": [{"image_id": 1, "category_id": 3, "score": 1}],
     "four finite numbers": [{**GOOD, "bbox": [1, 2, 3]}],
     "compressed run lengths": [{**GOOD, "segmentation": [[1, 1, 5, 1, 5, 5]]}],
-    "another size than the image, which is 200x200": [{**GOOD, "segmentation": {"size": [5, 5], "counts": "1"}}],
+    "another size than the image .image size 200x200": [{**GOOD, "segmentation": {"size": [5, 5], "counts": "1"}}],
     "do not add up": [{**GOOD, "segmentation": {"size": [200, 200], "counts": "zzzzzzzzzzzzz"}}],
 }
 

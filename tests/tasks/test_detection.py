@@ -105,7 +105,7 @@ def test_the_truth_as_results_has_a_hundred_percent(scenes):
     }
     assert numbers["box_ap"] == pytest.approx(100)
     assert numbers["mask_ap"] == pytest.approx(100)
-    # half of the images not seen: they do not count
+    # half of the images are not evaluated and do not count
     seen = held_out.image_ids[:3]
     some = [result for result in results if result["image_id"] in seen]
     assert metrics(task.scores(Findings(some, seen))[0])["box_ap"] == pytest.approx(100)
@@ -122,7 +122,7 @@ def detector():
 
 
 def evaluated(root, batch_size):
-    """Every bit of what an untrained network finds, and its numbers."""
+    """Print every bit of the results of an untrained network, and its metrics."""
     with distributed("cpu") as world, torch.no_grad():
         held_out = CocoFolder(root, "val", DetectionEvalTransform())
         task = Detection(held_out, 100, masks=True)

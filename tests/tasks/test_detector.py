@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The detector: its pyramid at odd sizes, where it differs from torchvision's, gradients, checkpoints."""
+"""The detector: its pyramid at odd sizes, its differences from torchvision's, gradients, checkpoints."""
 
 import math
 from dataclasses import asdict
@@ -62,7 +62,7 @@ def test_feature_maps_have_the_strides_that_torchvision_expects(size):
     assert list(maps) == ["0", "1", "2", "3", "pool"]
     for stride, level in zip((4, 8, 16, 32), maps.values(), strict=False):
         assert list(level.shape) == [1, 16, *(side // stride for side in padded)]
-    # and without padding, at any size at all: what is left over gets a cell
+    # and without padding, at any size: a partial stride gets a cell
     for stride, level in zip((4, 8, 16, 32), model.pyramid(torch.zeros(1, 3, *size)), strict=True):
         assert list(level.shape[-2:]) == [math.ceil(side / stride) for side in size]
 
@@ -102,12 +102,12 @@ def test_what_is_found_is_in_the_pixels_of_the_original_and_no_neighbour_changes
     assert len(boxes) > 3
     assert boxes.min() >= 0
     assert (boxes.amax(0) <= torch.tensor([90, 200, 90, 200]) + 1e-3).all()
-    assert boxes[:, 3].max() > 96  # more than the network has seen
+    assert boxes[:, 3].max() > 96  # more than the resized image
     assert alone[0]["masks"].shape == (len(boxes), 28, 28)
     assert (alone[0]["scores"].diff() <= 0).all()
 
 
-# where torchvision's Mask R-CNN is another ---------------------------------------------------------------------------
+# differences from torchvision's Mask R-CNN ----------------------------------------------------------------------------
 def test_aligned_roi_align_reads_a_ramp_at_the_centres_of_its_bins():
     rows = torch.arange(16.0)[:, None].expand(16, 16)
     features = {str(i): (rows * 4 + 2)[None, None] if i == 0 else torch.zeros(1, 1, 4, 4) for i in range(4)}
@@ -166,7 +166,7 @@ def test_mask_targets_are_zero_or_one_and_those_of_the_owner():
     assert _mask_loss(logits, [boxes], [owner], torch.tensor([1]), [masks]).item() > 1
 
 
-# how it is trained ---------------------------------------------------------------------------------------------------
+# training ------------------------------------------------------------------------------------------------------------
 def test_frozen_stages_keep_their_weights_and_checkpointing_changes_nothing():
     torch.manual_seed(1)
     plain = small()
@@ -262,7 +262,7 @@ def test_a_detector_gives_all_but_what_depends_on_the_classes(tmp_path):
         for a, b in zip(same.state_dict().values(), load_detector(file).model.state_dict().values(), strict=True)
     )
     fresh = other.roi_heads.box_predictor.cls_score.weight.clone()
-    assert "fresh" in start_detector(other, file, ["ant", "gnu"], False)
+    assert "newly initialised" in start_detector(other, file, ["ant", "gnu"], False)
     assert torch.equal(other.roi_heads.box_predictor.cls_score.weight, fresh)
     assert torch.equal(other.roi_heads.box_head.fc6.weight, same.roi_heads.box_head.fc6.weight)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of distillation: agreement costs nothing, the student learns, the teacher never does, and both see one image."""
+"""Distillation: agreement has no loss, only the student learns, and both networks get the same images."""
 
 import copy
 
@@ -37,7 +37,7 @@ def _teacher(network, classes=NAMES, size=None, normalisation=(IMAGE.mean, IMAGE
 
 
 def _lesson(student, network, config=None, image=IMAGE, **changes):
-    """The model and the task of a student and a teacher, as `sola train` makes them."""
+    """The model and the task of a student and a teacher, as `sola train` creates them."""
     teacher = _teacher(network, **changes)
     config = config or DistillConfig()
     columns, _ = find_columns(config.targets, teacher, NAMES)
@@ -134,14 +134,14 @@ def test_soft_loss_is_the_divergence_of_softened_probabilities(temperature):
     p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
     expected = temperature**2 * (p * np.log(p / q)).sum(1).mean()
     assert soft_loss(student, teacher, temperature).item() == pytest.approx(expected)
-    # hotter logits at the same heat: only the factor T^2 is left
+    # scaled logits at a scaled temperature: only the factor T^2 remains
     hotter = soft_loss(temperature * student, temperature * teacher, temperature)
     assert hotter.item() == pytest.approx(temperature**2 * soft_loss(student, teacher, 1.0).item())
 
 
 def test_the_factor_keeps_the_gradient_as_the_temperature_grows():
     student, teacher = _logits(0).requires_grad_(), _logits(1)
-    # arXiv 1503.02531, eq. 4: at high temperatures it is the difference of the centred logits by their number
+    # arXiv 1503.02531, eq. 4: at high temperatures it is the difference of the centred logits divided by their number
     centred = [x.detach() - x.detach().mean(1, keepdim=True) for x in (student, teacher)]
     expected = (centred[0] - centred[1]) / 5 / len(teacher)
     for temperature in (1e3, 1e4):
@@ -170,11 +170,11 @@ def test_classes_are_found_by_name_among_more_in_another_order():
 @pytest.mark.parametrize(
     ("classes", "outputs", "targets", "columns", "words"),
     [
-        (["cat", "owl"], 2, "auto", None, "4 of the data's 5 classes are not the teacher's, such as 'ant'"),
+        (["cat", "owl"], 2, "auto", None, "4 of the data's 5 classes are not among the teacher's, such as 'ant'"),
         (["cat", "owl"], 2, "soft", "refused", "--distill.targets soft"),
-        (None, 5, "auto", None, "--distill.targets soft says that they are the data's"),
-        (None, 5, "soft", [0, 1, 2, 3, 4], "taken for the data's classes"),
-        (None, 9, "auto", None, "9 outputs, the data 5 classes: only its feature maps are learned"),
+        (None, 5, "auto", None, "--distill.targets soft if they are the data's"),
+        (None, 5, "soft", [0, 1, 2, 3, 4], "taken as the data's classes"),
+        (None, 9, "auto", None, "9 outputs, but the data has 5 classes: only its feature maps are learned"),
         (None, 9, "hard", "refused", "9 outputs"),
         (None, 0, "auto", None, "no outputs"),
         (NAMES, 5, "none", None, ""),
@@ -203,7 +203,7 @@ def test_feature_loss_is_one_minus_the_correlation():
 
 
 def _wave(side):
-    """A pattern over the width that moves on from channel to channel, at the middle of each of `side` columns."""
+    """A sine over the width, shifted from channel to channel, sampled at the centres of `side` columns."""
     place = (torch.arange(side) + 0.5) / side
     wave = torch.sin(2 * torch.pi * (place + torch.arange(12)[:, None] / 12))
     return wave[None, :, None, :].expand(1, 12, side, side)
@@ -238,7 +238,7 @@ def test_a_network_without_maps_says_so():
 
 # images --------------------------------------------------------------------------------------------------------------
 class _Watch(nn.Module):
-    """A network that remembers the images it was shown."""
+    """A network that stores the images it was called with."""
 
     def __init__(self):
         super().__init__()
@@ -287,14 +287,14 @@ def test_half_precision_is_that_of_the_student():
 
 
 # evaluation and the optimiser ----------------------------------------------------------------------------------------
-def test_evaluation_says_what_the_teacher_reaches_and_asks_it_once():
+def test_evaluation_reports_the_top1_of_the_teacher_and_runs_it_once():
     model, task = _lesson(_network(), teacher := _network(seed=1))
     batches = [_batch(seed) for seed in range(3)]
     metrics = task.evaluate(model.eval(), batches)
     right = sum((teacher(images).argmax(1) == labels).sum().item() for images, labels in batches)
-    mine = sum((model(images).argmax(1) == labels).sum().item() for images, labels in batches)
+    student = sum((model(images).argmax(1) == labels).sum().item() for images, labels in batches)
     assert metrics["teacher_top1"] == pytest.approx(100 * right / 18)
-    assert metrics["top1"] == pytest.approx(100 * mine / 18)
+    assert metrics["top1"] == pytest.approx(100 * student / 18)
     task.teacher.forward = None  # type: ignore[method-assign]
     assert task.evaluate(model, batches) == metrics
 

@@ -18,7 +18,7 @@ def test_the_page_holds_every_card(tmp_path):
     assert [card["name"] for card in data] == ["a b.jpg", "</script><b>&"]
     assert [card["picture"] for card in data] == ["pictures/a%20b%231.png", "p/%C3%A9.png"]
     assert data[0]["facts"] == ["Sky 31.2 %"]
-    with_byte = os.fsdecode(b"caf\xe9.png")  # of no encoding, as files may be named
+    with_byte = os.fsdecode(b"caf\xe9.png")  # file names need not be valid in any encoding
     write_gallery(tmp_path / "other.html", "t", [Card(with_byte, f"p/{with_byte}")])
     assert '"picture":"p/caf%E9.png"' in (tmp_path / "other.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://", page)  # nothing to load from elsewhere
+    assert not re.search(r"https?://", page)  # no external resources

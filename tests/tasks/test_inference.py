@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of inference: windows cover everything, looks that cannot differ do not, memory-saving changes no result."""
+"""Inference: windows cover the image, equivalent views give equal results, saving memory changes no result."""
 
 import math
 from itertools import pairwise
@@ -14,7 +14,7 @@ from sola_vision.tasks.inference import Inference, _starts, best_classes
 
 @pytest.fixture
 def pointwise():
-    """A network that sees one pixel at a time: where it looks from changes nothing."""
+    """A pointwise network, whose output does not depend on the window."""
     torch.manual_seed(0)
     return nn.Conv2d(3, 6, 1)
 
@@ -52,7 +52,7 @@ def test_windows_are_what_the_network_sees():
 
 def test_overlaps_are_averaged():
     class Where(nn.Module):
-        """Says how far a pixel lies from the window's left edge."""
+        """Return the distance of each pixel from the left edge of the window."""
 
         def forward(self, x):
             return torch.arange(x.shape[-1]).expand(1, 1, *x.shape[-2:]).float()

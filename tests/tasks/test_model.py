@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint gives back the network, its classes and its image settings; a start from one says what it changed."""
+"""A checkpoint restores the network, its classes and its image settings; initialising from one reports changes."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ MODELS = [
 def _saved(path, config, classes, image=IMAGE):
     model = build_model(config, len(classes), image.size)
     with torch.no_grad():
-        for parameter in model.parameters():  # heads and bridges may begin at zero
+        for parameter in model.parameters():  # heads and bridges may be initialised to zero
             parameter.add_(0.05 * torch.randn_like(parameter))
     save_weights(path, model, metadata("classification", config, image, classes, model))
     return model.eval()

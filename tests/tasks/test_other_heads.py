@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network of ours in the code of others: timm's folders, torchvision, Hugging Face, segmentation_models_pytorch."""
+"""SoLA networks in other libraries: timm's folders, torchvision, Hugging Face, segmentation_models_pytorch."""
 
 from collections import OrderedDict
 
@@ -15,7 +15,7 @@ import sola_vision  # noqa: F401 - registers the names
 
 
 def untrained(model):
-    """Parameters that the last backward did not reach."""
+    """Return the parameters without a gradient after the last backward pass."""
     return [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
@@ -28,7 +28,7 @@ def test_encoder_of_segmentation_models_pytorch(decoder):
     logits = model(image)
     assert logits.shape == (2, 5, 64, 96)
     logits.square().mean().backward()
-    # its timm encoders keep the classifier's norm, which no map passes through
+    # its timm encoders keep the classifier's norm, which is not applied to the maps
     assert untrained(model) == []
 
 
@@ -101,7 +101,7 @@ def test_backbone_of_hugging_faces_mask2former(tmp_path):
 
 
 class Maps(torch.nn.Module):
-    """A backbone as torchvision's detectors want it: a dictionary of maps and their number of channels."""
+    """A backbone in the form torchvision's detectors expect: a dictionary of maps and their number of channels."""
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ def write(path, train, evaluated=1):
 
 @pytest.fixture
 def axes(tmp_path, monkeypatch):
-    """Draws a file's curve; its axes: of the loss, and of the metric if there is one."""
+    """Draw a file's curve and return the axes of the loss and, if present, of the metric."""
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
@@ -47,7 +47,7 @@ def test_epochs_are_shown_from_the_beginning(axes, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["garbage", '{"kind": "train"', "[1]", "{}", "\udcff\udcfe"])
-def test_a_damaged_line_is_named_and_left_out(axes, tmp_path, caplog, damage):
+def test_a_damaged_line_is_skipped_with_a_warning(axes, tmp_path, caplog, damage):
     path = write(tmp_path / "metrics.jsonl", 5)
     lines = path.read_text().splitlines()
     lines[2] = damage
@@ -55,4 +55,4 @@ def test_a_damaged_line_is_named_and_left_out(axes, tmp_path, caplog, damage):
     left, right = axes(path)
     assert list(left.lines[0].get_xdata()) == [0.1, 0.2, 0.4, 0.5]
     assert len(right.lines[0].get_xdata()) == 1
-    assert caplog.messages == [f"{path}: line 3 is no record and is left out"]
+    assert caplog.messages == [f"{path}: line 3 is not a record and is skipped"]

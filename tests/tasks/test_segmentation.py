@@ -44,7 +44,7 @@ def test_numbers_are_those_of_the_official_script(seed):
     rng = np.random.default_rng(seed)
     num_classes, used = 20, 9 + seed
     labels = [rng.integers(0, used, (13 + k, 17)) for k in range(3)]
-    # wrong in places, without a class in some, and with classes that the truth has not
+    # partly wrong, partly without a class, and with classes that are not in the truth
     predictions = [np.where(rng.random(x.shape) < 0.5, x, rng.integers(0, used + 2, x.shape)) for x in labels]
     metrics = counted(predictions, labels, num_classes).metrics
     miou, accuracy = official(predictions, labels, num_classes)
@@ -102,7 +102,7 @@ def test_counts_of_parts_add_up():
 
 
 class Two(nn.Module):
-    """Two heads, as UPerNet has while it trains."""
+    """Two heads, as UPerNet has in training."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_batch_without_a_pixel_that_counts_teaches_nothing():
 
 
 def test_a_batch_of_one_is_refused():
-    with pytest.raises(ValueError, match="a batch of 1 image a process"):
+    with pytest.raises(ValueError, match=r"batch size per process must be at least 2 .*got 1"):
         Segmentation(4).check_batch(1)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers as users have them: runs, weights of timm in every form, folders for the hub; and what is refused."""
+"""Sources of teachers: runs, weights of timm in every form, folders for the hub; and what is refused."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run of ours whose images have another normalisation."""
+    """The folder of a run whose images have another normalisation."""
     folder = tmp_path_factory.mktemp("run")
     config = ModelConfig(name="sola_nano", schedule="L/S", dims=(8, 32))
     image = ImageConfig(size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -64,7 +64,7 @@ def test_weights_of_timm_in_every_form_are_one_teacher(network, tmp_path):
     state = network.state_dict()
     save_file(state, tmp_path / "plain.safetensors")
     torch.save(state, tmp_path / "plain.pth")
-    # what timm's train.py leaves: the moving average is the teacher, the raw weights are not
+    # a checkpoint of timm's train.py: the moving average is the teacher, not the raw weights
     raw = {f"module.{name}": torch.zeros_like(value) for name, value in state.items()}
     training = {"arch": NAME, "args": argparse.Namespace(model=NAME), "state_dict": raw, "state_dict_ema": state}
     torch.save(training, tmp_path / "model_best.pth.tar")
@@ -145,36 +145,36 @@ def test_what_does_not_fit_is_listed(network, tmp_path):
 def test_weights_that_are_no_numbers_are_refused_before_training(network, tmp_path):
     state = {**network.state_dict(), "conv_stem.weight": torch.full_like(network.conv_stem.weight, float("nan"))}
     save_file(state, tmp_path / "it.safetensors")
-    with pytest.raises(ValueError, match="answers with nan or inf"):
+    with pytest.raises(ValueError, match="returns nan or inf"):
         _load(name=NAME, checkpoint=tmp_path / "it.safetensors")
 
 
-def test_a_teacher_has_to_be_named_and_to_be_there(run, network, tmp_path):
-    with pytest.raises(ValueError, match="teacher name 'resnet17' is unknown"):
+def test_a_teacher_must_be_named_and_exist(run, network, tmp_path):
+    with pytest.raises(ValueError, match="unknown teacher name 'resnet17'"):
         TeacherConfig(name="resnet17")
-    with pytest.raises(ValueError, match="distilling needs a teacher"):
+    with pytest.raises(ValueError, match="distillation needs a teacher"):
         _load()
     save_file(network.state_dict(), tmp_path / "it.safetensors")
-    with pytest.raises(ValueError, match="does not say of which network"):
+    with pytest.raises(ValueError, match="does not name its network"):
         _load(checkpoint=tmp_path / "it.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
         _load(name=NAME, checkpoint="nowhere.pth")
     with pytest.raises(FileNotFoundError, match=r"best\.safetensors"):
         _load(checkpoint=tmp_path)
-    with pytest.raises(ValueError, match="local-dir:here brings its own weights"):
+    with pytest.raises(ValueError, match="local-dir:here includes its weights"):
         _load(name="local-dir:here", checkpoint=tmp_path / "it.safetensors")
-    with pytest.raises(ValueError, match="is of sola_nano, not of resnet18"):
+    with pytest.raises(ValueError, match="is a checkpoint of sola_nano, not of resnet18"):
         _load(checkpoint=run[0], name="resnet18")
 
 
 @pytest.mark.parametrize("name", ["sola_nano", "hf-hub:nobody/nothing", "local-dir:nowhere"])
-def test_weights_that_cannot_be_had_are_one_line(name):
-    with pytest.raises(ValueError, match=f"the teacher {name} cannot be had") as refusal:
+def test_weights_that_could_not_be_loaded_are_one_line(name):
+    with pytest.raises(ValueError, match=f"the teacher {name} could not be loaded") as refusal:
         _load(name=name)
     assert "\n" not in str(refusal.value)
 
 
-def test_other_weights_than_the_noted_ones_are_refused(run):
-    with pytest.raises(ValueError, match=r"not those that the run began with .*0123456789ab"):
+def test_other_weights_than_the_recorded_ones_are_refused(run):
+    with pytest.raises(ValueError, match=r"not those that the run was started with .*0123456789ab"):
         _load(checkpoint=run[0], sha256="0123456789abcdef")
     assert _load(checkpoint=run[0], sha256=_load(checkpoint=run[0]).sha256).name == "sola_nano"

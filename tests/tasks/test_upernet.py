@@ -24,7 +24,7 @@ def network(classes=5, **changes):
 
 
 def paired(ours, theirs):
-    """Copies weights by order of names within each part; every tensor of `theirs` must be used."""
+    """Copy weights by order of names within each part; every tensor of `theirs` must be used."""
     state = theirs.state_dict()
     assert [v.shape for v in ours.state_dict().values()] == [v.shape for v in state.values()]
     ours.load_state_dict(dict(zip(ours.state_dict(), state.values(), strict=True)))
@@ -38,7 +38,7 @@ def test_heads_equal_those_of_hugging_face(sizes):
     torch.manual_seed(0)
     theirs, auxiliary = upernet.UperNetHead(config, channels), upernet.UperNetFCNHead(config, channels)
     ours, ours_auxiliary = UPerHead(channels, 16, 7, dropout=0.0), FCNHead(24, 12, 7, dropout=0.0)
-    for module in (*theirs.modules(), *auxiliary.modules()):  # statistics and affine parts that matter
+    for module in (*theirs.modules(), *auxiliary.modules()):  # statistics and affine parameters that have an effect
         if isinstance(module, nn.BatchNorm2d):
             for value in (module.weight, module.bias, module.running_mean):
                 nn.init.normal_(value)
@@ -124,9 +124,9 @@ def test_checkpointing_changes_no_gradient():
 def test_a_pyramid_needs_four_levels_of_doubling_strides():
     assert Pyramid(timm.create_model("resnet18", features_only=True)).channels == [64, 128, 256, 512]
     for flat in ("vit_tiny_patch16_224",):
-        with pytest.raises(ValueError, match="dense tasks need four, each twice the one before"):
+        with pytest.raises(ValueError, match="dense tasks need four, each twice the previous one"):
             Pyramid(timm.create_model(flat, features_only=True))
-    with pytest.raises(ValueError, match="layer_decay needs a backbone that stays whole"):
+    with pytest.raises(ValueError, match="layer_decay is not supported for timm's"):
         UPerNet(timm.create_model("resnet18", features_only=True), 5, UPerNetConfig(channels=8)).group_matcher()
 
 
@@ -149,7 +149,7 @@ def test_networks_whose_maps_are_channels_last_or_whose_size_was_fixed(name, siz
 
 def test_a_network_for_one_size_is_refused_when_it_is_built():
     with pytest.raises(
-        ValueError, match=r"it takes no image of 64x96 pixels .*choose a network for images of any size"
+        ValueError, match=r"it does not take images of 64x96 pixels .*choose a network for any image size"
     ):
         create_body("hiera_tiny_224", {}, (64, 96))
     with pytest.raises(ValueError, match="strides 16, 16, 16"):
@@ -199,7 +199,7 @@ def test_links_are_dropped_only_when_asked_for(tmp_path):
     classifier = timm.create_model("sola_nano", num_classes=3, bridges="paper", **SMALL)
     pyramid = Pyramid(body())
     before = {name: value.clone() for name, value in pyramid.state_dict().items()}
-    with pytest.raises(ValueError, match=r"unexpected .*bridges.*drop_bridges leaves its bridges out"):
+    with pytest.raises(ValueError, match=r"unexpected .*bridges.*use drop_bridges to skip bridges"):
         pyramid.start_from(classifier.state_dict(), tmp_path / "c")
     assert all(torch.equal(value, pyramid.state_dict()[name]) for name, value in before.items())
     assert "weights of bridges dropped)" in pyramid.start_from(

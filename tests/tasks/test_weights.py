@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What save_pretrained writes comes back whole, to us and to timm; every change on the way is named."""
+"""save_pretrained writes networks that load and timm restore exactly; every adaptation is reported."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ IMAGE = torch.randn(2, 3, 32, 32)
 
 def stirred(model):
     with torch.no_grad():
-        for parameter in model.parameters():  # heads and bridges may begin near zero
+        for parameter in model.parameters():  # heads and bridges may be initialised near zero
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval()
 
@@ -92,7 +92,7 @@ def test_what_timm_saves_loads(tmp_path, name):
     loaded = sola_vision.load(tmp_path / "f")
     assert torch.equal(loaded(IMAGE), model(IMAGE))
     assert loaded.pretrained_cfg["label_names"] == ["a", "b", "c"]
-    save_for_hf(model, tmp_path / "bin")  # its default, a pickle
+    save_for_hf(model, tmp_path / "bin")  # timm's default, a pickle
     assert torch.equal(sola_vision.load(tmp_path / "bin")(IMAGE), model(IMAGE))
 
 
@@ -113,7 +113,7 @@ def test_other_classes_get_a_fresh_head(tmp_path, model, caplog, change):
     for name, value in loaded.state_dict().items():
         same = value.shape == model.state_dict()[name].shape and torch.equal(value, model.state_dict()[name])
         assert same != name.startswith(f"{head}."), name
-    assert any(f"{head}.weight" in what and "fresh" in what for what in loaded.load_report.adapted)
+    assert any(f"{head}.weight" in what and "newly initialised" in what for what in loaded.load_report.adapted)
     assert str(loaded.load_report) in says(caplog)[0]
 
 
@@ -207,7 +207,7 @@ def test_other_fields_change_the_network(tmp_path, sola):
 
 def test_requests_that_contradict_themselves(tmp_path, sola):
     sola_vision.save_pretrained(sola, tmp_path / "f")
-    with pytest.raises(ValueError, match="num_classes=2 beside 1 classes"):
+    with pytest.raises(ValueError, match="num_classes=2 does not match 1 classes"):
         sola_vision.load(tmp_path / "f", num_classes=2, classes=["a"])
     with pytest.raises(ValueError, match="num_classes=-1"):
         sola_vision.load(tmp_path / "f", num_classes=-1)
@@ -216,7 +216,7 @@ def test_requests_that_contradict_themselves(tmp_path, sola):
 
 
 class Trap:
-    """Runs a command where it is unpickled."""
+    """Run a command when unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("sprung",)
@@ -233,7 +233,7 @@ def test_a_pickle_with_code_is_refused_and_its_code_not_run(tmp_path, monkeypatc
             sola_vision.load(path)
         assert "\n" not in str(info.value)
     assert not (tmp_path / "sprung").exists()
-    with open("vrwkv_t.pth", "rb") as file:  # the trap is one
+    with open("vrwkv_t.pth", "rb") as file:  # the trap is a pickle
         torch.load(file, weights_only=False)
     assert (tmp_path / "sprung").exists()
 
@@ -278,14 +278,14 @@ def test_a_foreign_config_is_checked(tmp_path, sola, case):
     assert "\n" not in str(info.value)
 
 
-def test_a_crop_of_timm_that_is_not_followed_is_said_once(tmp_path, caplog):
+def test_an_unsupported_crop_of_timm_is_logged_once(tmp_path, caplog):
     network = timm.create_model("resnet18", num_classes=3, pretrained_cfg_overlay={"crop_mode": "squash"})
     save_for_hf(network, tmp_path / "f", safe_serialization=True)
     load_checkpoint(tmp_path / "f")
     load_checkpoint(tmp_path / "f")
     said = [record.getMessage() for record in caplog.records if "crop_mode" in record.getMessage()]
     assert len(said) == 1
-    assert "config.json: crop_mode squash is not followed" in said[0]
+    assert "config.json: crop_mode squash is not supported" in said[0]
 
 
 def test_bare_weights_name_the_way(tmp_path, sola):
@@ -301,7 +301,7 @@ def test_save_pretrained_refuses_what_it_could_not_bring_back(tmp_path, sola):
         sola_vision.save_pretrained(sola, tmp_path / "f", classes=["a", "b"])
     with pytest.raises(ValueError, match="3 different names"):
         sola_vision.save_pretrained(sola, tmp_path / "f", classes=["a", "b", "a"])
-    with pytest.raises(ValueError, match="name a folder"):
+    with pytest.raises(ValueError, match="give the path of a folder"):
         sola_vision.save_pretrained(sola, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match="Linear is not in timm's registry"):
         sola_vision.save_pretrained(torch.nn.Linear(2, 2), tmp_path / "f")

@@ -126,7 +126,7 @@ class SolaVision(nn.Module):
         self.norm: nn.Module = nn.LayerNorm(config.dims[-1], **dd)
         self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
         self.apply(_initialise)
-        # residual branches and the head start near zero, so the network starts near the identity (docs/results.md)
+        # residual branches and the head start near zero, so the network starts near the identity (docs/log.md)
         for module in self.modules():
             if isinstance(module, LinearLayer | SoftmaxLayer):
                 for projection in module.branch_outputs():
@@ -243,7 +243,7 @@ def _initialise(module: nn.Module) -> None:
     """Variance-preserving weights; the layers initialise decay, bonus and interpolations themselves."""
     if isinstance(module, nn.Linear):
         # not in the paper: ViT's and Swin's std of 0.02 suits widths near 768; narrow networks learn faster from
-        # variance-preserving weights (docs/results.md)
+        # variance-preserving weights (docs/log.md)
         trunc_normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

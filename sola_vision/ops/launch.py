@@ -2,7 +2,7 @@
 """Launch Triton kernels with less host time than the kernels take on the device.
 
 Triton inspects every argument of every launch to look up the binary compiled for such arguments, which makes eager
-networks host-bound (docs/performance.md). Here the key is known in advance: dtypes, constants and alignment.
+networks host-bound (docs/performance-gpu.md). Here the key is known in advance: dtypes, constants and alignment.
 """
 
 import contextlib

@@ -3,8 +3,9 @@
 
 # not in the paper: it says "Mask R-CNN, 1x schedule". Such results usually come from MMDetection, whose settings are
 # used here: RoIAlign with half-pixel alignment and as many samples as a bin needs, L1 loss on boxes, anchors at fixed
-# strides and not rounded, 1000 proposals in training as in testing, mask targets that are 0 or 1, heads that start
-# with small weights. Every class below implements one of these, or states its other purpose.
+# strides and not rounded, mask targets that are 0 or 1. Every class below implements one of these, or states its other
+# purpose. 1000 proposals in training and small initial weights of the heads are in `detector.py`, pasting masks at
+# pixel centres is in `detection.py`.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Softmax attention on a CPU, forward and backward: torch's own beside the kernel of `csrc/attention.cpp`.
+"""Softmax attention on a CPU, forward and backward: torch's own against the kernel of `csrc/attention.cpp`.
 
-    python benchmarks/attention.py             # writes benchmarks/results/attention.json; one quiet minute
+    python benchmarks/attention.py             # writes benchmarks/results/attention.json; a minute on an idle machine
 
 `sola_vision/ops/multihead.py` chooses between the two.
 """
@@ -28,11 +28,11 @@ def kernel(qkv: Tensor) -> Tensor:
     return torch.ops.sola.attention(qkv, HEAD_DIM)[0]
 
 
-def torchs_own(qkv: Tensor) -> Tensor:
+def torch_attention(qkv: Tensor) -> Tensor:
     return softmax.attention(qkv, HEAD_DIM)
 
 
-SIDES = {"torch": torchs_own, "kernel": kernel}
+SIDES = {"torch": torch_attention, "kernel": kernel}
 
 
 def run() -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every measure of speed on a CPU, for a machine that does nothing else; then the list of measures, met or not.
+"""All speed measurements on a CPU, for an otherwise idle machine; then the list of measures, met or not.
 
-    python benchmarks/cpu.py                                # all parts, some forty minutes on two cores
-    python benchmarks/cpu.py --part operator network224     # some of them, each in some minutes
-    python benchmarks/cpu.py --list                         # only the list, from the files that are there
+    python benchmarks/cpu.py                                # all parts, about forty minutes on two cores
+    python benchmarks/cpu.py --part operator network224     # some of them, a few minutes each
+    python benchmarks/cpu.py --list                         # only the list, from the existing files
 
 A part is one or more `sola bench` commands, printed before they run; each writes benchmarks/results/<name>.json when it
-is finished, so that an interrupted run is taken up with the parts that are missing. `report.py` turns the files into
-the tables of docs/performance.md.
+is finished, so that --missing continues an interrupted run. `report.py` turns the files into the tables of
+docs/performance.md.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from measures import add_out, listing, load, measures
 
 SMALL_TINY = "sola_tiny sola_small"
 LAYOUTS = "contiguous channels_last"
-# part -> name of the result -> the command behind `sola bench`
+# part -> name of the result -> the arguments of `sola bench`
 PARTS: dict[str, dict[str, str]] = {
     "operator": {"operator": "op"},
     "accuracy": {
         "operator_accuracy": "op --accuracy",
         "operator_accuracy_triton": "op --accuracy --path triton --shape 1x300x5",
     },
-    # interpreted at 56 x 56 tokens: some ten minutes, no speed is measured
+    # in the interpreter at 56 x 56 tokens: about ten minutes; speed is not measured
     "interpreter": {"operator_accuracy_triton_3136": "op --accuracy --path triton --shape 1x3136x5"},
     "network224": {
         "network_224_f32": f"model {SMALL_TINY} --batch-size 8 --layout {LAYOUTS} --rounds 5",
@@ -50,8 +50,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, help="instead of each part's own number; fewer is quicker and less sure")
-    parser.add_argument("--missing", action="store_true", help="leave out results that are there")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds instead of each part's own number; fewer are faster and less accurate"
+    )
+    parser.add_argument("--missing", action="store_true", help="skip results that exist")
     add_out(parser)
     parser.add_argument("--list", action="store_true", help="measure nothing")
     options = parser.parse_args()
@@ -71,9 +73,10 @@ def main() -> int:
 
 
 def run(words: list[str]) -> int:
+    """Run one `sola bench` command and return its exit code."""
     print(f"\n$ sola bench {shlex.join(words)}", flush=True)
     start = time.monotonic()
-    # threads that inherit another number would be measured instead of the one that was asked
+    # inherited thread numbers would override --threads
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     code = subprocess.run([sys.executable, "-m", "sola_vision", "bench", *words], env=kept, check=False).returncode
     print(f"{time.monotonic() - start:.0f} s", flush=True)

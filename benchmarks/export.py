@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of exported ONNX files in onnxruntime, beside eager PyTorch on both paths.
+"""Speed and memory of exported ONNX files in onnxruntime, compared with eager PyTorch on both paths.
 
     python benchmarks/export.py                # writes benchmarks/results/export.json
-    python benchmarks/export.py --networks     # memory alone, which other programs on the machine do not change
+    python benchmarks/export.py --networks     # memory only, which other programs on the machine do not affect
 
-Rounds interleave the jobs (sola_vision.bench.rounds). Memory is what a fresh process with nothing but onnxruntime in it
-needs for one image more than for one of 64 pixels, without an arena, for a schedule without softmax layers.
+Rounds interleave the jobs (sola_vision.bench.rounds). Memory is what a fresh process with onnxruntime alone needs for
+an image in addition to that for one of 64 pixels, without an arena, for a schedule without softmax layers.
 """
 
 import argparse
@@ -48,9 +48,16 @@ print(kibibytes(int(sys.argv[2])) - before)
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=["sola_nano", "sola_tiny", "sola_small"], help="of speed")
+    parser.add_argument(
+        "--networks",
+        nargs="*",
+        default=["sola_nano", "sola_tiny", "sola_small"],
+        help="networks to measure the speed of",
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 512])
-    parser.add_argument("--precisions", nargs="+", default=["float32", "int8"], help="float32 among them")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["float32", "int8"], help="precisions to measure; must include float32"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     add_out(parser)
@@ -59,11 +66,11 @@ def run() -> None:
     results: dict[str, Any] = {"machine": machine(options.threads), "speed": [], "memory": []}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.networks:
-            files = {precision: write(name, precision, Path(folder)) for precision in options.precisions}
+            files = {precision: write_onnx(name, precision, Path(folder)) for precision in options.precisions}
             for size in options.sizes:
                 results["speed"].append(speed(name, size, files, options))
                 print(json.dumps(results["speed"][-1]), flush=True)
-        path = write("sola_nano", "float32", Path(folder), schedule=LINEAR)
+        path = write_onnx("sola_nano", "float32", Path(folder), schedule=LINEAR)
         for size in (256, 512, 1024):
             command = [sys.executable, "-c", PEAK, str(path), str(size), str(options.threads)]
             mebibytes = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024
@@ -72,7 +79,7 @@ def run() -> None:
     write_json(options.out / "export.json", results)
 
 
-def write(name: str, precision: Any, folder: Path, **changes: Any) -> Path:
+def write_onnx(name: str, precision: Any, folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     path = folder / f"{name}-{precision}-{'-'.join(map(str, changes.values())).replace('/', '_')}.onnx"
     network = classifier(timm.create_model(name, **changes))
@@ -83,7 +90,7 @@ def write(name: str, precision: Any, folder: Path, **changes: Any) -> Path:
 
 
 def speed(name: str, size: int, files: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Times of one image."""
+    """Time a network on one image."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     image = torch.randn(1, 3, size, size)
@@ -99,7 +106,7 @@ def speed(name: str, size: int, files: dict[str, Path], options: argparse.Namesp
     if ops.missing_kernel("cpu") is None:
         jobs["eager native"] = eager("native")
     for precision, path in files.items():
-        session, feed = start(path, options.threads), {"images": image.numpy()}
+        session, feed = load_session(path, options.threads), {"images": image.numpy()}
         jobs[f"onnxruntime {precision}"] = partial(session.run, None, feed)
     times = interleave(jobs, Protocol(rounds=options.rounds))
     faster, spread = ratio(times["eager portable"], times["onnxruntime float32"])
@@ -113,7 +120,7 @@ def speed(name: str, size: int, files: dict[str, Path], options: argparse.Namesp
     }
 
 
-def start(path: Path, threads: int) -> Any:
+def load_session(path: Path, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

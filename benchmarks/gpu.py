@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that needs a GPU, in few calls; each part writes benchmarks/results/gpu-<part>.json.
+"""All measurements on a GPU, in a few calls; each part writes benchmarks/results/gpu-<part>.json.
 
     python benchmarks/gpu.py correct                        # the kernel against its definition
-    python benchmarks/gpu.py operator --vision-rwkv DIR     # its speed beside HBM, SDPA, portable, Vision-RWKV's CUDA
-    python benchmarks/gpu.py passes                         # the element-wise passes beside HBM and plain torch
-    python benchmarks/gpu.py models                         # images/s and memory beside timm's models, eager
+    python benchmarks/gpu.py operator --vision-rwkv DIR     # its speed against HBM, SDPA, portable, Vision-RWKV's CUDA
+    python benchmarks/gpu.py passes                         # the element-wise passes against HBM and plain torch
+    python benchmarks/gpu.py models                         # images/s and memory against timm's models, eager
     python benchmarks/gpu.py models --compiled --only NAME ...
     python benchmarks/gpu.py models --size 1024 --batch 8
-    python benchmarks/gpu.py profile                        # which kernels the time goes to
+    python benchmarks/gpu.py profile                        # the kernels that take the time
     python benchmarks/gpu.py all --vision-rwkv DIR          # compile, correct, operator, models, passes, profile
-    python benchmarks/gpu.py build-vision-rwkv DIR          # ahead, beside another part: operator finds it built
-    python benchmarks/gpu.py compile                        # ahead: the networks' kernels, on all cores at once
+    python benchmarks/gpu.py build-vision-rwkv DIR          # in advance, e.g. during another part
+    python benchmarks/gpu.py compile                        # in advance: the networks' kernels, on all cores
 
-DIR is a checkout of Vision-RWKV or the folder with its kernel's sources. When --minutes are over, a part stops between
-two measurements and writes what it has, as it does when something fails. A copy without .git is told its --commit.
+DIR is a checkout of Vision-RWKV or the folder with its kernel's sources. When --minutes are over, or an error occurs, a
+part stops after a measurement and keeps the rows written so far. A copy without .git needs --commit.
 """
 
 import argparse
@@ -40,14 +40,14 @@ Part = Callable[[], Iterable[dict[str, Any]]]
 def main() -> int:
     args = parse()
     if not torch.cuda.is_available():
-        return refuse("torch sees no CUDA device; run it on a machine with a GPU")
+        return fail("torch has no CUDA device; run this on a machine with a GPU")
     use_kernel()
     if args.part == "build-vision-rwkv":
         return 0 if gpu_vision_rwkv.build(args.folder) is not None else 1
     if args.part == "compile":
         return 0 if compile_all(gpu_models.MODELS) else 1
     failed = [] if args.part != "all" or compile_all(gpu_models.MODELS) else ["compile"]
-    failed += [name for name, part in chosen(args).items() if not done(name, part, args.out, args.commit)]
+    failed += [name for name, part in selected_parts(args).items() if not run_part(name, part, args.out, args.commit)]
     print(f"\n{listing(gpu_measures(load(args.out)))}")
     if failed:
         print(f"benchmarks/gpu.py: failed: {', '.join(failed)}", file=sys.stderr)
@@ -63,10 +63,10 @@ def parse() -> argparse.Namespace:
         "operator": add("operator", help="speed of the operator"),
         "passes": add("passes", help="speed of the element-wise passes"),
         "models": add("models", help="throughput and memory of networks, inference and training, bf16"),
-        "profile": add("profile", help="the kernels that networks and the operator spend their time in"),
+        "profile": add("profile", help="the kernels that take the time of networks and of the operator"),
         "all": add("all", help="compile, correct, operator, models, passes, profile"),
     }
-    add("compile", help="compile what networks launch, a process for each width")
+    add("compile", help="compile the networks' kernels, one process per width")
     build = add("build-vision-rwkv", help="build Vision-RWKV's kernel into torch's cache of extensions")
     build.add_argument("folder", type=Path, metavar="DIR")
     for name in ("operator", "all"):
@@ -76,34 +76,38 @@ def parse() -> argparse.Namespace:
         names[name].add_argument("--only", nargs="+", default=usual, metavar="NAME", help="timm names")
         names[name].add_argument("--batch", type=positive, default=128)
         names[name].add_argument("--size", type=positive, default=224, help="height and width of images")
-    names["models"].add_argument("--compiled", action="store_true", help="under torch.compile: minutes a model")
+    names["models"].add_argument("--compiled", action="store_true", help="under torch.compile: takes minutes per model")
     for name in ("operator", "passes", "models", "all"):
         names[name].add_argument("--rounds", type=positive, default=5)
     for sub in names.values():
         sub.add_argument("--minutes", type=float, default=9.0)
         add_out(sub)
-        sub.add_argument("--commit", metavar="HASH", help="what the files name as the commit, where git does not know")
+        sub.add_argument("--commit", metavar="HASH", help="commit to store in the files if git cannot tell it")
     args = parser.parse_args()
     for folder in (getattr(args, "vision_rwkv", None), getattr(args, "folder", None)):
         if folder is not None and not gpu_vision_rwkv.sources(folder):
-            sys.exit(refuse(f"{folder}: no such folder, or no .cpp and .cu in it or in its {gpu_vision_rwkv.INSIDE}"))
+            sys.exit(
+                fail(f"{folder}: no such folder, or no .cpp and .cu files in it or in its {gpu_vision_rwkv.INSIDE}")
+            )
     return args
 
 
 def positive(text: str) -> int:
+    """Parse an integer of at least 1, as argparse's type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value
 
 
-def refuse(reason: str) -> int:
+def fail(reason: str) -> int:
+    """Print the reason and return exit code 2."""
     print(f"benchmarks/gpu.py: {reason}", file=sys.stderr)
     return 2
 
 
-def chosen(args: argparse.Namespace) -> dict[str, Part]:
-    """What to run, by the name of its file."""
+def selected_parts(args: argparse.Namespace) -> dict[str, Part]:
+    """Return the parts to run by the name of their file."""
     clock = Clock(args.minutes)
     if args.part == "all":
         return {
@@ -127,8 +131,8 @@ def chosen(args: argparse.Namespace) -> dict[str, Part]:
     }
 
 
-def done(name: str, part: Part, folder: Path, commit: str | None) -> bool:
-    """Run a part and write its rows, also those before a failure; whether it has any and all of them are right."""
+def run_part(name: str, part: Part, folder: Path, commit: str | None) -> bool:
+    """Run a part and write its rows, also those before a failure; return True if it has any and all are ok."""
     rows: list[dict[str, Any]] = []
     good = True
     try:
@@ -136,8 +140,8 @@ def done(name: str, part: Part, folder: Path, commit: str | None) -> bool:
         for row in part():
             rows.append(row)
             (gpu_profile.show if "kernels" in row else report)(row)
-            write(folder / f"gpu-{name}.json", rows, commit)  # at once: who is cut off keeps it
-    except Exception as error:  # the other parts and what this one has are worth their minutes
+            write(folder / f"gpu-{name}.json", rows, commit)  # after each row, so that an interrupted run keeps it
+    except Exception as error:  # do not lose the other parts and the rows so far
         good = False
         print(f"{name}: stopped: {first_line(error)}", flush=True)
     if rows:
@@ -146,6 +150,7 @@ def done(name: str, part: Part, folder: Path, commit: str | None) -> bool:
 
 
 def use_kernel() -> None:
+    """Register the GPU kernel also where the package would not."""
     from sola_vision import ops
     from sola_vision.ops import gpu, register
 

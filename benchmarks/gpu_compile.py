@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what networks launch, a process for each width on a core of its own: one after the other takes minutes.
+"""Compiles the kernels of networks, in one process per width on separate cores: sequentially it takes minutes.
 
-Triton keeps binaries on disk, where the other parts find them.
+Triton caches the binaries on disk for the other parts.
 """
 
 import os
@@ -15,13 +15,13 @@ SIZE = 224
 
 
 def compile_all(names: list[str]) -> bool:
-    """For the networks of these names at SIZE; whether every process came to its end."""
+    """Compile for the named networks at SIZE; return True if every process succeeded."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return all(pool.map(compiles, layers(names)))
+        return all(pool.map(compile_layer, layers(names)))
 
 
 def layers(names: list[str]) -> list[tuple[int, int]]:
-    """Width and side of the maps of every stage, the widest first."""
+    """Return width and side of the maps of every stage, the widest first."""
     from sola_vision.analysis.cost import build
 
     configs = [build(name, (SIZE, SIZE)).config for name in names if name.startswith("sola_")]
@@ -31,12 +31,13 @@ def layers(names: list[str]) -> list[tuple[int, int]]:
     return sorted(found, reverse=True)
 
 
-def compiles(layer: tuple[int, int]) -> bool:
+def compile_layer(layer: tuple[int, int]) -> bool:
+    """Compile one width in a process; return True if it succeeded."""
     return subprocess.run([sys.executable, __file__, *map(str, layer)]).returncode == 0
 
 
 def call(dim: int, side: int, device: str = "cuda") -> None:
-    """A linear layer's training step and inference under autocast, as the models are measured."""
+    """Run a linear layer's training step and inference under autocast, as the models are measured."""
     from sola_vision.layers import LinearLayer
 
     layer = LinearLayer(dim).to(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU's kernel against the definition and the portable form in float64: values, gradients, graphs, compile."""
+"""The GPU kernel against the definition and the portable form in float64: values, gradients, graphs, compile."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ SIZES += [(1, 65536, 33)]
 
 
 def correct(clock: Clock) -> Iterator[dict[str, Any]]:
-    """The measures of accuracy, on the device: float32 in the wide and the calm range, bfloat16, graphs, compile."""
+    """Yield the accuracy on the device: float32 in the wide and the calm range, bfloat16, graphs, compile."""
     from sola_vision import ops
 
     cases = [(b, n, c, calm, torch.float32) for b, n, c in SIZES for calm in (False, True)]
@@ -41,7 +41,7 @@ def correct(clock: Clock) -> Iterator[dict[str, Any]]:
             "bit_equal_runs": same,
             "ok": error <= 5e-6 * budget and max(errors) <= 1e-5 * budget and same,
         }
-    # the definition itself, once: the portable form above is a second opinion, not the referee
+    # once against the definition itself: the portable form above is another implementation of it
     inputs = operands(2, 300, 33, torch.float32)
     out, grads = call(ops.wkv, inputs)
     with ops.use("reference"):
@@ -54,12 +54,12 @@ def correct(clock: Clock) -> Iterator[dict[str, Any]]:
     for check in (extremes, cuda_graph, compiled, passes):
         try:
             yield check()
-        except Exception as failure:  # the other checks are worth knowing
+        except Exception as failure:  # run the other checks too
             yield {"what": check.__name__, "error": first_line(failure), "ok": False}
 
 
 def value_error(inputs: tuple[Tensor, ...], exact: Tensor, trained: Tensor) -> float:
-    """Of the result in training and, from longer chunks, in inference, relative to the largest value."""
+    """Return the error of the result in training and, from longer chunks, in inference, over the largest value."""
     from sola_vision import ops
 
     found = torch.stack((trained, ops.wkv(*inputs[:4]))).double()
@@ -67,7 +67,7 @@ def value_error(inputs: tuple[Tensor, ...], exact: Tensor, trained: Tensor) -> f
 
 
 def extremes() -> dict[str, Any]:
-    """w to +-1e6, u to +-1e4, keys to +-1e4: finite, and right."""
+    """Check w to +-1e6, u to +-1e4 and keys to +-1e4: finite and accurate."""
     from sola_vision import ops
 
     worst = 0.0
@@ -86,6 +86,7 @@ def extremes() -> dict[str, Any]:
 
 
 def cuda_graph() -> dict[str, Any]:
+    """Check that a replayed CUDA graph gives the same bits."""
     from sola_vision import ops
 
     inputs = operands(4, 784, 96, torch.bfloat16, calm=True)
@@ -100,6 +101,7 @@ def cuda_graph() -> dict[str, Any]:
 
 
 def compiled() -> dict[str, Any]:
+    """Check that torch.compile gives the same bits."""
     from sola_vision import ops
 
     inputs = operands(4, 784, 96, torch.float32, calm=True)
@@ -110,8 +112,9 @@ def compiled() -> dict[str, Any]:
 
 
 def passes(device: str = "cuda") -> dict[str, Any]:
-    """The element-wise passes and their gradients beside their plain forms in float64, as autocast calls them: the
-    largest error in units of the result's precision.
+    """Compare the element-wise passes and their gradients, as autocast calls them, with their plain forms in float64.
+
+    The error is the largest in units of the result's precision.
     """
     from sola_vision import ops
 
@@ -120,11 +123,11 @@ def passes(device: str = "cuda") -> dict[str, Any]:
         g = torch.Generator().manual_seed(0)
         x, first, second = (torch.randn(2, 9, 7, channels, generator=g).to(device) for _ in range(3))
         weight, bias, *mixes = torch.rand(5, channels, generator=g).to(device)
-        for made in (torch.float32, torch.bfloat16):
-            half = [first.to(made), second.to(made)]
+        for dtype in (torch.float32, torch.bfloat16):
+            half = [first.to(dtype), second.to(dtype)]
             calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
                 (
-                    lambda a, w, b, m, to=made: ops.norm_shift(
+                    lambda a, w, b, m, to=dtype: ops.norm_shift(
                         a, w, b, 1e-6, m, dtype=to if a.dtype == torch.float32 else None
                     ),
                     [x, weight, bias, torch.stack(mixes)],
@@ -134,12 +137,12 @@ def passes(device: str = "cuda") -> dict[str, Any]:
                 (ops.squared_relu, half[:1]),
             ]
             for run, inputs in calls:
-                worst = max(worst, pass_error(run, inputs) / torch.finfo(made).eps)
+                worst = max(worst, pass_error(run, inputs) / torch.finfo(dtype).eps)
     return {"what": "passes", "worst_in_eps": worst, "ok": worst <= 8}
 
 
 def pass_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-    """The largest error of a result and of its gradients, relative to the largest value of each."""
+    """Return the largest error of a result and its gradients, relative to the largest value of each."""
     from sola_vision import ops
 
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -156,7 +159,7 @@ def pass_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:
 def operands(
     batch: int, num_tokens: int, channels: int, dtype: torch.dtype, calm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """decay, bonus, key, value and an output's gradient; calm as in a trained network, else the measures' ranges."""
+    """Return decay, bonus, key, value and an output gradient; calm: as in a trained network, else in a wide range."""
     g = torch.Generator("cuda").manual_seed(0)
     size = (batch, num_tokens, channels)
     decay = torch.rand(channels, generator=g, device="cuda") * 220 - 20
@@ -169,11 +172,13 @@ def operands(
 
 
 def call(wkv: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the result of the operator and the gradients of its inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs[:4]]
     out = wkv(*leaves)
     return out.detach(), torch.autograd.grad(out, leaves, inputs[4])
 
 
 def gradient_error(got: Tensor, exact: Tensor, value: Tensor, grad: Tensor) -> float:
+    """Return the error over the largest gradient, or over a tenth of max|v| max|grad| if that is larger."""
     floor = 0.1 * grad.double().abs().max() * value.double().abs().max()
     return ((got.double() - exact).abs().max() / torch.maximum(exact.abs().max(), floor)).item()

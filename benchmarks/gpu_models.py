@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images a second and memory of networks on a GPU, in inference and training, beside timm's."""
+"""Images per second and memory of networks on a GPU, in inference and training, compared with timm's."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from gpu_timing import Clock, Job, first_line, interleaved
 
-# those that the promises are about first: time may be over before the last
+# those of the measures come first, since time may run out before the last
 MODELS = [
     "sola_small",
     "swin_tiny_patch4_window7_224",
@@ -26,21 +26,21 @@ CLASSES = 1000
 def models(
     names: list[str], size: int, batch: int, rounds: int, clock: Clock, compiled: bool
 ) -> Iterator[dict[str, Any]]:
-    """Images/s under bfloat16 autocast, every model in its best memory layout; memory is what the model adds."""
+    """Yield images/s under bfloat16 autocast, every model in its best memory layout, and the memory that it adds."""
     mode = "compiled" if compiled else "eager"
     jobs: dict[str, Job] = {}
     memory: dict[str, float] = {}
     for name in names:
         if clock.over():
-            print(f"models: time is over before {name}", flush=True)
+            print(f"models: time ran out before {name}", flush=True)
             break
         try:
-            found, added = prepared(name, size, batch, mode)
-            jobs |= found
+            new_jobs, added = prepared(name, size, batch, mode)
+            jobs |= new_jobs
             memory |= added
-        except Exception as error:  # one model that fails must not cost the others' numbers
-            print(f"models: {name} left out: {first_line(error)}", flush=True)
-        # what one model's activations leave in the allocator's pieces may not fit another's
+        except Exception as error:  # a failing model must not stop the others
+            print(f"models: {name} skipped: {first_line(error)}", flush=True)
+        # cached blocks of one model's activations may not fit those of another
         torch.cuda.empty_cache()
     for key, (median, spread) in interleaved(jobs, rounds, clock).items():
         name, direction = key.split()
@@ -59,14 +59,14 @@ def models(
 
 
 def prepared(name: str, size: int, batch: int, mode: str) -> tuple[dict[str, Job], dict[str, float]]:
-    """A network's jobs, called already, and the MiB that each of them needs."""
+    """Return the jobs of a network, already called once, and the MiB that each of them needs."""
     before = torch.cuda.memory_allocated()
     jobs = model_jobs(name, size, batch, mode)
     return jobs, {key: peak(job, before) for key, job in jobs.items()}
 
 
 def peak(job: Job, before: int) -> float:
-    """MiB on the device at the most during a second call of the job, without the `before` bytes of other jobs."""
+    """Return the peak MiB on the device during a second call of the job, without the `before` bytes of other jobs."""
     job()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -76,10 +76,10 @@ def peak(job: Job, before: int) -> float:
 
 
 def model_jobs(name: str, size: int, batch: int, mode: str, device: str = "cuda") -> dict[str, Job]:
-    """A network's forward and its training step, as "name inference" and "name training"."""
+    """Return a network's forward and training step, as "name inference" and "name training"."""
     from sola_vision.analysis.cost import build
 
-    # networks with windows or learned positions are laid out for the size
+    # networks with windows or learned positions are built for one size
     model = build(name, (size, size), CLASSES, device=device).to(device)
     layout = torch.channels_last if any(isinstance(m, torch.nn.Conv2d) for m in model.modules()) else None
     images = torch.randn(batch, 3, size, size, device=device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the operator on a GPU, beside what HBM needs, attention, the portable form and Vision-RWKV's kernel."""
+"""Speed of the operator on a GPU, against HBM, attention, the portable form and Vision-RWKV's kernel."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,30 +14,30 @@ from torch import Tensor
 SHAPES = [(128, 3136, 96), (1, 3136, 96), (128, 784, 192), (1, 65536, 96), (8, 16384, 96)]
 # N C elements that cross memory in two sweeps: k and v twice and y; k, v and y's gradient twice and two gradients
 FLOORS = {"forward": 5, "backward": 8}
-# nominal memory bandwidth in TB/s by the vendor's data sheet; other devices get the measured one only
+# nominal memory bandwidth in TB/s by the vendor's data sheet; for other devices only the measured one is used
 NOMINAL = {"H200": 4.8, "H100": 3.35, "A100-SXM4-80GB": 2.04, "A100-SXM4-40GB": 1.56, "RTX 4090": 1.01, "L40S": 0.86}
 
 
 def operator(rounds: int, clock: Clock, vision_rwkv: Path | None) -> Iterator[dict[str, Any]]:
-    """Microseconds of forward and of backward per shape and dtype, over the time HBM needs for 5 and 8 N C elements."""
+    """Yield microseconds of forward and backward by shape and dtype, also over HBM's time for 5 and 8 N C elements."""
     from sola_vision import ops
 
-    theirs = None
+    vision_kernel = None
     if vision_rwkv is None:
-        print("vision-rwkv: skipped, give its checkout by --vision-rwkv DIR", flush=True)
+        print("vision-rwkv: skipped; give its checkout with --vision-rwkv DIR", flush=True)
     else:
-        theirs = gpu_vision_rwkv.build(vision_rwkv)
+        vision_kernel = gpu_vision_rwkv.build(vision_rwkv)
     bandwidth = copy_bandwidth()
     nominal = next((v for k, v in NOMINAL.items() if k in torch.cuda.get_device_name()), None)
     yield {"what": "bandwidth", "copy_tb_s": bandwidth / 1e12, "nominal_tb_s": nominal}
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):
             if clock.over():
-                print(f"operator: time is over before {shape} {name_of(dtype)}", flush=True)
+                print(f"operator: time ran out before {shape} {name_of(dtype)}", flush=True)
                 return
             inputs = operands(*shape, dtype, calm=True)
-            jobs = operator_jobs(ops, inputs, theirs)
-            jobs |= graphs(jobs)  # launches from Python may take longer than what they launch
+            jobs = operator_jobs(ops, inputs, vision_kernel)
+            jobs |= graphs(jobs)  # launches from Python may take longer than the kernels
             for name, (median, spread) in interleaved(jobs, rounds, clock).items():
                 words = name.split()
                 path, direction = words[0], words[1]
@@ -48,7 +48,7 @@ def operator(rounds: int, clock: Clock, vision_rwkv: Path | None) -> Iterator[di
                     "launch": "graph" if words[2:] else "eager",
                     "shape": list(shape),
                     "dtype": "float32" if path == "vision-rwkv" else name_of(dtype),
-                    "beside": name_of(dtype),  # whose rounds these were
+                    "beside": name_of(dtype),  # dtype of the other jobs in the same rounds
                     "microseconds": median,
                     "spread": spread,
                 }
@@ -63,8 +63,8 @@ def operator(rounds: int, clock: Clock, vision_rwkv: Path | None) -> Iterator[di
             torch.cuda.empty_cache()
 
 
-def operator_jobs(ops: Any, inputs: tuple[Tensor, ...], theirs: Any) -> dict[str, Job]:
-    """Jobs by "path direction": forward, backward alone where it can be called alone, and both."""
+def operator_jobs(ops: Any, inputs: tuple[Tensor, ...], vision_kernel: Any) -> dict[str, Job]:
+    """Return jobs by "path direction": forward, backward alone where possible, and both."""
     decay, bonus, key, value, grad = inputs
     batch, num_tokens, channels = key.shape
     wkv, backward = torch.ops.sola.wkv, torch.ops.sola.wkv_backward
@@ -74,7 +74,7 @@ def operator_jobs(ops: Any, inputs: tuple[Tensor, ...], theirs: Any) -> dict[str
         "triton backward": lambda: backward(decay, bonus, key, value, states, grad),
         "triton both": lambda: call(ops.wkv, inputs),
     }
-    # the portable form keeps tens of float64 copies; attention's cost is quadratic
+    # the portable form keeps dozens of float64 copies; attention's cost is quadratic
     if key.numel() <= 2**26:
         jobs["portable forward"] = lambda: torch.ops.sola.wkv_portable(decay, bonus, key, value)
         jobs["portable both"] = lambda: call(torch.ops.sola.wkv_portable, inputs)
@@ -89,22 +89,22 @@ def operator_jobs(ops: Any, inputs: tuple[Tensor, ...], theirs: Any) -> dict[str
 
         jobs["sdpa forward"] = lambda: attention(q, k, v)
         jobs["sdpa both"] = attend
-    if theirs is not None and channels % 32 == 0:
-        # float32 only; its own w is divided by N by the caller
+    if vision_kernel is not None and channels % 32 == 0:
+        # float32 only; the caller divides w by N
         w, u, k32, v32, g32 = (decay / num_tokens).contiguous(), bonus, key.float(), value.float(), grad.float()
-        jobs["vision-rwkv forward"] = lambda: theirs.bi_wkv_forward(w, u, k32, v32)
-        jobs["vision-rwkv backward"] = lambda: theirs.bi_wkv_backward(w, u, k32, v32, g32)
+        jobs["vision-rwkv forward"] = lambda: vision_kernel.bi_wkv_forward(w, u, k32, v32)
+        jobs["vision-rwkv backward"] = lambda: vision_kernel.bi_wkv_backward(w, u, k32, v32, g32)
 
         def both() -> Any:
-            theirs.bi_wkv_forward(w, u, k32, v32)
-            return theirs.bi_wkv_backward(w, u, k32, v32, g32)
+            vision_kernel.bi_wkv_forward(w, u, k32, v32)
+            return vision_kernel.bi_wkv_backward(w, u, k32, v32, g32)
 
         jobs["vision-rwkv both"] = both
     return jobs
 
 
 def graphs(jobs: dict[str, Job]) -> dict[str, Job]:
-    """Replays of the kernels' and attention's jobs; Vision-RWKV's launches do not ask for the capturing stream."""
+    """Return CUDA graphs of the kernel's and attention's jobs; Vision-RWKV does not launch on the capturing stream."""
     captured: dict[str, Job] = {}
     for name, job in jobs.items():
         if name.split()[0] in ("triton", "sdpa"):

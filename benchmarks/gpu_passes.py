@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the element-wise passes on a GPU: as the package calls them, in plain torch, and what HBM needs."""
+"""Speed of the element-wise passes on a GPU: the package's operators and plain torch, against HBM's time."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,19 +13,19 @@ Pass = Callable[..., Tensor]
 
 
 def passes(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
-    """Microseconds of forward and backward, and over the time of one crossing of every input and output."""
+    """Yield microseconds of forward and backward, also over the time to move every input and output once."""
     bandwidth = copy_bandwidth()
     yield {"what": "bandwidth", "copy_tb_s": bandwidth / 1e12}
     for dtype in (torch.bfloat16, torch.float32):
         for name in ("norm_shift", "gate", "gated_sum", "squared_relu"):
             if clock.over():
-                print(f"passes: time is over before {name} {name_of(dtype)}", flush=True)
+                print(f"passes: time ran out before {name} {name_of(dtype)}", flush=True)
                 return
             try:
                 jobs, moved = pass_jobs(name, dtype)
                 times = interleaved(jobs, rounds, clock)
-            except RuntimeError as error:  # one pass that fails must not cost the others' numbers
-                print(f"passes: {name} {name_of(dtype)} left out: {first_line(error)}", flush=True)
+            except RuntimeError as error:  # a failing pass must not stop the others
+                print(f"passes: {name} {name_of(dtype)} skipped: {first_line(error)}", flush=True)
                 continue
             for key, (median, spread) in times.items():
                 path, direction = key.split()
@@ -45,7 +45,7 @@ def passes(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict[str, Job], dict[str, int]]:
-    """Jobs by "path direction", and the bytes that a direction moves at least. gated_sum has the backward of gate."""
+    """Return jobs by "path direction", and the least bytes that a direction moves. gated_sum has gate's backward."""
     from sola_vision.ops import passes as plain
 
     inputs = operands(name, dtype, device)
@@ -54,30 +54,30 @@ def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict
     out = kernel(*inputs)
     grad = torch.randn_like(out)
     backward = "gate" if name == "gated_sum" else name
-    behind = backward_inputs(name, inputs, grad)
+    back_inputs = backward_inputs(name, inputs, grad)
     kernel_back, portable_back = getattr(torch.ops.sola, f"{backward}_backward"), plain._BACKWARDS[backward]
-    gradients = kernel_back(*behind)
+    gradients = kernel_back(*back_inputs)
     moved = {
         "forward": nbytes(*tensors, out),
-        "backward": nbytes(*behind, *([gradients] if isinstance(gradients, Tensor) else gradients)),
+        "backward": nbytes(*back_inputs, *([gradients] if isinstance(gradients, Tensor) else gradients)),
     }
     del out, gradients
 
-    # without grad mode, as in autograd's backward: with it the plain forms build a graph
-    def quiet(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Job:
+    # without grad mode, as in autograd's backward, since the plain forms would build a graph
+    def without_grad(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Job:
         return torch.no_grad()(lambda: function(*arguments))
 
     jobs = {
-        "kernel forward": quiet(kernel, inputs),
-        "portable forward": quiet(portable, inputs),
-        "kernel backward": quiet(kernel_back, behind),
-        "portable backward": quiet(portable_back, behind),
+        "kernel forward": without_grad(kernel, inputs),
+        "portable forward": without_grad(portable, inputs),
+        "kernel backward": without_grad(kernel_back, back_inputs),
+        "portable backward": without_grad(portable_back, back_inputs),
     }
     return jobs, moved
 
 
 def operands(name: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    """What the operator takes. Weights and mixes of norm_shift have x's dtype, as the layers hand them over."""
+    """Return the operator's arguments. Weights and mixes of norm_shift have x's dtype, as in the layers."""
     g = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -92,6 +92,7 @@ def operands(name: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
 
 
 def backward_inputs(name: str, inputs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of the operator's backward."""
     if name == "norm_shift":
         return (*inputs[:5], grad)
     if name == "gated_sum":
@@ -100,4 +101,5 @@ def backward_inputs(name: str, inputs: tuple[Any, ...], grad: Tensor) -> tuple[A
 
 
 def nbytes(*values: Any) -> int:
+    """Return the bytes of all tensors among the values."""
     return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))

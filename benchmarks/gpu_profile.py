@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels a GPU's time goes to: one forward and one training step of networks, and the operator's calls."""
+"""The kernels that take a GPU's time in a forward and a training step of networks, and in the operator's calls."""
 
 import time
 from collections.abc import Iterator
@@ -16,37 +16,42 @@ LINES = 25
 
 
 def profiles(names: list[str], size: int, batch: int, clock: Clock) -> Iterator[dict[str, Any]]:
-    """A row for each call, with the kernels that take longest and its time on the device and on the clock."""
+    """Yield a row for each call, with the kernels that take longest, and its time on the device and on the host."""
     for shape, dtype in SHAPES:
         inputs = operands(*shape, dtype, calm=True)
         for direction, job in operator_calls(inputs).items():
-            yield {"what": "operator", "shape": list(shape), "dtype": name_of(dtype), "direction": direction} | taken(
-                job
-            )
+            yield {
+                "what": "operator",
+                "shape": list(shape),
+                "dtype": name_of(dtype),
+                "direction": direction,
+            } | profiled(job)
     for name in names:
         if clock.over():
-            print(f"profile: time is over before {name}", flush=True)
+            print(f"profile: time ran out before {name}", flush=True)
             return
         try:
             for key, job in model_jobs(name, size, batch, "eager").items():
                 condition = {"direction": key.split()[1], "batch": batch, "size": size}
-                yield {"what": "model", "model": name, **condition} | taken(job)
-        except Exception as error:  # one model that fails must not cost the others' numbers
-            print(f"profile: {name} left out: {first_line(error)}", flush=True)
+                yield {"what": "model", "model": name, **condition} | profiled(job)
+        except Exception as error:  # a failing model must not stop the others
+            print(f"profile: {name} skipped: {first_line(error)}", flush=True)
         torch.cuda.empty_cache()
 
 
 def operator_calls(inputs: tuple[torch.Tensor, ...]) -> dict[str, Job]:
+    """Return the operator's forward and backward as jobs."""
     wkv, backward = torch.ops.sola.wkv, torch.ops.sola.wkv_backward
     *operands, grad = inputs
     _, states = torch.ops.sola.wkv_with_states(*operands)
     return {"forward": lambda: wkv(*operands), "backward": lambda: backward(*operands, states, grad)}
 
 
-def taken(job: Job) -> dict[str, Any]:
-    """The kernels of one call, and its times in microseconds: device_us is the sum over kernels, wall_us from the first
-    launch to the last result, launch_us until Python has launched everything. Where launch_us comes near wall_us,
-    the launches are the limit.
+def profiled(job: Job) -> dict[str, Any]:
+    """Profile one call: its kernels and its times in microseconds.
+
+    device_us is the sum over kernels, wall_us the time from the first launch to the last result, launch_us the time
+    until Python has launched everything. If launch_us is close to wall_us, launches are the bottleneck.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -61,6 +66,7 @@ def taken(job: Job) -> dict[str, Any]:
 
 
 def wall(job: Job) -> tuple[float, float]:
+    """Return the microseconds of a call until all is launched, and until all is finished."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     job()
@@ -70,8 +76,8 @@ def wall(job: Job) -> tuple[float, float]:
 
 
 def kernels(events: Any) -> dict[str, Any]:
-    """The table of a profile: what ran on the device, by the time it took."""
-    # annotations span kernels that are counted themselves
+    """Return the kernels of a profile that ran on the device, by time."""
+    # annotations cover kernels that are already counted
     ran = [
         e
         for e in events
@@ -94,7 +100,7 @@ def kernels(events: Any) -> dict[str, Any]:
 
 
 def show(row: dict[str, Any]) -> None:
-    """A row as a head and a table."""
+    """Print a row as a heading and a table."""
     times = (
         f"device {row['device_us']:,.0f} us, wall {row['wall_us']:,.0f} us, launched after {row['launch_us']:,.0f} us"
     )

@@ -1,44 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clock of the GPU's benchmarks: jobs in interleaved rounds, each call timed by device events.
+"""Timing of the GPU's benchmarks: jobs in interleaved rounds, each call timed by device events.
 
-A time is the median over rounds of the round's shortest call, beside it the spread (interquartile range over median).
+A time is the median over rounds of the shortest call in each, with its spread (interquartile range over median).
 """
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Job = Callable[[], Any]
-SLOW = 60_000  # microseconds: such a job gets three timed calls a round, and one where it takes ten times as long
+from sola_vision.bench.rounds import Job, spread
+
+# microseconds from which a job has three timed calls a round; one from ten times as long
+SLOW = 60_000
 
 
 class Clock:
-    """How long a command may still take."""
+    """The time limit of a command."""
 
     def __init__(self, minutes: float) -> None:
         self.end = time.monotonic() + 60 * minutes
 
     def over(self) -> bool:
+        """True if the time has run out."""
         return time.monotonic() > self.end
 
 
 def interleaved(jobs: dict[str, Job], rounds: int, clock: Clock, calls: int = 10) -> dict[str, tuple[float, float]]:
-    """Median and spread in microseconds: every round gives each job two calls to warm up and the best of some."""
+    """Return median and spread in microseconds; in each round the best call after two warm-up calls counts."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in list(jobs.items()):
             try:
                 job()
                 second = timed(job)
-                few = 1 if second > 10 * SLOW else min(calls, 3) if second > SLOW else calls
-                times[name].append(min(timed(job) for _ in range(few)))
+                timed_calls = 1 if second > 10 * SLOW else min(calls, 3) if second > SLOW else calls
+                times[name].append(min(timed(job) for _ in range(timed_calls)))
             except torch.OutOfMemoryError:
-                print(f"{name}: out of memory, left out", flush=True)
+                print(f"{name}: out of memory, skipped", flush=True)
                 torch.cuda.empty_cache()
                 del jobs[name], times[name]
         if clock.over():
@@ -46,18 +48,11 @@ def interleaved(jobs: dict[str, Job], rounds: int, clock: Clock, calls: int = 10
     return {name: (statistics.median(x), spread(x)) for name, x in times.items() if x}
 
 
-def spread(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    quarters = statistics.quantiles(times, n=4)
-    return (quarters[2] - quarters[0]) / statistics.median(times)
-
-
 _flush: list[Tensor] = []
 
 
 def timed(job: Job) -> float:
-    """Microseconds of one call by device events, behind a pass over memory that empties caches and hides launches."""
+    """Return a call's microseconds by device events, after a pass over memory to evict caches and hide launches."""
     if not _flush:
         _flush.append(torch.empty(2**28, dtype=torch.uint8, device="cuda"))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -70,7 +65,7 @@ def timed(job: Job) -> float:
 
 
 def graphed(job: Job) -> Job:
-    """The job as one replay of a CUDA graph: the device's time without Python's launches."""
+    """Return the job as a replay of a CUDA graph: the device's time without Python's launches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -83,24 +78,24 @@ def graphed(job: Job) -> Job:
 
     def replay() -> Any:
         graph.replay()
-        return kept  # what the graph writes to
+        return kept  # the graph's outputs
 
     return replay
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a large copy."""
+    """Return the bytes per second, read plus written, of a large copy."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     seconds = min(timed(lambda: target.copy_(source)) for _ in range(20)) * 1e-6
     return 2 * source.numel() * source.element_size() / seconds
 
 
-# ---- what was measured
+# ---- output
 
 
 def write(path: Path, rows: list[dict[str, Any]], commit: str | None = None) -> None:
-    """Rows, and where they were measured; `commit` is for a copy that has no history of its own."""
+    """Write rows with the machine and versions; `commit` is for a copy without git history."""
     from sola_vision.engine.log import surroundings, write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +112,7 @@ def write(path: Path, rows: list[dict[str, Any]], commit: str | None = None) -> 
 
 
 def triton_version() -> str | None:
+    """Return triton's version, or None if it is not installed."""
     try:
         import triton
     except ImportError:
@@ -125,12 +121,15 @@ def triton_version() -> str | None:
 
 
 def report(row: dict[str, Any]) -> None:
+    """Print a row in one line."""
     print("  ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the project promises of its speed on a CPU and on a GPU, and what the stored results say of each promise.
+"""The project's measures of speed and accuracy on CPU and GPU, and whether the stored results meet their targets.
 
-A promise is a value that a result file contains or that follows from two of its rows, and a bound.
+A measure is a value in a result file, or computed from two of its rows, with a bound.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Results = dict[str, Any]  # name of the file -> its document; name of a folder -
 
 @dataclass(frozen=True)
 class Measure:
-    """value: None where nothing was measured yet. source: the result file, without .json."""
+    """A value and its target. value: None if not measured yet. source: the result file, without .json."""
 
     what: str
     value: float | None
@@ -33,20 +33,24 @@ class Measure:
 
     @property
     def met(self) -> bool | None:
+        """True if the target is met; None without a value."""
         if self.value is None:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
     @property
     def shown(self) -> str:
+        """The value for a table."""
         return "-" if self.value is None else self._text(self.value)
 
     @property
     def target_shown(self) -> str:
+        """The target for a table."""
         return f"{'>=' if self.at_least else '<='} {self._text(self.target)}"
 
     @property
     def verdict(self) -> str:
+        """yes, NO or not measured."""
         return {None: "not measured", True: "yes", False: "NO"}[self.met]
 
     def _text(self, value: float) -> str:
@@ -56,12 +60,13 @@ class Measure:
 
 
 def load(folder: Path = RESULTS) -> Results:
+    """Load the JSON files of a folder and, nested, those of its subfolders."""
     files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     return files | {path.name: load(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """--out, which is made, or refused, before anything is measured."""
+    """Add --out; the folder is created, or an error reported, before anything is measured."""
     parser.add_argument("--out", type=_folder, default=RESULTS, help="folder of the JSON files")
 
 
@@ -69,21 +74,22 @@ def _folder(text: str) -> Path:
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be a folder: {error.strerror}; name another") from error
+        raise argparse.ArgumentTypeError(f"{text} cannot be a folder: {error.strerror}; use another path") from error
     return Path(text)
 
 
 def measures(results: Results) -> list[Measure]:
+    """Return the measures on a CPU."""
     return [*_operator(results), *_accuracy(results), *_networks(results), *_growth(results), *_training(results)]
 
 
 def gpu_measures(results: Results) -> list[Measure]:
-    """What `gpu.py` has measured; a list of its own, since no CPU is beside it."""
+    """Return the measures on a GPU, which `gpu.py` measures."""
     return [*_gpu_operator(results), *_gpu_networks(results)]
 
 
 def listing(found: list[Measure]) -> str:
-    """A line for each measure, for a terminal."""
+    """Format the measures as a text table, one per line."""
     width = max(len(measure.what) for measure in found)
     lines = [f"{'measure':<{width}}  {'value':>10}  {'target':>10}  met"]
     lines += [f"{m.what:<{width}}  {m.shown:>10}  {m.target_shown:>10}  {m.verdict}" for m in found]
@@ -113,9 +119,9 @@ def _accuracy(results: Results) -> Iterator[Measure]:
         usual = source.removeprefix("operator_accuracy").removeprefix("_").replace("_", ", ") or "every path"
         paths = list(dict.fromkeys(row["path"] for row in rows)) or [usual]
         for path in paths:
-            mine = [row for row in rows if row["path"] == path]
-            forward = max((row["forward"] for row in mine), default=None)
-            gradient = max((max(row["gradients"].values()) for row in mine), default=None)
+            path_rows = [row for row in rows if row["path"] == path]
+            forward = max((row["forward"] for row in path_rows), default=None)
+            gradient = max((max(row["gradients"].values()) for row in path_rows), default=None)
             label = usual if path in usual else path
             yield Measure(f"accuracy: forward, {label}", forward, 5e-6, False, source, unit="")
             yield Measure(f"accuracy: gradients, {label}", gradient, 1e-5, False, source, unit="")
@@ -128,7 +134,7 @@ def _networks(results: Results) -> Iterator[Measure]:
         for model, baseline in ((TINY, DEIT_TINY), (SMALL, DEIT_SMALL)):
             what = f"224 {dtype}: multiply-add rate, {model} over {short(baseline)}"
             yield Measure(what, find(model, baseline, rate), 0.9, True, source)
-        # channels last makes some convolutional networks twice as fast: held against both
+        # channels last makes some convolutional networks twice as fast, so both layouts are compared
         for model, baseline, target in (
             (SMALL, SWIN, 1.5),
             (SMALL, CONVNEXT, 1.0),
@@ -176,10 +182,10 @@ def _gpu_operator(results: Results) -> Iterator[Measure]:
     for direction, target in (("forward", 1.3), ("backward", 1.5)):
         value = rows.get(("triton", direction, "bfloat16"), {}).get("over_hbm_floor_measured")
         yield Measure(f"operator: {direction} over HBM's time, {of} bfloat16", value, target, False, source)
-    # theirs knows float32 only, ours takes what autocast gives it; ours in float32 stands in the operator's table
+    # Vision-RWKV's kernel supports float32 only, ours runs in autocast's dtype; the operator's table has it in float32
     for direction in ("forward", "both"):
-        ours, theirs = (rows.get((path, direction, "bfloat16")) for path in ("triton", "vision-rwkv"))
-        value = theirs["microseconds"] / ours["microseconds"] if ours and theirs else None
+        ours, other = (rows.get((path, direction, "bfloat16")) for path in ("triton", "vision-rwkv"))
+        value = other["microseconds"] / ours["microseconds"] if ours and other else None
         what = f"operator: Vision-RWKV's CUDA kernel (float32) over {direction}, {of} bfloat16"
         yield Measure(what, value, 5.0, True, source)
 
@@ -190,12 +196,13 @@ def _gpu_networks(results: Results) -> Iterator[Measure]:
         (row["model"], row["direction"]): row["images_per_second"] for row in results.get(source, {}).get("rows", [])
     }
     for direction in ("inference", "training"):
-        mine, theirs = (rates.get((name, direction)) for name in (SMALL, SWIN))
-        value = mine / theirs if mine and theirs else None
+        ours, baseline = (rates.get((name, direction)) for name in (SMALL, SWIN))
+        value = ours / baseline if ours and baseline else None
         yield Measure(f"224 autocast: images/s in {direction}, {SMALL} over {short(SWIN)}", value, 1.3, True, source)
 
 
 def ratios(results: Results, source: str, **condition: Any) -> Callable[..., float | None]:
+    """Return a function that looks up the ratio of a model to a baseline in a result file."""
     rows = results.get(source, {}).get("ratios", [])
 
     def find(
@@ -209,4 +216,5 @@ def ratios(results: Results, source: str, **condition: Any) -> Callable[..., flo
 
 
 def short(name: str) -> str:
+    """Return a timm name without patch and window sizes."""
     return name.partition("_patch")[0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of tokens by weights and their gradients in float32: torch's matrix product beside the 1x1 convolution.
+"""Products of tokens by weights and their gradients in float32: torch's matrix product against the 1x1 convolution.
 
-    python benchmarks/products.py              # writes benchmarks/results/products.json; one quiet minute
+    python benchmarks/products.py              # writes benchmarks/results/products.json; a minute on an idle machine
 
-`sola_vision/layers/products.py` chooses between the two; run this on a processor that it does not know.
+`sola_vision/layers/products.py` chooses between the two; run this on a processor that is not covered there.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python benchmarks/report.py                              # print all tables as Markdown
     python benchmarks/report.py --write README.md docs/performance.md docs/performance-gpu.md    # replace them there
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+A table is placed between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from measures import (
 )
 
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# folders of other machines' results: what their processors are, which call themselves by one name
+# folders of other machines' results -> their processors, which report the same name
 OTHER_MACHINES = {"zen4": "Zen 4", "zen5": "Zen 5"}
 # name of a result -> the part of cpu.py that measures it
 _PARTS = {
@@ -61,19 +61,19 @@ def main() -> int:
 
 
 def filled(page: str, results: Results) -> str:
-    """The page with every table between its marks replaced."""
+    """Return the page with every table between its marks replaced."""
 
     def table(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in TABLES:
-            raise ValueError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+            raise ValueError(f"unknown table {name!r}; the tables are {', '.join(TABLES)}")
         return f"{begin}\n{TABLES[name](results)}\n\n{end}"
 
     return _MARKED.sub(table, page)
 
 
 def measures_table(results: Results) -> str:
-    """The machines' measures beside each other; what was not measured somewhere stays empty."""
+    """Format the measures of all machines side by side; cells without a measurement are empty."""
     machines = [(results, ""), *((results.get(name, {}), what) for name, what in OTHER_MACHINES.items())]
     columns = [{m.what: m for m in measures(found) if m.value is not None} for found, _ in machines]
     targets = {m.what: m.target_shown for m in measures(results)}
@@ -95,7 +95,7 @@ def hardware(results: Results, processor: str) -> str:
 
 
 def speed_table(results: Results) -> str:
-    """Images a second of sola_small over others', a column for each machine."""
+    """Format images per second of sola_small over those of others, one column per machine."""
     conditions = {
         "224, float32": ("network_224_f32", (SWIN, CONVNEXT, DEIT_SMALL)),
         "224, bfloat16": ("network_224_bf16", (SWIN, CONVNEXT, DEIT_SMALL)),
@@ -112,8 +112,8 @@ def speed_table(results: Results) -> str:
     for condition, (source, others) in conditions.items():
         for other in others:
             found = [ratios(machine, source)(SMALL, other) for machine in machines.values()]
-            mine, theirs = (card.get((name, ways.get(condition, ""))) for name in (SMALL, other))
-            found.append(mine / theirs if mine and theirs else None)
+            ours, baseline = (card.get((name, ways.get(condition, ""))) for name in (SMALL, other))
+            found.append(ours / baseline if ours and baseline else None)
             cells = ("" if value is None else f"{value:.2f}" for value in found)
             rows.append((condition, f"`{short(other)}`", *cells))
     return markdown(("size", "over", *machines, "H200"), rows)
@@ -131,7 +131,7 @@ def startup_table(results: Results) -> str:
 
 
 def products_table(results: Results) -> str:
-    document = results.get("zen5", {}).get("products")  # where the choice matters
+    document = results.get("zen5", {}).get("products")  # the machine on which the choice matters
     if document is None:
         return "*Not measured yet:* `python benchmarks/products.py`"
     rows = []
@@ -304,7 +304,7 @@ def gpu_models_table(results: Results) -> str:
 
 
 def gpu_profile_table(results: Results) -> str:
-    """A line for each call, with the three kernels that take longest."""
+    """Format one line per call, with the three kernels that take longest."""
     document = results.get("gpu-profile")
     if document is None:
         return gpu_missing("profile")
@@ -319,7 +319,7 @@ def gpu_profile_table(results: Results) -> str:
 
 
 def kernel_name(name: str) -> str:
-    """What fits a cell: a bar would end it."""
+    """Shorten a name for a cell, which a bar would end."""
     return name.replace("|", "/").replace("`", "'")[:40]
 
 
@@ -332,7 +332,7 @@ def gpu_provenance(document: dict[str, Any]) -> str:
         f"torch {document['torch']}, CUDA {document['cuda']}, triton {document['triton']}, timm {document['timm']}"
     )
     commit = (document["commit"] or "unknown")[:10] + "+" * (document["commit"] or "").endswith("+")
-    # where files were read and written says nothing
+    # without the paths of files, which do not matter
     command = re.sub(r" --(out|vision-rwkv|commit|minutes) \S+", "", document["command"])
     return f"{document['hardware']}, {versions}, commit {commit}: `python benchmarks/{command}`"
 
@@ -342,10 +342,10 @@ def missing(name: str) -> str:
 
 
 def provenance(document: dict[str, Any]) -> str:
-    """One line: where, with what, at which commit, by which command."""
+    """Format hardware, versions, commit and command in one line."""
     rounds = f", {document['protocol']['rounds']} rounds" if "protocol" in document else ""
     commit = (document["commit"] or "unknown")[:10] + "+" * (document["commit"] or "").endswith("+")
-    # where the file was written to says nothing
+    # without the path of the file, which does not matter
     command = re.sub(r" --json \S+", "", document["command"])
     where = f"{document['hardware']}, {document['threads']} threads, torch {document['torch']}, timm {document['timm']}"
     return f"{where}, commit {commit}, kernel {document['kernel']}{rounds}: `{command}`"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cold start of the command line beside importing timm: whole processes, in interleaved rounds, files in memory.
+"""Cold start of the command line compared with importing timm: whole processes, in interleaved rounds, files in memory.
 
-    python benchmarks/startup.py               # writes benchmarks/results/startup.json; one quiet minute
+    python benchmarks/startup.py               # writes benchmarks/results/startup.json; a minute on an idle machine
 
-The first round brings the files into memory and does not count.
+The first round loads the files into memory and is not counted.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer in inference on a CPU: products in tiles by the kernel beside torch's products in bands.
+"""A linear layer in inference on a CPU: products in tiles by the kernel against torch's products in bands.
 
-    python benchmarks/tiles.py             # writes benchmarks/results/tiles.json; two quiet minutes
+    python benchmarks/tiles.py             # writes benchmarks/results/tiles.json; two minutes on an idle machine
 
-`sola_vision/layers/dispatch.py` chooses between the two by the numbers of tokens and channels. With `--instruction-set
-avx2` the kernel is held to AVX2; torch's libraries are by MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
-ATEN_CPU_CAPABILITY=avx2.
+`sola_vision/layers/dispatch.py` chooses between the two by the numbers of tokens and channels. `--instruction-set avx2`
+limits the kernel to AVX2; MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 do so for
+torch's libraries.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--instruction-set", help="default: the best there is")
+    parser.add_argument("--instruction-set", help="of the kernel (default: the best supported)")
     add_out(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// An AOTInductor package without Python: aoti_classify model.pt2 _kernel.so HEIGHT WIDTH prints the logits of an image of
-// ones. model.pt2 comes from `sola export sola_nano --format aoti --out model.pt2`, _kernel.so lies in sola_vision/ops;
-// docs/export.md has the line that compiles this file.
+// Runs an AOTInductor package without Python: aoti_classify model.pt2 _kernel.so HEIGHT WIDTH prints the logits of an
+// image of ones. model.pt2 is written by `sola export sola_nano --format aoti --out model.pt2`, _kernel.so is in
+// sola_vision/ops; docs/export.md has the command that compiles this file.
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/torch.h>
@@ -20,13 +20,13 @@ int main(int argc, char** argv) {
     std::cerr << dlerror() << '\n';
     return 2;
   }
-  // 1: define the operators too, which Python does otherwise
+  // 1: also define the operators, which Python does otherwise
   if (const char* reason = load(1)) {
     std::cerr << reason << '\n';
     return 2;
   }
   torch::inductor::AOTIModelPackageLoader model(argv[1]);
-  // an image must be contiguous float32, as this one is: the package does not look
+  // an image must be contiguous float32, as this one is: the package does not check
   const std::vector<at::Tensor> results = model.run({torch::ones({1, 3, std::atoi(argv[3]), std::atoi(argv[4])})});
   const at::Tensor logits = results[0].contiguous();
   for (int64_t i = 0; i < logits.numel(); ++i) std::cout << logits.data_ptr<float>()[i] << '\n';

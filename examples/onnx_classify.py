@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a picture? `python onnx_classify.py model.onnx PICTURE.jpg`, with onnxruntime, NumPy and Pillow only.
+"""Classify a picture: `python onnx_classify.py model.onnx PICTURE.jpg`, with onnxruntime, NumPy and Pillow only.
 
-The file comes from `sola export runs/few_images --format onnx --out model.onnx`; it knows its classes and how pictures
-are prepared.
+The file is written by `sola export runs/few_images --format onnx --out model.onnx`; its metadata has the
+classes and the preprocessing of pictures.
 """
 
 import json
@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 
 def prepare(picture, how):
-    """The shorter side to `resize`, the square in the middle, minus mean, over std: [1, 3, crop, crop]."""
+    """Resize the shorter side, crop the central square, normalise: [1, 3, crop, crop]."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
         picture = Image.fromarray((np.asarray(picture).astype(np.float32) / 65535 * 255).round().astype(np.uint8))
     picture = picture.convert("RGB")
     short = min(picture.size)
@@ -29,7 +29,7 @@ def prepare(picture, how):
 
 
 def classify(model, picture):
-    """Pairs (class, probability), the most likely first."""
+    """Return pairs (class, probability), the most likely first."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
     (logits,) = session.run(None, {"images": prepare(picture, about["preprocess"])})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m sola_vision` is the command line `sola`."""
+"""`python -m sola_vision` runs the command line `sola`."""
 
 import sys
 

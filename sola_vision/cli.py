@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `sola VERB ...`. A verb is a module of `commands` with `add_arguments` and `run`.
+"""The command line, `sola VERB ...`. Each verb is a module of `commands` with a function `run(arguments)`.
 
-What a user can get wrong ends in one line on standard error and exit code 2, a training that diverges in one and exit
-code 1; SOLA_TRACEBACK=1 shows where it came from.
-Standard output carries results only, and with --json one JSON document and nothing else.
+Invalid input ends with one line on standard error and exit code 2, a training run that diverges with one line and exit
+code 1; with SOLA_TRACEBACK=1 the exception is raised instead.
+Standard output carries results only; with --json it is a single JSON document.
 """
 
 import errno
@@ -13,24 +13,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# verb -> what it does; the module of the same name (`eval` lives in `evaluate`) is imported when the verb is used
+# verb -> description; the module of the same name (for `eval` it is `evaluate`) is imported when the verb is used
 VERBS = {
-    "train": "train a network by a recipe",
+    "train": "train a network from a recipe",
     "eval": "evaluate a checkpoint on labelled images",
-    "predict": "say what is in an image or in a folder of images",
+    "predict": "run a checkpoint on an image or a folder of images",
     "explain": "show what each layer does with an image",
     "cost": "count parameters, multiply-adds and activation memory before training",
-    "export": "write a network as a file for other programs: ONNX, torch.export, AOTInductor",
-    "app": "open a local page to drop pictures on and to edit schedules",
+    "export": "export a network to ONNX, torch.export or AOTInductor",
+    "app": "serve a local web page for trying images and editing schedules",
     "bench": "measure the speed and memory of the operator or of networks",
-    "study": "run the paper's tables and figures, and write their pages",
-    "search": "find which layers should be softmax under a budget",
+    "study": "run the experiments of the paper's tables and figures, and write their pages",
+    "search": "search for the layers that should use softmax attention within a budget",
 }
 _MODULES = {"eval": "evaluate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 if the run itself failed, 2 for wrong input, 130 if interrupted."""
+    """Run one command and return its exit code: 0, 1 if the run failed, 2 for invalid input, 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = arguments[0]
     if verb not in VERBS:
-        return _refuse(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
-    if empty := _empty(arguments[1:]):
-        return _refuse(empty)
+        return _fail(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
+    if message := _empty_argument(arguments[1:]):
+        return _fail(message)
     from sola_vision.engine import TrainingStopped, keep_heap
     from sola_vision.startup import uncollected
 
@@ -57,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the results has seen enough (`sola cost ... | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    except BrokenPipeError:  # the reader of the results has closed the pipe (`sola cost ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         return 141
     except (ValueError, OSError, ImportError, TrainingStopped) as error:
         if os.environ.get("SOLA_TRACEBACK"):
             raise
-        message = _plain(error, arguments[1:]) if isinstance(error, OSError) else str(error)
-        return _refuse(message, 1 if isinstance(error, TrainingStopped) else 2)
+        message = _describe(error, arguments[1:]) if isinstance(error, OSError) else str(error)
+        return _fail(message, 1 if isinstance(error, TrainingStopped) else 2)
 
 
 def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(option, value) of every value on a command line; "" is the option of one that stands alone."""
+    """Yield (option, value) for every value on a command line; the option of a positional argument is ""."""
     option = ""
     for word in words:
         name, given, value = word.partition("=")
@@ -79,16 +79,20 @@ def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         option = name if word.startswith("--") and not given else ""
 
 
-def _empty(words: Sequence[str]) -> str | None:
-    """What an unset variable of the shell leaves; as a path it would be the current folder."""
+def _empty_argument(words: Sequence[str]) -> str | None:
+    """Return an error message if an argument is empty, as an unset shell variable is, else None.
+
+    As a path it would be the current folder.
+    """
     for option, value in _values(words):
-        if not value and not option.endswith("bridges"):  # no bridges are a network too
-            return f"{option or 'an argument'} '' is empty: give a value, or set the shell variable that stands there"
+        # empty bridges are valid: a network without any
+        if not value and not option.endswith("bridges"):
+            return f"{option or 'an argument'} '' is empty: give a value, or set the shell variable used there"
     return None
 
 
-def _plain(error: OSError, words: Sequence[str]) -> str:
-    """What the system refused to do with a file: the option that names the file, what is wrong and what to do."""
+def _describe(error: OSError, words: Sequence[str]) -> str:
+    """Describe an OSError in one line: the option that names the file, the cause and the fix."""
     if error.errno is None or error.filename is None:
         return str(error)
     path = Path(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename))
@@ -96,28 +100,28 @@ def _plain(error: OSError, words: Sequence[str]) -> str:
     named = [(value, option) for option, value in _values(words) if option and Path(value) in near]
     value, option = max(named, key=lambda pair: len(Path(pair[0]).parts), default=(str(path), ""))
     place = f"{option} {value}".strip() + ("" if Path(value) == path else f": {path}")
-    if error.strerror != os.strerror(error.errno):  # somebody has said more already
+    if error.strerror != os.strerror(error.errno):  # the message is already specific
         return f"{place}: {error.strerror}"
     blocking = next((each for each in near if os.path.exists(each) and not os.path.isdir(each)), None)
     if error.errno in (errno.EEXIST, errno.ENOTDIR) and blocking is not None:
-        return f"{place}: {blocking} is a file, and a folder has to be there; name another"
+        return f"{place}: {blocking} is a file, but must be a folder; use another path"
     if error.errno == errno.ENOENT and not os.path.isdir(path.absolute().parent):
         return f"{place}: its folder does not exist; create it first"
     if error.errno == errno.EISDIR:
-        return f"{place}: it is a folder; name a file"
+        return f"{place}: this is a folder; give the path of a file"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place}: {error.strerror.lower()}; change its permissions or name another"
+        return f"{place}: {error.strerror.lower()}; change its permissions or use another path"
     return f"{place}: {error.strerror.lower()}"
 
 
-def _refuse(message: str, code: int = 2) -> int:
-    # a message that names its command begins with the program, which is said already
+def _fail(message: str, code: int = 2) -> int:
+    # a message that starts with its command repeats the name of the program
     print(f"sola: {' '.join(message.split()).removeprefix('sola ')}", file=sys.stderr)
     return code
 
 
 def _help() -> str:
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
-    more = "`sola COMMAND --help` says more. SOLA_TRACEBACK=1 shows where an error comes from."
-    return f"usage: sola COMMAND ...\n\n{verbs}\n\n{more}"
+    verbs = "\n".join(f"  {verb:<{width}}  {description}" for verb, description in VERBS.items())
+    hint = "Run `sola COMMAND --help` for the options of a command. SOLA_TRACEBACK=1 shows the traceback of an error."
+    return f"usage: sola COMMAND ...\n\n{verbs}\n\n{hint}"

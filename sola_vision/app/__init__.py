@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola app`: a local page to drop pictures on. `subject.py` loads and asks networks, `tiles.py` prices schedules,
-`guard.py` keeps other websites out, `page.py` is the page itself, the only file that knows Gradio.
+"""`sola app`: a local web page. `subject.py` loads and runs networks, `tiles.py` computes the cost of schedules,
+`guard.py` rejects requests of other websites, `page.py` is the page itself and the only file that uses Gradio.
 """

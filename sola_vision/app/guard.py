@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page that is open to this machine alone answers this machine's own page alone.
+"""Rejection of requests that do not come from the page itself, for a page that only this machine can reach.
 
-The browser that shows it shows other pages too. One of them may let its name point here after it was loaded (DNS
-rebinding), and read what is answered; or send a picture here without reading anything. Both tell where they come from.
+The browser that shows the page shows other websites too. One of them could let its name resolve to this machine after
+it was loaded (DNS rebinding) and read the answers, or send an image without reading the answer. The headers of both
+reveal their origin.
 """
 
 from collections.abc import Awaitable, Callable
@@ -13,8 +14,8 @@ from urllib.parse import urlsplit
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
-class OwnPage:
-    """ASGI middleware: what `refusal` has a reason against is answered with that, and goes no further."""
+class SameOriginOnly:
+    """ASGI middleware that answers a request with status 400 and the reason if `rejection` returns one."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -24,7 +25,7 @@ class OwnPage:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        reason = refusal(headers.get("host", ""), headers.get("origin"))
+        reason = rejection(headers.get("host", ""), headers.get("origin"))
         if reason is None:
             await self.app(scope, receive, send)
             return
@@ -33,23 +34,24 @@ class OwnPage:
         await send({"type": f"{answer}.body", "body": reason.encode()})
 
 
-def refusal(host: str, origin: str | None) -> str | None:
-    """Why a request with these headers is not the page's own; None if it is. Programs other than browsers send no
-    origin.
+def rejection(host: str, origin: str | None) -> str | None:
+    """Return why a request with these headers is not the page's own, or None if it is.
+
+    Programs other than browsers send no origin.
     """
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         name = ""
     if not is_loopback(name):
-        return f"{host!r} is not a name of this machine: the page is open to this machine alone, see sola app --host"
+        return f"{host!r} is not a name of this machine: only this machine can reach the page, see sola app --host"
     if origin is not None and origin.partition("//")[2] != host:
-        return f"a page of {origin} may not use this one"
+        return f"requests from pages of {origin} are not allowed"
     return None
 
 
 def is_loopback(name: str) -> bool:
-    """Whether only this machine is reached by the name, whatever a name server says."""
+    """True if the name always refers to this machine, whatever a name server returns."""
     try:
         return ip_address(name).is_loopback
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page in Gradio: a picture and what a network makes of it; a schedule as tiles and what it costs."""
+"""The page in Gradio: the predictions and layer maps of a network for a picture; a schedule as tiles and its cost."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,12 +23,12 @@ _MAX_SIDE = 4096
 
 
 def build(sources: list[str]) -> gr.Blocks:
-    """The page; `sources` are the checkpoints to choose from, before those of runs/ and the names."""
+    """Build the page; `sources` are the checkpoints to choose from, before those of runs/ and the names."""
     choices = names(sources)
 
     @lru_cache(maxsize=4)
     def loaded(source: str) -> Subject:
-        # Gradio refuses what is not among the choices, so that a page open to others does not let them name files
+        # Gradio rejects values that are not among the choices, so remote users of a page cannot name files
         return load(source)
 
     def show(source: str, picture: Image.Image | None, longest: float) -> tuple[Any, ...]:
@@ -37,12 +37,12 @@ def build(sources: list[str]) -> gr.Blocks:
             return f"{subject.label}. Drop a picture.", {}, None, [], []
         picture = ImageOps.exif_transpose(picture).convert("RGB")
         picture.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        answer = subject.ask(picture)
-        layers = subject.look(picture, int(longest))
+        prediction = subject.predict(picture)
+        layers = subject.layer_maps(picture, int(longest))
         cams = [(cam, name) for name, cam, _ in layers]
-        activations = [(still, name) for name, _, still in layers]
-        drawn = gr.update(value=answer.picture, visible=answer.picture is not None)
-        return subject.label, answer.shares, drawn, cams, activations
+        activations = [(activation, name) for name, _, activation in layers]
+        drawn = gr.update(value=prediction.picture, visible=prediction.picture is not None)
+        return subject.label, prediction.shares, drawn, cams, activations
 
     with gr.Blocks(title="SoLA-Vision") as page:
         gr.Markdown("# SoLA-Vision\nA backbone whose every layer is **L**inear or **S**oftmax attention.")
@@ -58,12 +58,12 @@ def build(sources: list[str]) -> gr.Blocks:
                     label = gr.Markdown(elem_id="label")
                     shares = gr.Label(label="Classes", num_top_classes=5, elem_id="classes")
                     drawn = gr.Image(label="What it found", visible=False, elem_id="drawn")
-            look: dict[str, Any] = {"columns": 6, "height": "auto", "object_fit": "contain"}
-            cams = gr.Gallery(label="EigenCAM of each layer", elem_id="cams", **look)
-            activations = gr.Gallery(label="Activation of each layer", elem_id="activations", **look)
+            gallery: dict[str, Any] = {"columns": 6, "height": "auto", "object_fit": "contain"}
+            cams = gr.Gallery(label="EigenCAM of each layer", elem_id="cams", **gallery)
+            activations = gr.Gallery(label="Activation of each layer", elem_id="activations", **gallery)
             inputs, outputs = [source, picture, longest], [label, shares, drawn, cams, activations]
             for event in (page.load, source.change, picture.change, longest.release):
-                event(_told(show), inputs, outputs)
+                event(_with_errors_shown(show), inputs, outputs)
         with gr.Tab("Schedule"):
             _schedule_tab()
     return page
@@ -76,12 +76,12 @@ def _schedule_tab() -> None:
         text = gr.Textbox(SIZES["sola_tiny"]().schedule, label="Schedule", elem_id="schedule")
     gr.Markdown("Press a tile to change its layer; the number is its GMACs.")
 
-    def usual(chosen: str) -> str:
+    def default_schedule(chosen: str) -> str:
         return SIZES[chosen]().schedule
 
-    # gr.render draws again whenever one of the three changes
+    # gr.render runs again whenever one of the three changes
     @gr.render(inputs=[name, text, size])
-    @_told
+    @_with_errors_shown
     def draw(chosen: str, schedule: str, side: float) -> None:
         try:
             parse_schedule(schedule)
@@ -96,18 +96,18 @@ def _schedule_tab() -> None:
                     kind = "linear" if tile.kind == "L" else "softmax"
                     place = f"tile-{tile.stage + 1}-{tile.layer + 1}"
                     button = gr.Button(tile.text, size="sm", scale=0, elem_id=place, elem_classes=["tile", kind])
-                    button.click(_press(schedule, tile.stage, tile.layer), None, text)
-        gr.Markdown(priced.refused or priced.says, elem_id="cost", elem_classes="refused" if priced.refused else None)
+                    button.click(_toggle_on_press(schedule, tile.stage, tile.layer), None, text)
+        gr.Markdown(priced.error or priced.summary, elem_id="cost", elem_classes="refused" if priced.error else None)
 
-    name.change(usual, name, text)
+    name.change(default_schedule, name, text)
 
 
-def _press(schedule: str, stage: int, layer: int) -> Callable[[], str]:
+def _toggle_on_press(schedule: str, stage: int, layer: int) -> Callable[[], str]:
     return lambda: toggled(schedule, stage, layer)
 
 
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of input as a message on the page, in one line."""
+def _with_errors_shown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with input errors shown as a message on the page, in one line."""
 
     def call(*values: Any) -> Any:
         try:

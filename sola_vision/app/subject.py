@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network that the page is about: what it says of a picture, and what its layers look like then.
+"""A network on the page: its predictions for a picture, and the maps of its layers.
 
-A checkpoint of any task, or a name with fresh weights, whose classes mean nothing but whose maps can be seen.
+It comes from a checkpoint of any task, or from a name with random weights, which has maps but no predictions.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from sola_vision.tasks import load_checkpoint, read_description
 
 _SHOWN = 5  # classes
 _NAMES = ("sola_nano", "sola_tiny", "sola_small", "sola_base")
-_STILL = 320  # pixels of a map's longer side on the page
+_SIDE = 320  # pixels of a map's longer side on the page
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a network says: shares of classes (they need not sum to 1), and the picture with what it found drawn in."""
+class Prediction:
+    """Shares of the predicted classes (which need not sum to 1), and the picture with the prediction drawn in."""
 
     shares: dict[str, float]
     picture: Image.Image | None = None
@@ -36,17 +36,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, how pictures are normalised for it, and how it is asked."""
+    """A network, the normalisation of its input, and its prediction function."""
 
     label: str
     backbone: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    ask: Callable[[Image.Image], Answer]
+    predict: Callable[[Image.Image], Prediction]
 
     @torch.inference_mode()
-    def look(self, picture: Image.Image, longest: int) -> list[tuple[str, Image.Image, Image.Image]]:
-        """Every layer's name, EigenCAM over the picture and activation, for the picture at `longest` pixels."""
+    def layer_maps(self, picture: Image.Image, longest: int) -> list[tuple[str, Image.Image, Image.Image]]:
+        """Return every layer's name, EigenCAM over the picture, and activation, for the picture at `longest` pixels."""
         scale = longest / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         seen = picture.resize(size, Image.Resampling.BICUBIC)
@@ -56,37 +56,37 @@ class Subject:
         views = []
         for name, (down, across) in patches(self.backbone, (seen.height, seen.width), maps).items():
             patch = (down / seen.height, across / seen.width)
-            cam, still = eigencam(maps[name])[0], activation(maps[name])[0]
-            views.append((name, _painted(cam, patch, picture, 0.6), _painted(still, patch, picture, 1.0)))
+            cam, strength = eigencam(maps[name])[0], activation(maps[name])[0]
+            views.append((name, _draw_map(cam, patch, picture, 0.6), _draw_map(strength, patch, picture, 1.0)))
         return views
 
 
 def names(sources: list[str]) -> list[str]:
-    """What can be chosen: the checkpoints asked for, then those of runs/ in this folder, then names."""
+    """Return the choices: the given checkpoints, then those in runs/ of the current folder, then names."""
     runs = sorted(str(path.parent) for path in Path("runs").glob("*/best.safetensors"))
     return list(dict.fromkeys([*sources, *runs, *_NAMES]))
 
 
 def load(source: str) -> Subject:
-    """A checkpoint, a run's folder or a name. Raises ValueError or OSError with one line for anything else."""
+    """Load a checkpoint, a run's folder or a name. Raise ValueError or OSError of one line for anything else."""
     if not Path(source).exists() and timm.is_model(source):
         return _fresh(source)
     task = read_description(source)[1]["task"]
-    makers: dict[str, Callable[[str], Subject]] = {
+    loaders: dict[str, Callable[[str], Subject]] = {
         "classification": _classifier,
         "segmentation": _segmenter,
         "detection": _detector,
     }
-    if task not in makers:
-        raise ValueError(f"{source} is of the task {task!r}, which this version does not know ({', '.join(makers)})")
-    return makers[task](source)
+    if task not in loaders:
+        raise ValueError(f"{source}: task {task!r} is not supported by this version ({', '.join(loaders)})")
+    return loaders[task](source)
 
 
 def _fresh(name: str) -> Subject:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval()
     image = ImageConfig()
-    return Subject(f"{name}, random weights", model, image.mean, image.std, lambda picture: Answer({}))
+    return Subject(f"{name}, random weights", model, image.mean, image.std, lambda picture: Prediction({}))
 
 
 def _classifier(source: str) -> Subject:
@@ -94,14 +94,14 @@ def _classifier(source: str) -> Subject:
     transform = EvalTransform(checkpoint.image)
 
     @torch.inference_mode()
-    def ask(picture: Image.Image) -> Answer:
+    def predict(picture: Image.Image) -> Prediction:
         probabilities = checkpoint.model(transform(picture)[None]).float().softmax(1)[0]
         best = probabilities.topk(min(_SHOWN, len(checkpoint.classes)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return Answer({checkpoint.classes[index]: share for index, share in pairs})
+        return Prediction({checkpoint.classes[index]: share for index, share in pairs})
 
     image = checkpoint.image
-    return Subject(f"{checkpoint.name} of {source}", checkpoint.model, image.mean, image.std, ask)
+    return Subject(f"{checkpoint.name} of {source}", checkpoint.model, image.mean, image.std, predict)
 
 
 def _segmenter(source: str) -> Subject:
@@ -111,18 +111,18 @@ def _segmenter(source: str) -> Subject:
     from sola_vision.tasks.segmenter import backbone_of, load_segmenter
 
     checkpoint = load_segmenter(source)
-    transform, look = SegmentationEvalTransform(checkpoint.image), Inference()
+    transform, infer = SegmentationEvalTransform(checkpoint.image), Inference()
 
     @torch.inference_mode()
-    def ask(picture: Image.Image) -> Answer:
-        classes = look(checkpoint.model, transform.image(picture), (picture.height, picture.width)).numpy()
+    def predict(picture: Image.Image) -> Prediction:
+        classes = infer(checkpoint.model, transform.image(picture), (picture.height, picture.width)).numpy()
         counts = np.bincount(classes.ravel(), minlength=len(checkpoint.classes))
         order = [int(index) for index in np.argsort(-counts, kind="stable")[:_SHOWN] if counts[index]]
         shares = {checkpoint.classes[index]: counts[index].item() / classes.size for index in order}
-        return Answer(shares, draw_overlay(picture, classes, checkpoint.classes))
+        return Prediction(shares, draw_overlay(picture, classes, checkpoint.classes))
 
     mean, std = _normalisation(checkpoint.image)
-    return Subject(f"{checkpoint.name} of {source}", backbone_of(checkpoint.model), mean, std, ask)
+    return Subject(f"{checkpoint.name} of {source}", backbone_of(checkpoint.model), mean, std, predict)
 
 
 def _detector(source: str) -> Subject:
@@ -136,7 +136,7 @@ def _detector(source: str) -> Subject:
     checkpoint.model.roi_heads.score_thresh = 0.5
     labels = {number: label for label, number in enumerate(checkpoint.category_ids)}
 
-    def ask(picture: Image.Image) -> Answer:
+    def predict(picture: Image.Image) -> Prediction:
         found = detect(checkpoint.model, [to_pixels(picture)])[0]
         shapes: list[Shape] = []
         shares: dict[str, float] = {}
@@ -148,32 +148,33 @@ def _detector(source: str) -> Subject:
             name = checkpoint.classes[label]
             shares[name] = max(shares.get(name, 0.0), float(result["score"]))
         best = sorted(shares, key=lambda name: -shares[name])[:_SHOWN]
-        return Answer({name: shares[name] for name in best}, draw_shapes(picture, shapes, checkpoint.classes))
+        return Prediction({name: shares[name] for name in best}, draw_shapes(picture, shapes, checkpoint.classes))
 
     mean, std = _normalisation(checkpoint.image)
-    return Subject(f"{checkpoint.name} of {source}", backbone_of(checkpoint.model), mean, std, ask)
+    return Subject(f"{checkpoint.name} of {source}", backbone_of(checkpoint.model), mean, std, predict)
 
 
 def _normalisation(image: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    usual = ImageConfig()
-    return tuple(getattr(image, "mean", usual.mean)), tuple(getattr(image, "std", usual.std))
+    default = ImageConfig()
+    return tuple(getattr(image, "mean", default.mean)), tuple(getattr(image, "std", default.std))
 
 
-def _painted(values: Tensor, patch: Patch, picture: Image.Image, opacity: float) -> Image.Image:
-    """A map [h, w] in colours from its least to its largest value, over the picture and at its shape: each token where
-    its pixels are. patch: of a token, in parts of the picture's height and width.
+def _draw_map(values: Tensor, patch: Patch, picture: Image.Image, opacity: float) -> Image.Image:
+    """Draw a map [h, w], in colours from its smallest to its largest value, over the picture, each token on its pixels.
+
+    patch: size of a token as fractions of the picture's height and width.
     """
     low, high = values.min(), values.max()
-    still: NDArray[np.float64] = ((values - low) / (high - low if high > low else 1.0)).cpu().numpy()
-    colours = Image.fromarray((colormaps["viridis"](still)[..., :3] * 255).astype(np.uint8))
-    scale = _STILL / max(picture.size)
+    scaled: NDArray[np.float64] = ((values - low) / (high - low if high > low else 1.0)).cpu().numpy()
+    colours = Image.fromarray((colormaps["viridis"](scaled)[..., :3] * 255).astype(np.uint8))
+    scale = _SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # over the picture it is a tint, alone its tokens are to be seen
-    way = Image.Resampling.BICUBIC if opacity < 1 else Image.Resampling.NEAREST
+    # smooth as a tint over the picture, with visible tokens on its own
+    resampling = Image.Resampling.BICUBIC if opacity < 1 else Image.Resampling.NEAREST
     below = picture.convert("RGB").resize(size)
-    # a network that pads has tokens beyond the picture, another leaves its last pixels out: what both have
+    # some networks pad beyond the picture, others ignore its last pixels: draw the part that both have
     box = (0.0, 0.0, min(colours.width, 1 / patch[1]), min(colours.height, 1 / patch[0]))
     part = (max(1, round(size[0] * box[2] * patch[1])), max(1, round(size[1] * box[3] * patch[0])))
-    tint = colours.resize(part, way, box)
+    tint = colours.resize(part, resampling, box)
     below.paste(Image.blend(below.crop((0, 0, *part)), tint, opacity))
     return below

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A schedule as a row of tiles, and what it costs: each layer's letter with its multiply-adds, and the whole network.
+"""A schedule as tiles, each layer's letter with its multiply-adds, and the cost of the whole network.
 
-Counted on meta tensors, so a change is priced in about a second.
+Counted on meta tensors, which takes about a second.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ SIZES = {f"sola_{size.__name__}": size for size in (config.nano, config.tiny, co
 
 @dataclass(frozen=True)
 class Tile:
-    """A layer: where it is (from zero), L or S, and its multiply-adds, if the schedule can be built."""
+    """A layer: its stage and index (from zero), L or S, and its multiply-adds, if the schedule can be built."""
 
     stage: int
     layer: int
@@ -25,21 +25,22 @@ class Tile:
 
     @property
     def text(self) -> str:
+        """The label of the tile."""
         return self.kind if self.gmacs is None else f"{self.kind}  {self.gmacs:.3f}"
 
 
 @dataclass(frozen=True)
 class Price:
-    """A schedule's tiles by stage, a line about what it costs, and why it has no price, if it has none."""
+    """A schedule's tiles by stage, and a line with its cost, or the error if it cannot be built."""
 
     schedule: str
     stages: tuple[tuple[Tile, ...], ...]
-    says: str
-    refused: str = ""
+    summary: str
+    error: str = ""
 
 
 def toggled(schedule: str, stage: int, layer: int) -> str:
-    """The schedule with one layer of the other kind."""
+    """Return the schedule with one layer changed to the other kind."""
     parsed = parse_schedule(schedule)
     letters = list(parsed.stages[stage])
     letters[layer] = "S" if letters[layer] == "L" else "L"
@@ -49,20 +50,20 @@ def toggled(schedule: str, stage: int, layer: int) -> str:
 
 @lru_cache(maxsize=256)
 def price(name: str, schedule: str, size: int) -> Price:
-    """Of a network of the family with another schedule, for square images; compared with its own schedule."""
+    """Return the cost of a sola_* network with this schedule, for square images, relative to its default schedule."""
     parsed = parse_schedule(schedule)
     try:
         cost = _count(name, schedule, size)
     except ValueError as error:
         return Price(schedule, _tiles(parsed, None), "", " ".join(str(error).split()))
-    usual = _count(name, SIZES[name]().schedule, size)
-    says = (
-        f"**{cost.gmacs:.2f} GMACs** {_change(cost.gmacs, usual.gmacs)}, "
-        f"{cost.parameters / 1e6:.2f} M parameters {_change(cost.parameters, usual.parameters)}, "
-        f"{cost.peak_bytes / 2**20:.0f} MiB at inference {_change(cost.peak_bytes, usual.peak_bytes)}, "
-        f"{cost.saved_bytes / 2**20:.0f} MiB kept in training {_change(cost.saved_bytes, usual.saved_bytes)}"
+    default = _count(name, SIZES[name]().schedule, size)
+    summary = (
+        f"**{cost.gmacs:.2f} GMACs** {_change(cost.gmacs, default.gmacs)}, "
+        f"{cost.parameters / 1e6:.2f} M parameters {_change(cost.parameters, default.parameters)}, "
+        f"{cost.peak_bytes / 2**20:.0f} MiB at inference {_change(cost.peak_bytes, default.peak_bytes)}, "
+        f"{cost.saved_bytes / 2**20:.0f} MiB kept in training {_change(cost.saved_bytes, default.saved_bytes)}"
     )
-    return Price(schedule, _tiles(parsed, cost), f"{says}. In brackets: against {SIZES[name]().schedule}.")
+    return Price(schedule, _tiles(parsed, cost), f"{summary}. In brackets: relative to {SIZES[name]().schedule}.")
 
 
 @lru_cache(maxsize=256)

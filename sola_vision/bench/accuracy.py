@@ -3,7 +3,7 @@
 
 The forward's error is relative to the sum of weights times |v|, element by element. A gradient's is relative to its
 largest value, or to a tenth of max|v| max|grad| where the gradient itself is smaller than that.
-The referee is the definition while its N^2 is affordable, beyond that the portable form in float64.
+The referee is the definition where its N^2 is affordable, and the portable form in float64 elsewhere.
 """
 
 import os
@@ -28,23 +28,23 @@ RANGES = {
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 PATHS = ("reference", "portable", *INSTRUCTION_SETS, "triton")
 FORWARD_TARGET, GRADIENT_TARGET = 5e-6, 1e-5
-_AFFORDABLE = 2**27  # weights of the definition
-_AT_ONCE = 2**22
+_AFFORDABLE = 2**27  # most weights of the definition
+_AT_ONCE = 2**22  # weights in memory at a time
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Answer = tuple[Tensor, tuple[Tensor, ...]]
+Result = tuple[Tensor, tuple[Tensor, ...]]
 
 
 def measure(
     shapes: tuple[Shape, ...], paths: tuple[str, ...], report: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """A row for every shape, range and path; a path that does not exist here is reported and left out."""
+    """Return a row for every shape, range and path; a path that is not available here is reported and skipped."""
     calls = {}
     for path in paths:
         try:
             calls[path] = _path(path)
         except (RuntimeError, ValueError, ImportError) as error:
-            report(f"{path} left out: {error}")
+            report(f"{path} skipped: {error}")
     rows = []
     for shape in shapes:
         for name in RANGES:
@@ -71,7 +71,7 @@ def measure(
 
 
 def operands(shape: Shape, name: str, seed: int = 0) -> Operands:
-    """decay, bonus, key, value and an output's gradient in float32, drawn from a range of RANGES."""
+    """Return decay, bonus, key, value and an output gradient in float32, drawn from a range of RANGES."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float, *size: int) -> Tensor:
@@ -82,21 +82,21 @@ def operands(shape: Shape, name: str, seed: int = 0) -> Operands:
     return uniform(*decay, shape[2]), uniform(*bonus, shape[2]), uniform(*key, *shape), value, grad
 
 
-def errors(got: Answer, truth: Answer, inputs: Operands) -> tuple[float, dict[str, float]]:
-    """Of the forward, and of the gradients by the letter of their input."""
+def errors(got: Result, truth: Result, inputs: Operands) -> tuple[float, dict[str, float]]:
+    """Return the error of the forward, and those of the gradients by the letter of their input."""
     decay, bonus, key, value, grad = (x.double() for x in inputs)
     scale = portable.wkv(decay, bonus, key, value.abs())
     forward = _worst((got[0].double() - truth[0]).abs() / scale)
     floor = 0.1 * value.abs().max() * grad.abs().max()
     gradients = {
-        letter: _worst((mine.double() - exact).abs() / torch.maximum(exact.abs().max(), floor))
-        for letter, mine, exact in zip("wukv", got[1], truth[1], strict=True)
+        letter: _worst((gradient.double() - exact).abs() / torch.maximum(exact.abs().max(), floor))
+        for letter, gradient, exact in zip("wukv", got[1], truth[1], strict=True)
     }
     return forward, gradients
 
 
-def definition(inputs: tuple[Tensor, ...]) -> Answer:
-    """Eq. 9 and its gradients in float64, a few rows of its matrix at a time."""
+def definition(inputs: tuple[Tensor, ...]) -> Result:
+    """Compute eq. 9 and its gradients in float64, a few rows of its matrix at a time."""
     leaves = [x.double().requires_grad_() for x in inputs[:4]]
     decay, bonus, key, value = leaves
     batch, num_tokens, channels = key.shape
@@ -112,18 +112,18 @@ def definition(inputs: tuple[Tensor, ...]) -> Answer:
     return torch.cat(parts, dim=1), tuple(gradients)
 
 
-def _path(path: str) -> Callable[..., Answer]:
+def _path(path: str) -> Callable[..., Result]:
     if path == "reference":
-        return lambda *inputs: _as(torch.float32, definition(inputs))
+        return lambda *inputs: _cast(torch.float32, definition(inputs))
     if path == "portable":
         return _portable
     if path == "triton":
         return _triton()
     before = cpu.instruction_set()
-    cpu.instruction_set(path)  # whether this machine has it
+    cpu.instruction_set(path)  # raises if this CPU does not support it
     cpu.instruction_set(before)
 
-    def kernel(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Answer:
+    def kernel(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Result:
         before = cpu.instruction_set()
         cpu.instruction_set(path)
         try:
@@ -135,30 +135,30 @@ def _path(path: str) -> Callable[..., Answer]:
     return kernel
 
 
-def _portable(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Answer:
+def _portable(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Result:
     return portable.wkv(decay, bonus, key, value), portable.wkv_backward(decay, bonus, key, value, grad)
 
 
-def _triton() -> Callable[..., Answer]:
-    """The GPU kernels, interpreted: no speed, the same arithmetic."""
+def _triton() -> Callable[..., Result]:
+    """Return the GPU kernels in Triton's interpreter: the same arithmetic, but slow."""
     reason = ops.missing_kernel("cuda")
     if reason is not None:
         raise RuntimeError(reason)
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported, which happens at the first call
     from sola_vision.ops import gpu
 
-    def kernel(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Answer:
-        with np.errstate(all="ignore"):  # lanes without a token divide nothing by nothing
+    def kernel(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Result:
+        with np.errstate(all="ignore"):  # lanes without a token divide 0 by 0
             _, states = gpu.wkv_with_states(decay, bonus, key, value)
             return gpu.wkv(decay, bonus, key, value), gpu.wkv_backward(decay, bonus, key, value, states, grad)
 
     return kernel
 
 
-def _as(dtype: torch.dtype, answer: Answer) -> Answer:
-    return answer[0].to(dtype), tuple(x.to(dtype) for x in answer[1])
+def _cast(dtype: torch.dtype, result: Result) -> Result:
+    return result[0].to(dtype), tuple(x.to(dtype) for x in result[1])
 
 
 def _worst(error: Tensor) -> float:
     worst = error.max().item()
-    return worst if worst == worst else float("inf")  # nan is not a small error
+    return worst if worst == worst else float("inf")  # NaN counts as an infinite error

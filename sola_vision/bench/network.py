@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of whole networks, in inference and in training steps, beside timm's.
+"""Speed and memory of whole networks, in inference and in training steps, compared with timm's.
 
 All networks of a run are measured in the same interleaved rounds; between calls only their weights stay in memory.
-Memory is measured in a process of its own for each figure: `python -m sola_vision.bench.network CASE THREADS` with the
-case as JSON prints it. Networks that are laid out for one image size are built for the size that is asked.
+Memory is measured in a separate process for each case: `python -m sola_vision.bench.network CASE THREADS` with the
+case as JSON. Networks for a fixed image size are built for the requested one.
 """
 
 import json
@@ -24,7 +24,7 @@ from sola_vision.analysis import memory
 from sola_vision.analysis.cost import build, count
 from sola_vision.bench.rounds import Job, Protocol, Times, interleave, ratio
 
-# autocast: float32 weights, matrix products in bfloat16, as one trains; bfloat16: the weights too, as one deploys
+# autocast: float32 weights, matrix products in bfloat16, as in training; bfloat16: the weights too, as in deployment
 DTYPES = ("float32", "bfloat16", "autocast")
 LAYOUTS = ("contiguous", "channels_last")
 CLASSES = 1000
@@ -53,10 +53,11 @@ def plan(
     layouts: Sequence[str] = ("contiguous",),
     training: bool = False,
     compiled: bool = False,
-    left_out: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[Case, float]:
-    """Cases with the GMACs of an image. A network that does not take a size is left out there, with a line that says
-    so; ValueError if nothing remains.
+    """Return the cases with the GMACs of one image.
+
+    A network that does not take a size is reported and skipped there. Raises ValueError if no case remains.
     """
     cases: dict[Case, float] = {}
     for size in sizes:
@@ -64,14 +65,14 @@ def plan(
             try:
                 gmacs = count(build(model, size, CLASSES), size, name=model).gmacs
             except (ValueError, AssertionError, RuntimeError) as error:
-                left_out(f"left out: {str(error).splitlines()[0]}")
+                report(f"skipped: {str(error).splitlines()[0]}")
                 continue
             for dtype in dtypes:
                 for layout in layouts:
                     for is_compiled in (False, True) if compiled else (False,):
                         cases[Case(model, *size, batch, dtype, layout, training, is_compiled)] = gmacs
     if not cases:
-        raise ValueError("none of these networks takes any of these sizes: choose other sizes, such as 224")
+        raise ValueError("none of these networks takes any of these sizes: use other sizes, such as 224")
     return cases
 
 
@@ -83,7 +84,7 @@ def measure(
     with_memory: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """A row for every case, and the ratios of every other network over each of the `baselines`."""
+    """Return a row for every case, and the ratios of every other network to each of the `baselines`."""
     rows = {case: asdict(case) | {"gmacs": gmacs} for case, gmacs in cases.items()}
     for case, row in rows.items():
         if with_memory and not case.compiled:
@@ -92,7 +93,7 @@ def measure(
     networks: dict[Any, nn.Module] = {}
     jobs: dict[Case, Job] = {}
     for case in cases:
-        # ours have no layout for a size; compiled ones are compiled for a size
+        # sola_* networks take any size; compiled ones are compiled for one size
         fixed = case.compiled or not case.model.startswith("sola_")
         key = (case.model, case.dtype, case.layout, case.compiled, (case.height, case.width) if fixed else None)
         if key not in networks:
@@ -115,9 +116,9 @@ def measure(
 
 
 def compare(times: dict[Case, Times], gmacs: dict[Case, float], baselines: Sequence[str]) -> list[dict[str, Any]]:
-    """How many times the images (and the multiply-adds) a second of each baseline, within one condition.
+    """Return the images (and multiply-adds) per second relative to each baseline, within one condition.
 
-    "layout" is that of both sides, or "fastest": each side in the one that suits it best, where several were measured.
+    "layout" is that of both networks, or "fastest": each in its fastest layout, where several were measured.
     """
     conditions: dict[tuple[Any, ...], dict[str, list[Case]]] = {}
     for case in times:
@@ -128,12 +129,12 @@ def compare(times: dict[Case, Times], gmacs: dict[Case, float], baselines: Seque
         for model, baseline in product(networks, baselines):
             if model in baselines or baseline not in networks:
                 continue
-            mine, theirs = ({case.layout: case for case in networks[name]} for name in (model, baseline))
-            if len(mine) > 1:
-                for layouts in (mine, theirs):
+            own, others = ({case.layout: case for case in networks[name]} for name in (model, baseline))
+            if len(own) > 1:
+                for layouts in (own, others):
                     layouts["fastest"] = min(layouts.values(), key=lambda case: times[case].median)
-            for layout, case in mine.items():
-                other = theirs[layout]
+            for layout, case in own.items():
+                other = others[layout]
                 value, spread = ratio(times[other], times[case])
                 ratios.append(
                     asdict(case)
@@ -144,21 +145,23 @@ def compare(times: dict[Case, Times], gmacs: dict[Case, float], baselines: Seque
 
 
 def text(case: Case) -> str:
+    """Describe a case in one line."""
     return f"{case.model} at {case.height}x{case.width}, {condition(asdict(case))}"
 
 
 def condition(row: dict[str, Any]) -> str:
-    """ "float32", "autocast training compiled", ... of a case, a row or a ratio."""
+    """Describe the condition of a case, a row or a ratio, such as "autocast training compiled"."""
     words = [row["dtype"], "training" * row["training"], "compiled" * row["compiled"]]
     words.append(row.get("layout", "").replace("contiguous", ""))
     return " ".join(word for word in words if word)
 
 
 def network(case: Case) -> nn.Module:
+    """Build the network of a case, without DropPath."""
     torch.manual_seed(0)
     model = build(case.model, (case.height, case.width), CLASSES, device="cpu")
     for module in model.modules():
-        if isinstance(module, DropPath):  # it works at random, and the families' rates differ
+        if isinstance(module, DropPath):  # it is random, and its rates differ between families
             module.drop_prob = 0.0
     if case.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
@@ -171,7 +174,7 @@ def network(case: Case) -> nn.Module:
 
 
 def job(model: nn.Module, case: Case) -> Job:
-    """One forward, or one training step: forward, backward, fused AdamW."""
+    """Return a function that runs one forward, or one training step: forward, backward, fused AdamW."""
     images = torch.randn(case.batch, 3, case.height, case.width)
     if case.layout == "channels_last":
         images = images.to(memory_format=torch.channels_last)
@@ -196,7 +199,7 @@ def job(model: nn.Module, case: Case) -> Job:
 
 
 def memory_of(case: Case) -> dict[str, float | None]:
-    """Mebibytes in a fresh process: all of it at its peak, and what network, images and states added to it."""
+    """Measure a fresh process in MiB: its peak, and its increase by the network, images and optimiser state."""
     command = [
         sys.executable,
         "-m",
@@ -205,9 +208,9 @@ def memory_of(case: Case) -> dict[str, float | None]:
         str(torch.get_num_threads()),
     ]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:  # killed for want of memory, as a rule
+    if finished.returncode:  # usually killed for lack of memory
         last = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
-        print(f"sola: memory of {text(case)} is not measured: {last}", file=sys.stderr)
+        print(f"sola: memory of {text(case)} could not be measured: {last}", file=sys.stderr)
         return {"peak_mib": None, "added_mib": None}
     return json.loads(finished.stdout)
 
@@ -216,7 +219,7 @@ def _memory_here(case: Case, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     idle = memory.start()
     run = job(network(case), case)
-    for _ in range(2):  # the optimiser has its states from the first step on
+    for _ in range(2):  # the optimiser allocates its state in the first step
         run()
     peak = memory.peak()
     return {"peak_mib": peak / 2**20, "added_mib": (peak - idle) / 2**20}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of the operator: the compiled kernel beside the portable form, attention, and the mere passage of the data.
+"""Speed of the operator: the compiled kernel against the portable form, attention, and a single pass over the data.
 
-The floor is one pass that reads k and v and writes a new y, `k + v`. "repeated" calls take the same tensors again,
-"streamed" calls take the next of a ring of tensors that is larger than the caches.
+The lower bound is one pass that reads k and v and writes a new y, `k + v`. "repeated" calls take the same tensors
+again, "streamed" calls take the next of a ring of tensors that is larger than the caches.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ from sola_vision.bench.rounds import Job, Protocol, Times, interleave, ratio
 Shape = tuple[int, int, int]  # batch, tokens, channels
 
 SHAPES: tuple[Shape, ...] = ((1, 3136, 96), (8, 3136, 96), (1, 784, 192), (8, 196, 512), (1, 65536, 96))
-_HEAD = 32  # channels of a head of the attention beside it
-_RING = 256 * 2**20  # bytes that streamed calls walk through
+_HEAD = 32  # channels per head of the attention baseline
+_RING = 256 * 2**20  # bytes of the ring of streamed calls
 # products of queries and keys beyond which attention takes seconds
 _MOST_PAIRS = 2**28
 
@@ -38,7 +38,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of two jobs of one shape, and the project's target for it where there is one."""
+    """A ratio of two jobs of one shape, and the project's target for it, if any."""
 
     what: str
     shape: Shape
@@ -50,6 +50,7 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
+        """True if the target is met, None without one."""
         if self.target is None:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
@@ -61,10 +62,10 @@ def measure(
     protocol: Protocol,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Rows and ratios for every shape and dtype; a path that does not exist here is reported and left out."""
+    """Return rows and ratios for every shape and dtype; a path that is not available here is reported and skipped."""
     missing = ops.missing_kernel("cpu")
     if missing is not None:
-        report(f"native left out: {missing}")
+        report(f"native skipped: {missing}")
     rows: list[dict[str, Any]] = []
     ratios: list[dict[str, Any]] = []
     for shape in shapes:
@@ -84,17 +85,18 @@ def measure(
 
 
 def text(shape: Shape) -> str:
+    """Format a shape as 8x3136x96."""
     return "x".join(map(str, shape))
 
 
 def compare(times: dict[Name, Times], shape: Shape, dtype: str, in_cache: bool) -> list[Ratio]:
-    """The ratios of one shape. Targets: those of the project for k, v and y in cache or streaming, and at 56 x 56
+    """Return the ratios of one shape. Targets: the project's for k, v and y in cache or streaming, and at 56 x 56
     tokens of 96 channels for attention in float32.
     """
     attention = shape[1:] == (3136, 96) and dtype == "float32"
     forward, backward, both = (Name("native", direction) for direction in ("forward", "backward", "both"))
     streamed = Name("native", "forward", "streamed"), Name("copy", "forward", "streamed")
-    wanted: list[tuple[str, Name, Name, float | None, bool]] = [
+    pairs: list[tuple[str, Name, Name, float | None, bool]] = [
         ("forward over a copy, repeated", forward, Name("copy", "forward"), 4.0 if in_cache else None, False),
         ("forward over a copy, streamed", *streamed, None if in_cache else 2.5, False),
         ("backward over forward", backward, forward, 2.2, False),
@@ -105,13 +107,13 @@ def compare(times: dict[Name, Times], shape: Shape, dtype: str, in_cache: bool) 
     ]
     return [
         Ratio(what, shape, dtype, *ratio(times[over], times[under]), target, at_least)
-        for what, over, under, target, at_least in wanted
+        for what, over, under, target, at_least in pairs
         if over in times and under in times
     ]
 
 
 def operands(shape: Shape, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """decay, bonus, key, value and an output's gradient as in a trained network."""
+    """Return decay, bonus, key, value and an output gradient as in a trained network."""
     g = torch.Generator().manual_seed(seed)
     channels = shape[2]
     decay, bonus = torch.rand(channels, generator=g) * 20, torch.randn(channels, generator=g) * 0.5
@@ -137,7 +139,7 @@ def _jobs(shape: Shape, dtype: torch.dtype, native: bool) -> dict[Name, Job]:
         jobs[Name("native", "forward", "streamed")] = lambda: torch.ops.sola.wkv(decay, bonus, *next(ring))
     if shape[0] * shape[1] ** 2 <= _MOST_PAIRS and shape[2] % _HEAD == 0 and dtype == torch.float32:
         attention = torch.nn.functional.scaled_dot_product_attention
-        # key in two places: a projection of its own changes nothing of the time
+        # the key is also the query: a separate tensor would not change the time
         k, v, g = (x.view(*shape[:2], -1, _HEAD).transpose(1, 2) for x in (key, value, grad))
         jobs[Name("attention", "forward")] = partial(attention, k, k, v)
         jobs[Name("attention", "both")] = _both(attention, (k, k, v), g)
@@ -155,18 +157,18 @@ def _both(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Ten
 
 
 def _ring(key: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    # a few hundred of the smallest: the other jobs of a round empty the caches too
+    # at most 300 pairs of small shapes: the other jobs of a round evict the caches too
     pairs = min(max(2, _RING // (2 * key.numel() * key.element_size())), 300)
     return cycle([(key.clone(), value.clone()) for _ in range(pairs)])
 
 
 def _in_cache(shape: Shape, dtype: torch.dtype) -> bool:
-    """Whether k, v and y together fit the second-level caches of the cores in use."""
+    """True if k, v and y together fit the second-level caches of the cores in use."""
     return 3 * shape[0] * shape[1] * shape[2] * dtype.itemsize <= second_level_cache() * torch.get_num_threads()
 
 
 def second_level_cache() -> int:
-    """Bytes of a core's second-level cache; where the system does not say, 1 MiB."""
+    """Return the bytes of a core's second-level cache, or 1 MiB if the system does not report it."""
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
         return int(size.removesuffix("K")) * 1024

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory over the resolution, drawn from the rows of `network.measure`."""
+"""Plot of time and memory against resolution, from the rows of `network.measure`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ _CONDITION = ("dtype", "layout", "compiled")
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Seconds and mebibytes an image over the pixels' square root; a line for every network and condition."""
+    """Plot seconds and MiB per image against the square root of its pixels, one line per network and condition."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    # a condition that all rows share needs no mention
+    # conditions that all rows share are omitted
     varied = [name for name in _CONDITION if len({row[name] for row in rows}) > 1]
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -23,12 +23,12 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         lines.setdefault(" ".join(filter(None, words)), []).append(row)
     step = "training step" if rows[0]["training"] else "inference"
     quantities = (
-        (f"seconds an image, {step}", lambda row: row["seconds"] / row["batch"]),
+        (f"seconds per image, {step}", lambda row: row["seconds"] / row["batch"]),
         (f"MiB, {step}, batch {rows[0]['batch']}: added by the network", lambda row: row.get("added_mib")),
     )
     for axes, (label, value) in zip(figure.subplots(1, 2), quantities, strict=True):
-        for number, (name, mine) in enumerate(lines.items()):
-            points = [((row["height"] * row["width"]) ** 0.5, value(row)) for row in mine if value(row)]
+        for number, (name, line_rows) in enumerate(lines.items()):
+            points = [((row["height"] * row["width"]) ** 0.5, value(row)) for row in line_rows if value(row)]
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), label=name, **style(number))
         sides = sorted({round((row["height"] * row["width"]) ** 0.5) for row in rows})

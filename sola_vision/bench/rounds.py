@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rounds: the clock of every benchmark here.
+"""Interleaved rounds: the timing protocol of every benchmark in this project.
 
-In every round each job gets two calls to warm up and several timed ones, of which the shortest counts; the result is
-the median over rounds. Rounds interleave the jobs, so that what slows the machine for a while slows all of them, and a
+In every round each job has two warm-up calls and several timed calls, of which the shortest counts; the result is the
+median over rounds. Rounds interleave the jobs, so that a temporary slowdown of the machine affects all of them, and a
 ratio of two jobs is the median of the ratios within rounds.
 """
 
@@ -18,10 +18,10 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How often: rounds, calls to warm up, at most `calls` timed ones of together about `seconds`.
+    """The number of rounds and warm-up calls, and the timed calls: at most `calls`, for about `seconds` in total.
 
-    A job whose call alone fills `seconds` warms up with one call, and one that fills three times that is timed once,
-    in the first `slow_rounds` rounds only where that is given.
+    A job of which one call takes `seconds` has one warm-up call; one that takes three times as long is timed once per
+    round, and only in the first `slow_rounds` rounds if that is given.
     """
 
     rounds: int = 7
@@ -32,7 +32,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds} must be at least 1; fewer than 5 say little about the spread")
+            raise ValueError(f"rounds={self.rounds} must be at least 1; the spread is meaningful with 5 or more")
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,12 @@ class Times:
 
     @property
     def median(self) -> float:
+        """The median over the rounds, in seconds."""
         return statistics.median(self.rounds)
 
     @property
     def spread(self) -> float:
+        """The interquartile range over the median."""
         return spread(self.rounds)
 
 
@@ -56,33 +58,33 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     report: Callable[[int], None] = lambda number: None,
 ) -> dict[Name, Times]:
-    """Times of every job; `report` hears the number of each finished round."""
+    """Time the jobs in interleaved rounds; `report` is called with the number of each finished round."""
     shortest: dict[Name, list[float]] = {name: [] for name in jobs}
     for number in range(protocol.rounds):
         for name, job in jobs.items():
             times = shortest[name]
             slow = bool(times) and times[0] >= 3 * protocol.seconds
             if not slow or protocol.slow_rounds is None or number < protocol.slow_rounds:
-                times.append(_best(job, protocol, clock))
+                times.append(_shortest_call(job, protocol, clock))
         report(number + 1)
     return {name: Times(tuple(times)) for name, times in shortest.items()}
 
 
 def ratio(over: Times, under: Times) -> tuple[float, float]:
-    """How many times as long the first took as the second: the median over the rounds of both, and its spread."""
+    """Return the time of `over` relative to `under`: the median of the ratios within rounds, and its spread."""
     ratios = [a / b for a, b in zip(over.rounds, under.rounds, strict=False)]
     return statistics.median(ratios), spread(ratios)
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range over median; 0 for a single value."""
+    """Return the interquartile range over the median; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     quarters = statistics.quantiles(values, n=4, method="inclusive")
     return (quarters[2] - quarters[0]) / statistics.median(values)
 
 
-def _best(job: Job, protocol: Protocol, clock: Callable[[], float]) -> float:
+def _shortest_call(job: Job, protocol: Protocol, clock: Callable[[], float]) -> float:
     def timed() -> float:
         start = clock()
         job()

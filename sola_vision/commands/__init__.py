@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module a verb of the command line, imported when the verb is used: `run(arguments) -> exit code or None`."""
+"""The verbs of the command line, one module each: `run(arguments)` returns an exit code or None."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola app [CHECKPOINT ...]`: a local page to drop pictures on, see every layer, and edit a schedule by its tiles.
+"""`sola app [CHECKPOINT ...]`: a local page that shows what every layer does with an image, and edits schedules.
 
-It offers the checkpoints named, those of runs/ in this folder, and the family with random weights. The page is open to
-this machine alone unless --host says otherwise, and loads nothing from elsewhere.
+It offers the given checkpoints, those in runs/ of the current folder, and the sola_* networks with random weights. The
+page is reachable from this machine only, unless --host is given, and loads nothing from the internet.
 """
 
 import os
@@ -15,22 +15,23 @@ from sola_vision.tasks import read_description
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     for source in options.checkpoints:
-        read_description(source)  # what cannot be loaded is said before the page is there
-    _refuse_port(options.host, options.port)
+        read_description(source)  # report an unreadable checkpoint before the page starts
+    _check_port(options.host, options.port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio
         from starlette.middleware import Middleware
     except ImportError as error:
         raise ImportError(f"sola app needs gradio: pip install 'sola-vision[app]' ({error})") from None
-    from sola_vision.app.guard import OwnPage, is_loopback
+    from sola_vision.app.guard import SameOriginOnly, is_loopback
     from sola_vision.app.page import CSS, build
 
-    guards = [Middleware(OwnPage)] if is_loopback(options.host) else []
+    guards = [Middleware(SameOriginOnly)] if is_loopback(options.host) else []
     page = build(options.checkpoints)
-    print(f"http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
+    print(f"http://{options.host}:{options.port} (Ctrl-C stops it)", flush=True)
     page.launch(
         server_name=options.host,
         server_port=options.port,
@@ -46,17 +47,21 @@ def run(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola app", __doc__)
-    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="best.safetensors files or runs' folders")
+    parser.add_argument(
+        "checkpoints", nargs="*", metavar="CHECKPOINT", help="best.safetensors files or folders of runs"
+    )
     parser.add_argument("--port", type=int, default=7860, help="port of the page")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network")
-    parser.add_argument("--open", action="store_true", help="open it in the browser")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 makes the page reachable from the network"
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
     options = parser.parse_args(list(arguments))
     if not 0 < options.port < 65536:
-        raise ValueError(f"--port {options.port}: ports go from 1 to 65535")
+        raise ValueError(f"--port {options.port} must be between 1 and 65535")
     return options
 
 
-def _refuse_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

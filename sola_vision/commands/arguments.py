@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands share: their parser, where results go, the images they are about, names to print."""
+"""Shared by the commands: argument parser, output folders, input images, names to print."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from sola_vision.tasks import Checkpoint, takes_one_size
 
 
 class Arguments(ArgumentParser):
-    """argparse without its page of usage before every error and options that are cut short, and with its defaults."""
+    """An ArgumentParser that raises ValueError of one line, shows defaults, and accepts no abbreviations."""
 
     def __init__(
         self, prog: str, description: str | None = None, formatter_class: type[HelpFormatter] = HelpFormatter
@@ -25,43 +25,43 @@ class Arguments(ArgumentParser):
         super().__init__(prog=prog, description=description, formatter_class=formatter_class, allow_abbrev=False)
 
     def add_argument(self, *names: Any, **more: Any) -> Action:
-        """As argparse's; the help says the default where there is one and it does not say it already."""
+        """Add an argument, and append its default to the help text, unless that mentions it already."""
         action = super().add_argument(*names, **more)
-        unsaid = action.default is None or isinstance(action.default, bool) or action.default in ([], SUPPRESS)
-        if action.option_strings and action.help and "default" not in action.help and not unsaid:
+        no_default = action.default is None or isinstance(action.default, bool) or action.default in ([], SUPPRESS)
+        if action.option_strings and action.help and "default" not in action.help and not no_default:
             values = action.default if isinstance(action.default, list) else [action.default]
             action.help += f" (default: {' '.join(map(str, values))})"
         return action
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` lists what there is")
+        raise ValueError(f"{message}; see `{self.prog} --help`")
 
 
 def out_folder(path: str | Path) -> Path:
-    """Where results go. A file in its way is found before the work, which could not be kept otherwise."""
+    """Return the output folder. Raise NotADirectoryError, before any work, if it or a parent of it is a file."""
     path = Path(path)
     if any(place.is_file() for place in (path, *path.parents)):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     return path
 
 
-def check_folder_of(file: str | None) -> None:
-    """Of a file that will be written: it has to be there before the work."""
+def check_parent_folder(file: str | None) -> None:
+    """Raise FileNotFoundError, before any work, if the folder of a file to be written does not exist."""
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
 
 
 def refuse_unused(options: Namespace, file: str, names: Sequence[str]) -> None:
-    """Refuses what would have no effect beside --results or --predictions, which need no network."""
+    """Raise ValueError for an option that has no effect with --results or --predictions, which need no network."""
     for name in names:
         if (value := getattr(options, name)) is not None:
             values = value if isinstance(value, list) else [] if value is True else [value]
             given = " ".join([f"--{name}", *map(str, values)])
-            raise ValueError(f"{given} has no use beside --{file}, which is scored as it is: leave one out")
+            raise ValueError(f"{given} has no effect with --{file}: leave one out")
 
 
 def image_settings(checkpoint: Checkpoint, size: int | None) -> ImageConfig:
-    """The settings that the checkpoint was trained with, at another size if one is asked for."""
+    """Return the settings that the checkpoint was trained with, at another size if one is given."""
     if size is None or size == checkpoint.image.size:
         return checkpoint.image
     if takes_one_size(checkpoint.name):
@@ -70,13 +70,14 @@ def image_settings(checkpoint: Checkpoint, size: int | None) -> ImageConfig:
 
 
 def plain(name: str) -> Text:
-    """A name as it is: rich would take brackets for markup, and a file's bytes need not be text."""
+    """Return a name as plain text: rich would parse brackets as markup, and file names may be unprintable."""
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name))
 
 
 def image_files(source: Path, out: Path | None = None) -> list[Path]:
-    """The image, or all images of the folder and of the folders in it, by name; hidden ones are nobody's photos, and
-    those below `out` are what an earlier call has left there.
+    """Return the image, or all images of the folder and its subfolders, sorted by name.
+
+    Hidden files are skipped, and so are files below `out`, the output of an earlier call.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such image or folder")
@@ -87,27 +88,27 @@ def image_files(source: Path, out: Path | None = None) -> list[Path]:
     if out is not None and source.resolve() in out.resolve().parents:
         files = [p for p in files if out.resolve() not in p.resolve().parents]
     if not files:
-        raise ValueError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{source} contains no images ({', '.join(sorted(SUFFIXES))})")
     return files
 
 
-def beside(checkpoint: str) -> Path:
-    """Where an evaluation of this file, or of a run's folder, goes unless --out says it."""
+def evaluation_folder(checkpoint: str) -> Path:
+    """Return the default of --out: eval/ in the run's folder, or next to the checkpoint file."""
     path = Path(checkpoint)
     return (path if path.is_dir() else path.parent) / "eval"
 
 
-def tell_unreadable(number: int) -> None:
-    """How many images an evaluation had to leave out."""
+def print_skipped_count(number: int) -> None:
+    """Print how many images an evaluation has skipped."""
     if number:
-        images = "1 image could not be read and is" if number == 1 else f"{number} images could not be read and are"
-        print(f"{images} left out", file=sys.stderr)
+        images = "1 image could not be read and was" if number == 1 else f"{number} images could not be read and were"
+        print(f"{images} skipped", file=sys.stderr)
 
 
-def left_out(rows: Sequence[object], unreadable: Sequence[str]) -> None:
-    """Names the images that could not be read; a ValueError if there was no other."""
+def print_skipped(rows: Sequence[object], unreadable: Sequence[str]) -> None:
+    """Print the images that could not be read; raise ValueError if no image could be."""
     if not rows:
         more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
         raise ValueError(unreadable[0] + more)
     for reason in unreadable:
-        print(f"sola: left out: {reason}", file=sys.stderr)
+        print(f"sola: skipped: {reason}", file=sys.stderr)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola bench op` and `sola bench model`: speed and memory here, in interleaved rounds, beside named baselines.
+"""`sola bench op` and `sola bench model`: speed and memory on this machine, in interleaved rounds, against baselines.
 
-Figures mean something on a machine that does nothing else. Names and sizes are those of `sola cost`.
+The results are meaningful only on an otherwise idle machine. Names and sizes are those of `sola cost`.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 
 from sola_vision.bench import accuracy, network, operator
 from sola_vision.bench.rounds import Protocol
-from sola_vision.commands.arguments import Arguments, check_folder_of
+from sola_vision.commands.arguments import Arguments, check_parent_folder
 from sola_vision.commands.cost import full_name, parse_size
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.engine.log import json_text, surroundings, write_json
@@ -36,6 +36,7 @@ _COLUMNS = {
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     _check(options)
     threads = torch.get_num_threads()
@@ -55,11 +56,11 @@ def run(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola bench", __doc__, formatter_class=RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="what", required=True)
-    what = "the operator beside the portable form, attention and a copy of its data"
+    what = "the operator against the portable form, attention and a copy of its data"
     op = parts.add_parser("op", help=what, description=f"Measure {what}.")
     op.add_argument("--shape", nargs="+", metavar="BxNxC", help="batch, tokens, channels, such as 8x3136x96")
     op.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], metavar="D", help=", ".join(_DTYPES))
-    op.add_argument("--accuracy", action="store_true", help="errors against eq. 9 in float64 instead of times")
+    op.add_argument("--accuracy", action="store_true", help="measure errors against eq. 9 in float64 instead of times")
     paths = [path for path in accuracy.PATHS if path != "triton"]
     op.add_argument(
         "--path", nargs="+", default=paths, metavar="P", help=f"with --accuracy: {', '.join(accuracy.PATHS)}"
@@ -67,24 +68,36 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     what = "networks: images/s, multiply-adds/s, memory"
     model = parts.add_parser("model", help=what, description=f"Measure {what}.")
     model.add_argument("models", nargs="*", metavar="MODEL", help="default: sola_tiny sola_small")
-    model.add_argument("--compare", nargs="*", default=list(COMPARED), metavar="NAME", help="timm's, as baselines")
+    model.add_argument(
+        "--compare", nargs="*", default=list(COMPARED), metavar="NAME", help="timm networks to compare with"
+    )
     model.add_argument("--size", nargs="+", default=["224"], metavar="HxW", help="image sizes, such as 224 1333x800")
     model.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once")
     model.add_argument("--dtype", nargs="+", default=["float32"], metavar="D", help=", ".join(network.DTYPES))
     model.add_argument("--layout", nargs="+", default=["contiguous"], metavar="L", help=", ".join(network.LAYOUTS))
     model.add_argument("--train", action="store_true", help="training steps: forward, backward, fused AdamW")
-    model.add_argument("--compile", action="store_true", help="torch.compile beside eager (minutes a network)")
-    model.add_argument("--no-memory", action="store_true", help="leave out the memory, a process for each figure")
-    model.add_argument("--plot", metavar="FILE", help="draw time and memory over the resolution, as PNG")
+    model.add_argument("--compile", action="store_true", help="also under torch.compile (takes minutes per network)")
+    model.add_argument(
+        "--no-memory", action="store_true", help="do not measure memory, which takes a process for each case"
+    )
+    model.add_argument("--plot", metavar="FILE", help="plot time and memory against resolution as a PNG")
     for part in (op, model):
-        part.add_argument("--rounds", type=int, default=7, help="rounds of measuring")
-        part.add_argument("--threads", type=int, help=f"default: torch's own number, here {torch.get_num_threads()}")
-        part.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON; alone: print it instead")
+        part.add_argument("--rounds", type=int, default=7, help="number of rounds")
+        part.add_argument(
+            "--threads", type=int, help=f"number of threads (default: torch's own, here {torch.get_num_threads()})"
+        )
+        part.add_argument(
+            "--json",
+            nargs="?",
+            const="-",
+            metavar="FILE",
+            help="write the results as JSON; without FILE: print them as JSON",
+        )
     return parser.parse_args(list(arguments))
 
 
 def _check(options: Namespace) -> None:
-    """What would otherwise be found out after minutes of measuring."""
+    """Raise ValueError or OSError for wrong options before minutes of measuring."""
     least = {
         "--rounds": options.rounds,
         "--threads": options.threads,
@@ -93,19 +106,19 @@ def _check(options: Namespace) -> None:
     for name, value in least.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} {value} must be at least 1")
-    _known("--dtype", options.dtype, network.DTYPES if options.what == "model" else tuple(_DTYPES))
+    _check_choices("--dtype", options.dtype, network.DTYPES if options.what == "model" else tuple(_DTYPES))
     if options.what == "model":
-        _known("--layout", options.layout, network.LAYOUTS)
+        _check_choices("--layout", options.layout, network.LAYOUTS)
     else:
-        _known("--path", options.path, accuracy.PATHS)
+        _check_choices("--path", options.path, accuracy.PATHS)
     for file in (options.json, getattr(options, "plot", None)):
-        check_folder_of(None if file == "-" else file)
+        check_parent_folder(None if file == "-" else file)
 
 
-def _known(name: str, values: Sequence[str], all_values: Sequence[str]) -> None:
+def _check_choices(name: str, values: Sequence[str], all_values: Sequence[str]) -> None:
     for value in values:
         if value not in all_values:
-            raise ValueError(f"{name} {value!r} is unknown; it is one of {', '.join(all_values)}")
+            raise ValueError(f"{name} {value!r} is unknown: choose from {', '.join(all_values)}")
 
 
 def _shapes(options: Namespace, default: tuple[operator.Shape, ...]) -> tuple[operator.Shape, ...]:
@@ -113,7 +126,7 @@ def _shapes(options: Namespace, default: tuple[operator.Shape, ...]) -> tuple[op
 
 
 def parse_shape(text: str) -> operator.Shape:
-    """ "8x3136x96" -> batch, tokens, channels."""
+    """Parse "8x3136x96" as (batch, tokens, channels)."""
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"--shape {text!r} must be BATCHxTOKENSxCHANNELS, such as 8x3136x96")
@@ -125,7 +138,7 @@ def _operator(options: Namespace) -> None:
     protocol = replace(_OPERATOR, rounds=options.rounds)
     shapes, dtypes = _shapes(options, operator.SHAPES), tuple(_DTYPES[name] for name in options.dtype)
     document = _document("operator", protocol) | operator.measure(shapes, dtypes, protocol, _progress)
-    if _finish(options, document):
+    if _write_json(options, document):
         return
     for direction in ("forward", "backward", "both"):
         table = new_table(f"{direction}, microseconds (spread %)", "shape", "dtype", *_COLUMNS)
@@ -150,7 +163,7 @@ def _operator(options: Namespace) -> None:
 def _accuracy(options: Namespace) -> None:
     shapes = _shapes(options, accuracy.SHAPES)
     document = _document("accuracy") | accuracy.measure(shapes, tuple(options.path), _progress)
-    if _finish(options, document):
+    if _write_json(options, document):
         return
     limits = f"forward <= {accuracy.FORWARD_TARGET:g}, gradients <= {accuracy.GRADIENT_TARGET:g}"
     table = new_table(f"float32 against eq. 9 in float64; {limits}", "shape", "range", "path", "y", *"wukv", "met")
@@ -173,7 +186,7 @@ def _model(options: Namespace) -> None:
         layouts=options.layout,
         training=options.train,
         compiled=options.compile,
-        left_out=_progress,
+        report=_progress,
     )
     document = _document("network", protocol)
     document |= network.measure(cases, compared, protocol, with_memory=not options.no_memory, report=_progress)
@@ -181,7 +194,7 @@ def _model(options: Namespace) -> None:
         from sola_vision.bench.picture import draw
 
         draw(document["rows"], Path(options.plot))
-    if not _finish(options, document):
+    if not _write_json(options, document):
         _print_networks(document)
 
 
@@ -200,9 +213,9 @@ def _print_networks(document: dict[str, Any]) -> None:
             row["model"], f"{row['height']}x{row['width']}", str(row["batch"]), network.condition(row), *figures
         )
     show_table(table, 150)
-    print("peak: the process at its most; added: what network, images and states add to a process without them.")
+    print("peak: peak memory of the process; added: its increase by the network, images and optimiser state.")
     if document["ratios"]:
-        table = new_table("how many times the baseline", "network", "size", "condition", "baseline", *numbers[:4:3])
+        table = new_table("speed relative to the baseline", "network", "size", "condition", "baseline", *numbers[:4:3])
         for row in document["ratios"]:
             ratios = f"{row['images_per_second']:.2f}", f"{row['gmacs_per_second']:.2f}"
             table.add_row(
@@ -215,16 +228,16 @@ def _document(what: str, protocol: Protocol | None = None) -> dict[str, Any]:
     from sola_vision.ops import cpu
 
     where = surroundings(torch.device("cpu"), processes=1)
-    for name in ("peak_memory_mib", "processes"):  # of this process, which tells nothing
+    for name in ("peak_memory_mib", "processes"):  # those of this process, which are not measured here
         del where[name]
     kernel = cpu.instruction_set() if cpu.load() is None else None
-    torch_has = torch.backends.cpu.get_cpu_capability()
-    document = {"what": what, **where, "cpus": os.cpu_count(), "kernel": kernel, "torch_instructions": torch_has}
+    capability = torch.backends.cpu.get_cpu_capability()
+    document = {"what": what, **where, "cpus": os.cpu_count(), "kernel": kernel, "torch_instructions": capability}
     return document | ({"protocol": asdict(protocol)} if protocol is not None else {})
 
 
-def _finish(options: Namespace, document: dict[str, Any]) -> bool:
-    """Writes the JSON where it was asked for; whether it took the place of the tables."""
+def _write_json(options: Namespace, document: dict[str, Any]) -> bool:
+    """Write or print JSON according to --json; return True if it replaces the tables."""
     if options.json is None:
         return False
     if options.json == "-":

@@ -4,12 +4,11 @@
 Counted on meta tensors: nothing is computed, so any size takes about a second. Sizes are HEIGHTxWIDTH, or one number.
 """
 
-import csv
 import json
 import re
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,15 @@ import timm
 
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
-from sola_vision.commands.arguments import Arguments, check_folder_of
+from sola_vision.commands.arguments import Arguments, check_parent_folder
+from sola_vision.commands.results import write_csv
 from sola_vision.commands.tables import new_table, show_table
 
-_MULTIPLE = 32  # of the sides that timm's fixed-size networks take here
+_MULTIPLE = 32  # sides are rounded up to it for timm networks that do not take the given size
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     if options.figure_1b:
         _figure_1b(options)
@@ -41,33 +42,37 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--schedule", help="layers of every stage, such as LL/LL/LLLLLL/LL")
     parser.add_argument("--bridges", help='Hidden State Bridges, such as "1.2>3.3", or the word paper')
     parser.add_argument("--classes", type=int, default=1000, help="outputs of the head (0: the backbone alone)")
-    parser.add_argument("--batch", type=int, default=1, help="images at once, for the activation memory")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="timm names to count beside")
+    parser.add_argument("--batch", type=int, default=1, help="batch size of the activation memory")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="timm networks to compare with")
     parser.add_argument(
         "--by",
         choices=("network", "stage", "layer", "operator"),
         default="network",
-        help="what a row of the table stands for",
+        help="what one row of the table describes",
     )
-    parser.add_argument("--paper", action="store_true", help="the cost columns of the paper's tables beside ours")
+    parser.add_argument("--paper", action="store_true", help="compare with the cost columns of the paper's tables")
     parser.add_argument("--figure-1b", action="store_true", help="Figure 1(b): MACs from 16 to 1280 pixels a side")
-    parser.add_argument("--measure", action="store_true", help="with --figure-1b: time and memory too (minutes)")
-    parser.add_argument("--threads", type=int, default=2, help="with --measure: threads of a forward")
+    parser.add_argument(
+        "--measure", action="store_true", help="with --figure-1b: also measure time and memory (takes minutes)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="with --measure: number of threads")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    parser.add_argument("--csv", metavar="FILE", help="write the finest rows (or the table, or the figure's points)")
-    parser.add_argument("--plot", metavar="FILE", help="draw MACs and memory over the sizes, or Figure 1(b), as PNG")
+    parser.add_argument(
+        "--csv", metavar="FILE", help="write the most detailed rows as CSV (or the table, or the points of the figure)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="plot MACs and memory against size, or Figure 1(b), as a PNG")
     options = parser.parse_args(list(arguments))
     if options.classes < 0 or options.batch < 1 or options.threads < 1:
         raise ValueError("--classes must be at least 0, --batch and --threads at least 1")
     if options.measure and not options.figure_1b:
-        raise ValueError("--measure belongs to --figure-1b: add it")
+        raise ValueError("--measure needs --figure-1b: add it")
     for file in (options.csv, options.plot):
-        check_folder_of(file)
+        check_parent_folder(file)
     return options
 
 
 def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
-    """ "224" or "1333x800" -> (height, width); `option` is where the text was given."""
+    """Parse "224" or "1333x800" as (height, width); errors name `option`."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{option} {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
@@ -79,14 +84,17 @@ def _networks(options: Namespace) -> None:
     models = [full_name(name) for name in options.models or ["sola_tiny"]]
     for name in models:
         if changes and not name.startswith("sola_"):
-            raise ValueError(f"{name} has no {' and no '.join(changes)}: name it under --compare, or leave these out")
+            raise ValueError(f"{name} has no {' and no '.join(changes)}: pass it to --compare, or leave these out")
     sizes = [parse_size(text) for text in options.size]
     costs = [_count(name, size, options, changes) for name in models for size in sizes]
     costs += [
-        cost for name in map(full_name, options.compare) for size in sizes if (cost := _compared(name, size, options))
+        cost
+        for name in map(full_name, options.compare)
+        for size in sizes
+        if (cost := _count_compared(name, size, options))
     ]
     if options.csv:
-        _write_csv(options.csv, (_row(cost, row) for cost in costs for row in cost.rows))
+        write_csv(options.csv, [_row(cost, row) for cost in costs for row in cost.rows])
     if options.plot:
         from sola_vision.analysis.figures import draw_costs
 
@@ -98,12 +106,12 @@ def _networks(options: Namespace) -> None:
 
 
 def full_name(name: str) -> str:
-    """swin_tiny is swin_tiny_patch4_window7_224 to timm: the shortest name that begins so."""
+    """Return timm's name for a short one (swin_tiny: swin_tiny_patch4_window7_224), the shortest with that prefix."""
     if timm.is_model(name):
         return name
     longer = timm.list_models(f"{name}_*")
     if not longer or not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(f"network {name!r} is unknown: sola_nano, sola_tiny, sola_small, sola_base or a timm name")
+        raise ValueError(f"network {name!r} is unknown: use sola_nano, sola_tiny, sola_small, sola_base or a timm name")
     return min(longer, key=len)
 
 
@@ -111,8 +119,8 @@ def _count(name: str, size: tuple[int, int], options: Namespace, changes: dict[s
     return count(build(name, size, options.classes, **changes), size, options.batch, name=name)
 
 
-def _compared(name: str, size: tuple[int, int], options: Namespace) -> Cost | None:
-    """A network of timm's, at the next size that it takes; None, with a line on standard error, if it takes none."""
+def _count_compared(name: str, size: tuple[int, int], options: Namespace) -> Cost | None:
+    """Count a timm network at this size or the next multiple of 32; None, with a line on stderr, if neither fits."""
     try:
         return _count(name, size, options, {})
     except ValueError as error:
@@ -120,7 +128,7 @@ def _compared(name: str, size: tuple[int, int], options: Namespace) -> Cost | No
         try:
             cost = _count(name, (rounded[0], rounded[1]), options, {})
         except ValueError:
-            print(f"sola: left out: {error}", file=sys.stderr)
+            print(f"sola: skipped: {error}", file=sys.stderr)
             return None
         print(f"sola: {name} is counted at {rounded[0]}x{rounded[1]}: {error}", file=sys.stderr)
         return cost
@@ -136,14 +144,6 @@ def _document(cost: Cost, changes: dict[str, Any]) -> dict[str, Any]:
     for name in ("stages", "layers", "operators"):
         document[name] = [asdict(group) for group in getattr(cost, name)]
     return document
-
-
-def _write_csv(path: str, rows: Iterable[dict[str, Any]]) -> None:
-    listed = list(rows)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(listed[0]))
-        writer.writeheader()
-        writer.writerows(listed)
 
 
 def _print(costs: list[Cost], by: str) -> None:
@@ -162,14 +162,14 @@ def _print(costs: list[Cost], by: str) -> None:
                 numbers = (f"{g.parameters:,}", f"{g.macs / 1e9:.4f}", f"{share:.1f}", _mebibytes(g.saved_bytes))
                 table.add_row(g.name, *numbers, end_section=g is groups[-1])
             show_table(table)
-    print("MACs are multiply-adds, which papers call FLOPs; MiB of activations, the weights and the image left out.")
+    print("MACs are multiply-adds, which papers call FLOPs; MiB are of activations, without the weights and the image.")
 
 
 def _paper(options: Namespace) -> None:
     rows = list(compare_with_paper())
     listed = [_paper_row(row) for row in rows]
     if options.csv:
-        _write_csv(options.csv, listed)
+        write_csv(options.csv, listed)
     if options.json:
         print(json.dumps(listed, indent=2))
         return
@@ -183,7 +183,7 @@ def _paper(options: Namespace) -> None:
                 parameters = _number(row.paper.params, 2), _number(row.params, 2), _signed(row.params_difference)
                 table.add_row(row.paper.method, *macs, *parameters)
         show_table(table)
-    print("The paper's FLOPs are MACs of the backbone; a dash: not published, or not a network that timm has.")
+    print("The paper's FLOPs are MACs of the backbone; a dash: not published, or not available in timm.")
 
 
 def _paper_row(row: Compared) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _figure_1b(options: Namespace) -> None:
         points = measured(points, options.threads, report)
     listed = [asdict(point) for point in points]
     if options.csv:
-        _write_csv(options.csv, listed)
+        write_csv(options.csv, listed)
     if options.plot:
         draw_scaling(points, Path(options.plot))
     if options.json:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola eval --checkpoint FILE --data FOLDER`: how good a checkpoint is at the task it was trained for.
+"""`sola eval --checkpoint FILE --data FOLDER`: evaluate a checkpoint on the task it was trained for.
 
-Without a checkpoint it scores what others have written: `--results RESULTS.json --annotations TRUTH.json` detections,
-`--predictions FOLDER --annotations FOLDER --classes N --ignore LABEL` label PNGs.
+Files of any origin are scored without a checkpoint: detections with `--results RESULTS.json --annotations TRUTH.json`,
+label PNGs with `--predictions FOLDER --annotations FOLDER --classes N --ignore LABEL`.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ _FILES = {"--results": "detection", "--predictions": "segmentation"}
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     words = [word.partition("=")[0] for word in arguments]
     task = next((task for option, task in _FILES.items() if option in words), None)
     task_module("evaluate", task or checkpoint_task(arguments)).run(arguments)

@@ -1,27 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a detector is on annotated images, or how good any file of results in COCO's format is.
+"""Score a detector on annotated images, or any file of results in COCO's format.
 
-Leaves eval.json, classes.csv, precision_recall.png and, of a checkpoint, its results as COCO's server takes them
+Writes eval.json, classes.csv, precision_recall.png and, for a checkpoint, its results as COCO's server accepts them
 (results.bbox.json, results.segm.json) and worst.png.
 """
 
-import csv
 import json
-import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, beside, out_folder, plain, refuse_unused, tell_unreadable
+from sola_vision.commands.arguments import (
+    Arguments,
+    evaluation_folder,
+    out_folder,
+    plain,
+    print_skipped_count,
+    refuse_unused,
+)
+from sola_vision.commands.results import agree_on_skipped, finite, shard, watched, write_results
 from sola_vision.data import (
     CocoFolder,
     DetectionConfig,
@@ -31,18 +36,20 @@ from sola_vision.data import (
     mask_library,
     read_truth,
 )
-from sola_vision.engine import EvaluationBatches, World, distributed
+from sola_vision.engine import EvaluationBatches, distributed
+from sola_vision.engine.log import json_text
 from sola_vision.tasks.box_pictures import Shape, counted, draw_curves, draw_worst
 from sola_vision.tasks.coco_eval import KINDS, MAX_DETS, Kind, Score, check_results, score
 from sola_vision.tasks.detection import NAMES, Detection, Findings
 from sola_vision.tasks.detector import DetectorCheckpoint, load_detector
 
 _WORST = 6
-_ROWS = 100  # a longer table is left to the CSV file
-_SURE = 0.5  # detections below this score are not held against an image
+_ROWS = 100  # longer tables are not printed, only written to classes.csv
+_CONFIDENT = 0.5  # detections below this score are not counted as mistakes of an image
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     if options.results:
         _score_file(options)
@@ -57,16 +64,18 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--split", default="val", help="train or val (default)")
     parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
     parser.add_argument("--results", help="JSON of results to score instead of a checkpoint")
-    parser.add_argument("--annotations", help="JSON of the truth for --results")
-    parser.add_argument("--type", choices=KINDS, help="score boxes or masks of --results (default: all they have)")
+    parser.add_argument("--annotations", help="JSON of the ground truth for --results")
+    parser.add_argument(
+        "--type", choices=KINDS, help="score boxes or masks of --results (default: all that the file contains)"
+    )
     parser.add_argument(
         "--max-dets",
         type=int,
-        help=f"detections of an image that count (default: {MAX_DETS} as in COCO, or what the checkpoint reports)",
+        help=f"detections per image that count (default: {MAX_DETS} as in COCO, or as many as the checkpoint reports)",
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes that read images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", help="folder for tables and pictures (default: eval/, beside the checkpoint)")
+    parser.add_argument("--out", help="folder for tables and pictures (default: eval/, next to the checkpoint)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
     needed = ("annotations",) if options.results else ("checkpoint", "data")
@@ -76,11 +85,11 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     if options.results:
         refuse_unused(options, "results", ("checkpoint", "data", "size"))
     if options.type and not options.results:
-        raise ValueError("--type chooses what to score of --results; a checkpoint is scored by all it finds")
+        raise ValueError("--type needs --results: a checkpoint is scored on everything it predicts; leave it out")
     for name, least in (("max_dets", 1), ("workers", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is too small: at least {least}")
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     return options
 
 
@@ -113,27 +122,27 @@ def _score_file(options: Namespace) -> None:
         "images": len(truth["images"]),
         **_numbers(scores, truth),
     }
-    _leave(result, scores, out, options.json, "")
+    _write(result, scores, out, options.json, "")
 
 
 def _kinds_of(results: Any) -> list[Kind]:
-    """What all results have; boxes where there are none, for the check to speak about."""
+    """Return the kinds that all results have; boxes if there are none, so that the check reports the problem."""
     entries = [result for result in results if isinstance(result, dict)] if isinstance(results, list) else []
     fields: dict[Kind, str] = {"bbox": "bbox", "segm": "segmentation"}
     return [kind for kind in KINDS if entries and all(fields[kind] in entry for entry in entries)] or ["bbox"]
 
 
 def image_at(image: DetectionConfig, size: int | None) -> DetectionConfig:
-    """The settings of a checkpoint for images whose shorter side has `size` pixels; None: as in training."""
+    """Return the settings of a checkpoint with a shorter side of `size` pixels; None: as in training."""
     if size is None:
         return image
-    # a limit that stayed would undo the size without a word
+    # an unchanged limit of the longer side would silently undo the size
     longest = max(size, image.longest if image.size is None else round(image.longest * size / image.size))
     return replace(image, size=size, longest=longest, zoom=1.0)
 
 
 def _score_checkpoint(options: Namespace) -> None:
-    out = out_folder(options.out or beside(options.checkpoint))
+    out = out_folder(options.out or evaluation_folder(options.checkpoint))
     checkpoint = load_detector(options.checkpoint)
     model = checkpoint.model
     model.transform.config = image = image_at(checkpoint.image, options.size)
@@ -147,16 +156,17 @@ def _score_checkpoint(options: Namespace) -> None:
     except MissingMaskError as error:
         print(f"sola: {error.found}: only boxes are scored", file=sys.stderr)
         dataset = folder(masks=False)
-    # a detector with masks may be asked about data with boxes alone
+    # a detector with masks can be evaluated on data with boxes only
     task = Detection(dataset, max_dets, masks=masks and dataset.masks)
     with distributed(options.device) as world:
         model.to(world.device)
         if world.is_main:
-            out.mkdir(parents=True, exist_ok=True)  # before the work, which could not be kept otherwise
+            out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
         batches = EvaluationBatches(dataset, world, batch_size=1, workers=options.workers, collate=collate_lists)
         start = time.perf_counter()
-        findings = task.find(model, _watched(batches, len(range(world.rank, len(dataset), world.size)), world))
-        batches.skipped.share(lambda text: print(f"sola: {text}", file=sys.stderr) if world.is_main else None)
+        total = len(shard(len(dataset), world))
+        findings = task.find(model, watched(batches, total, "evaluating", world.is_main))
+        agree_on_skipped(batches)
         seconds = time.perf_counter() - start
         scores = task.scores(findings)
         if not world.is_main:
@@ -176,14 +186,7 @@ def _score_checkpoint(options: Namespace) -> None:
         **_numbers(scores, task.truth),
     }
     _draw_worst(checkpoint, dataset, findings, _crowds(task.truth, dataset), out / "worst.png")
-    _leave(result, scores, out, options.json, "results.*.json, worst.png, ")
-
-
-def _watched(batches: EvaluationBatches, total: int, world: World) -> Iterator[Any]:
-    console = Console(stderr=True)
-    shown = world.is_main and console.is_terminal
-    with Progress(console=console, disable=not shown, transient=True) as bar:
-        yield from bar.track(batches, total=total, description="evaluating")
+    _write(result, scores, out, options.json, "results.*.json, worst.png, ")
 
 
 def _numbers(scores: Sequence[Score], truth: dict[str, Any]) -> dict[str, Any]:
@@ -195,22 +198,18 @@ def _numbers(scores: Sequence[Score], truth: dict[str, Any]) -> dict[str, Any]:
     for label, category in enumerate(sorted(truth["categories"], key=lambda category: category["id"])):
         row = {"class": str(category["name"]), "category_id": category["id"], "objects": counts.get(category["id"], 0)}
         for one in scores:
-            row[f"{NAMES[one.kind]}_ap"] = _percent(one.average(label=label))
-            row[f"{NAMES[one.kind]}_ap50"] = _percent(one.average(label=label, threshold=0.5))
+            row[f"{NAMES[one.kind]}_ap"] = finite(100 * one.average(label=label))
+            row[f"{NAMES[one.kind]}_ap50"] = finite(100 * one.average(label=label, threshold=0.5))
         classes.append(row)
     return {
         "max_dets": scores[0].max_dets[2],
-        **{one.kind: {name: _percent(value) for name, value in one.numbers.items()} for one in scores},
+        **{one.kind: {name: finite(100 * value) for name, value in one.numbers.items()} for one in scores},
         "classes": classes,
     }
 
 
-def _percent(value: float) -> float | None:
-    return 100 * value if math.isfinite(value) else None  # JSON has no nan
-
-
 def _crowds(truth: dict[str, Any], dataset: CocoFolder) -> dict[int, list[Shape]]:
-    """Regions of an image where nothing that is found is wrong."""
+    """Return the crowd regions of each image, in which no detection counts as wrong."""
     crowds: dict[int, list[Shape]] = {}
     labels = {number: label for label, number in enumerate(dataset.category_ids)}
     for annotation in truth["annotations"]:
@@ -228,11 +227,11 @@ def _draw_worst(
     crowds: dict[int, list[Shape]],
     out: Path,
 ) -> None:
-    """The images with the smallest share of right boxes among true objects and sure detections, at IoU 0.5."""
+    """Draw the images with the lowest share of correct boxes in true objects and confident detections, at IoU 0.5."""
     by_image: dict[int, list[Shape]] = {number: [] for number in findings.image_ids}
     labels = {number: label for label, number in enumerate(dataset.category_ids)}
     for result in findings.results:
-        if result["score"] >= _SURE:
+        if result["score"] >= _CONFIDENT:
             x, y, width, height = result["bbox"]
             mask = result.get("segmentation")
             shape = Shape((x, y, x + width, y + height), labels[result["category_id"]], result["score"], mask)
@@ -249,9 +248,9 @@ def _draw_worst(
     for _, index, right in sorted(judged)[:_WORST]:
         truth, found = _true_shapes(dataset, index, masks=True), by_image[dataset.image_ids[index]]
         drawn = [s if s.mask is None else replace(s, mask=mask_library().decode(s.mask)) for s in found]
-        says = f"{right} right, {len(found) - right} wrong, {len(truth) - right} missed"
+        caption = f"{right} correct, {len(found) - right} wrong, {len(truth) - right} missed"
         name = Path(dataset.location(index)).name
-        examples.append((name, dataset.image(index), truth, drawn, says))
+        examples.append((name, dataset.image(index), truth, drawn, caption))
     draw_worst(examples, checkpoint.classes, out)
 
 
@@ -264,15 +263,11 @@ def _true_shapes(dataset: CocoFolder, index: int, masks: bool = False) -> list[S
     ]
 
 
-def _leave(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: bool, more: str) -> None:
-    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(result["classes"][0]))
-        writer.writeheader()
-        writer.writerows(result["classes"])
+def _write(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: bool, more: str) -> None:
+    write_results(result, out)
     draw_curves(scores, out / "precision_recall.png")
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json_text(result))
         return
     _print(result, scores)
     split = f" of {result['split']}" if "split" in result else ""
@@ -291,17 +286,17 @@ def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
         for column in ("objects", *(f"{name.replace('_', ' ').replace('ap', 'AP')} %" for name in names)):
             table.add_column(column, justify="right")
         for row in classes:
-            table.add_row(plain(row["class"]), str(row["objects"]), *(_shown(row[name]) for name in names))
+            table.add_row(plain(row["class"]), str(row["objects"]), *(_cell(row[name]) for name in names))
         console.print(table)
     totals = Table(title=f"percent at maxDets {result['max_dets']}")
     totals.add_column("")
     for one in scores:
         totals.add_column("boxes" if one.kind == "bbox" else "masks", justify="right")
     for name in scores[0].numbers:
-        totals.add_row(name, *(_shown(result[one.kind][name]) for one in scores))
+        totals.add_row(name, *(_cell(result[one.kind][name]) for one in scores))
     console.print(totals)
-    tell_unreadable(result.get("images_skipped", 0))
+    print_skipped_count(result.get("images_skipped", 0))
 
 
-def _shown(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a segmentation is: a checkpoint on labelled images, or any folder of label PNGs beside the true ones."""
+"""Score a segmentation checkpoint on labelled images, or any folder of label PNGs against the true ones."""
 
-import csv
-import json
 import math
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,14 +11,22 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, beside, out_folder, plain, refuse_unused, tell_unreadable
+from sola_vision.commands.arguments import (
+    Arguments,
+    evaluation_folder,
+    out_folder,
+    plain,
+    print_skipped_count,
+    refuse_unused,
+)
+from sola_vision.commands.results import agree_on_skipped, finite, shard, watched, write_results
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
 from sola_vision.data.labels import read_class_names
 from sola_vision.data.segmentation import SegmentationFolder
 from sola_vision.engine import EvaluationBatches, World, distributed, gather_objects
+from sola_vision.engine.log import json_text
 from sola_vision.tasks.inference import Inference
 from sola_vision.tasks.label_pictures import Example, draw_worst
 from sola_vision.tasks.label_scores import pair_folders
@@ -35,6 +40,7 @@ _ROWS = 40  # a longer table shows only the classes that occur
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     if options.predictions:
         _score_folder(options)
@@ -43,17 +49,21 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def add_inference(parser: Arguments) -> None:
-    """The options of inference, which eval and predict share."""
+    """Add the inference options that eval and predict share."""
     parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
-    parser.add_argument("--slide", type=int, help="side of sliding windows; 0 = the whole image (default: as trained)")
-    parser.add_argument("--stride", type=int, help="distance of the windows (default: two thirds of their side)")
-    # None where it is not asked for: --predictions refuses it
-    parser.add_argument("--flip", action="store_true", default=None, help="look at the mirrored image as well")
-    parser.add_argument("--scales", type=float, nargs="+", help="sizes to look at, such as 0.5 1 1.5 (default: 1)")
+    parser.add_argument(
+        "--slide", type=int, help="side of sliding windows; 0 = the whole image (default: as in training)"
+    )
+    parser.add_argument("--stride", type=int, help="step between windows (default: two thirds of their side)")
+    # None unless given, so that --predictions can reject it
+    parser.add_argument("--flip", action="store_true", default=None, help="also predict the mirrored image")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", help="relative sizes to predict at, such as 0.5 1 1.5 (default: 1)"
+    )
 
 
 def inference_of(image: SegmentationConfig, options: Namespace) -> tuple[SegmentationConfig, Inference]:
-    """What the options ask for, where they do not say it what the checkpoint was trained with."""
+    """Return the settings of images and inference; those that the options do not give are as in training."""
     if options.size is not None:
         image = replace(image, size=options.size)
     if options.slide is None:
@@ -69,30 +79,30 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--data", help="folder with images/SPLIT and annotations/SPLIT")
     parser.add_argument("--split", default="val", help="train or val (default)")
     parser.add_argument("--predictions", help="folder of label PNGs to score instead of a checkpoint")
-    parser.add_argument("--annotations", help="folder of the true label PNGs, of the same names and sizes")
+    parser.add_argument("--annotations", help="folder of the true label PNGs, with the same names and sizes")
     parser.add_argument("--classes", type=int, help="number of classes of --predictions")
     parser.add_argument(
         "--ignore",
         type=int,
-        help="label that counts nowhere; 0: the classes are the labels 1..N, any other: they are 0..N-1",
+        help="ignored label; if 0, the classes are the labels 1..N, otherwise 0..N-1",
     )
     add_inference(parser)
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes that read images")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
-        "--out", help="folder for tables and pictures (default: eval/, beside the checkpoint if there is one)"
+        "--out", help="folder for tables and pictures (default: eval/, next to the checkpoint if one is given)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
     needed = ("annotations", "classes", "ignore") if options.predictions else ("checkpoint", "data")
     missing = [f"--{name}" for name in needed if getattr(options, name) is None]
     if missing:
-        beside = "eval --predictions" if options.predictions else "eval of a segmenter"
-        raise ValueError(f"sola {beside} also needs {' and '.join(missing)}")
+        command = "eval --predictions" if options.predictions else "eval of a segmenter"
+        raise ValueError(f"sola {command} also needs {' and '.join(missing)}")
     if options.predictions:
         refuse_unused(options, "predictions", ("checkpoint", "data", "size", "slide", "stride", "flip", "scales"))
     if options.workers < 0:
-        raise ValueError(f"--workers {options.workers} is too small")
+        raise ValueError(f"--workers {options.workers} must be at least 0")
     return options
 
 
@@ -101,30 +111,28 @@ def _score_folder(options: Namespace) -> None:
     rule = LabelRule(options.classes, options.ignore)
     annotations = Path(options.annotations)
     pairs = pair_folders(Path(options.predictions), annotations)
-    # the names of the classes lie beside the folder of annotations, if anywhere
+    # the names of the classes, if any, are in the folder of annotations or in one of the two above it
     roots = [root for root in (annotations, *annotations.resolve().parents[:2]) if _has_names(root)]
     names = read_class_names(roots[0] if roots else annotations, options.classes, options.ignore)
     counts, images = PixelCounts.of(rule.num_classes), []
     start = time.perf_counter()
-    with _bar(len(pairs), "scoring") as bar:
-        for pair in pairs:
-            predicted, truth = (torch.from_numpy(classes) for classes in pair.read(rule))
-            counts.add(predicted, truth)
-            images.append(share_right(predicted, truth))
-            bar.advance(bar.task_ids[0])
+    for pair in watched(pairs, len(pairs), "scoring"):
+        predicted, truth = (torch.from_numpy(classes) for classes in pair.read(rule))
+        counts.add(predicted, truth)
+        images.append(share_right(predicted, truth))
     out.mkdir(parents=True, exist_ok=True)
     result = {
         "predictions": options.predictions,
         "annotations": options.annotations,
         "rule": str(rule),
         **_numbers(counts, names, len(pairs), time.perf_counter() - start),
-        "image_accuracy": {pair.name: _finite(right) for pair, right in zip(pairs, images, strict=True)},
+        "image_accuracy": {pair.name: finite(right) for pair, right in zip(pairs, images, strict=True)},
     }
     worst = []
     for index in _worst(images):
         predicted_classes, true_classes = pairs[index].read(rule)
         worst.append(Example(pairs[index].name, None, true_classes, predicted_classes, images[index]))
-    _leave(result, counts, names, worst, out, options.json)
+    _write(result, counts, names, worst, out, options.json)
 
 
 def _has_names(root: Path) -> bool:
@@ -132,7 +140,7 @@ def _has_names(root: Path) -> bool:
 
 
 def _score_checkpoint(options: Namespace) -> None:
-    out = out_folder(options.out or beside(options.checkpoint))
+    out = out_folder(options.out or evaluation_folder(options.checkpoint))
     checkpoint = load_segmenter(options.checkpoint)
     image, inference = inference_of(checkpoint.image, options)
     dataset, _ = open_segmentation(
@@ -142,7 +150,7 @@ def _score_checkpoint(options: Namespace) -> None:
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)
         if world.is_main:
-            out.mkdir(parents=True, exist_ok=True)  # before the work, which could not be kept otherwise
+            out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
         start = time.perf_counter()
         counts, images, skipped = _evaluate(checkpoint, dataset, inference, world, options.workers)
         seconds = time.perf_counter() - start
@@ -158,33 +166,30 @@ def _score_checkpoint(options: Namespace) -> None:
             "inference": vars(inference),
             **_numbers(counts, checkpoint.classes, len(images), seconds),
             "images_skipped": skipped,
-            "image_accuracy": {dataset.names[index]: _finite(right) for index, right in images.items()},
+            "image_accuracy": {dataset.names[index]: finite(right) for index, right in images.items()},
         }
         worst = []
         for index in _worst(images):
             picture, truth = dataset.image(index), dataset.classes(index)
             predicted = _predicted(checkpoint, inference, dataset, index, world.device)
             worst.append(Example(dataset.names[index], picture, truth, predicted, images[index]))
-    _leave(result, counts, checkpoint.classes, worst, out, options.json)
+    _write(result, counts, checkpoint.classes, worst, out, options.json)
 
 
 @torch.inference_mode()
 def _evaluate(
     checkpoint: SegmentationCheckpoint, dataset: SegmentationFolder, inference: Inference, world: World, workers: int
 ) -> tuple[PixelCounts, dict[int, float], int]:
-    """Counts over the set, percent of right pixels by image, images that could not be read; on every process alike."""
+    """Return the counts, the percentage of correct pixels by image, and the number of skipped images."""
     batches = EvaluationBatches(dataset, world, batch_size=1, workers=workers, collate=listed)
     counts, right = PixelCounts.of(len(checkpoint.classes)), []
-    with _bar(len(range(world.rank, len(dataset), world.size)), "evaluating", world.is_main) as bar:
-        for batch in batches:
-            for image, classes in batch:
-                predicted = inference(checkpoint.model, image, (classes.shape[0], classes.shape[1]))
-                counts.add(predicted, classes)
-                right.append(share_right(predicted, classes))
-            bar.advance(bar.task_ids[0])
-    mine = [index for index in range(world.rank, len(dataset), world.size) if index not in batches.skipped.fresh]
-    batches.skipped.share(lambda text: print(f"sola: {text}", file=sys.stderr) if world.is_main else None)
-    images = dict(sorted(gather_objects(list(zip(mine, right, strict=True)))))
+    for batch in watched(batches, len(shard(len(dataset), world)), "evaluating", world.is_main):
+        for image, classes in batch:
+            predicted = inference(checkpoint.model, image, (classes.shape[0], classes.shape[1]))
+            counts.add(predicted, classes)
+            right.append(share_right(predicted, classes))
+    read = agree_on_skipped(batches)
+    images = dict(sorted(gather_objects(list(zip(read, right, strict=True)))))
     return counts.reduced(world.device), images, len(batches.skipped.known)
 
 
@@ -205,32 +210,28 @@ def _numbers(counts: PixelCounts, names: Sequence[str], images: int, seconds: fl
     rows = zip(names, counts.pixels, counts.iou, counts.accuracy, counts.precision, strict=True)
     return {
         "images": images,
-        # JSON has no nan, which is what a set without a single counted pixel has
-        **{name: _finite(value) for name, value in counts.metrics.items()},
+        # NaN where no pixel of the set counts
+        **{name: finite(value) for name, value in counts.metrics.items()},
         "classes_present": int(counts.metrics["classes_present"]),
         "seconds": round(seconds, 2),
         "classes": [
             {
                 "class": name,
                 "pixels": int(pixels),
-                **{k: _finite(100 * v) for k, v in zip(_COLUMNS[2:], (iou, accuracy, precision), strict=True)},
+                **{k: finite(100 * float(v)) for k, v in zip(_COLUMNS[2:], (iou, accuracy, precision), strict=True)},
             }
             for name, pixels, iou, accuracy, precision in rows
         ],
     }
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
 def _worst(images: Sequence[float] | dict[int, float]) -> list[int]:
-    """The images with the fewest right pixels, worst first."""
+    """Return the images with the lowest share of correct pixels, worst first."""
     items = images.items() if isinstance(images, dict) else enumerate(images)
     return [index for index, right in sorted(items, key=lambda item: item[1]) if math.isfinite(right)][:_WORST]
 
 
-def _leave(
+def _write(
     result: dict[str, Any],
     counts: PixelCounts,
     names: Sequence[str],
@@ -238,18 +239,14 @@ def _leave(
     out: Path,
     as_json: bool,
 ) -> None:
-    (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    with (out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(result["classes"])
-    # percent of the true class's pixels: nobody reads seven digits in a cell
+    write_results(result, out)
+    # in percent of the true class's pixels, since counts of seven digits are unreadable in a cell
     shares = counts.confusion[:, :-1].double()
     shares = (100 * shares / counts.confusion.sum(1, keepdim=True).clamp(min=1)).round()
     draw_confusion(shares, names, out / "confusion.png")
     draw_worst(worst, names, out / "worst.png")
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json_text(result))
         return
     _print(result)
     split = f" of {result['split']}" if "split" in result else ""
@@ -270,18 +267,11 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(plain(row["class"]), f"{100 * row['pixels'] / total:.2f}", *numbers)
     Console().print(table)
     if result["miou"] is None:
-        print("no pixel of these images counts: every label is the ignored one")
+        print("no pixel of these images counts: every label is ignored")
         return
     print(
         f"mIoU {result['miou']:.2f} % over the {len(occurring)} classes that occur, {result['miou_all']:.2f} % over "
-        f"all {len(classes)} (absent ones as 0, as ADE20K's script); mean accuracy {result['mean_accuracy']:.2f} %, "
-        f"pixel accuracy {result['pixel_accuracy']:.2f} %"
+        f"all {len(classes)} (absent ones count as 0, as in ADE20K's script); mean accuracy "
+        f"{result['mean_accuracy']:.2f} %, pixel accuracy {result['pixel_accuracy']:.2f} %"
     )
-    tell_unreadable(result.get("images_skipped", 0))
-
-
-def _bar(total: int, what: str, main: bool = True) -> Progress:
-    console = Console(stderr=True)
-    bar = Progress(console=console, disable=not (main and console.is_terminal), transient=True)
-    bar.add_task(what, total=total)
-    return bar
+    print_skipped_count(result.get("images_skipped", 0))

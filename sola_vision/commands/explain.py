@@ -2,10 +2,9 @@
 """`sola explain IMAGE --checkpoint FILE`: what each layer of a network does with an image, as pictures and numbers.
 
 Writes sheet.png (all maps), page.html (one file; a click on the image moves the chosen point) and maps.npz (arrays).
-IMAGE may be the word multiscale: a generated scene with one object at five scales, and how much of each map is on it.
+IMAGE may be the word multiscale: a generated scene with one object at five scales, and the share of each map on it.
 """
 
-import csv
 import json
 import re
 from argparse import Namespace
@@ -31,24 +30,26 @@ from sola_vision.analysis.sheet import draw_sheet
 from sola_vision.backbone import SolaVision
 from sola_vision.commands.arguments import Arguments, image_files, out_folder
 from sola_vision.commands.cost import parse_size
+from sola_vision.commands.results import write_csv
 from sola_vision.data import ImageConfig, read_image
 from sola_vision.tasks import load_checkpoint, takes_one_size
 
-_SEED = 0  # of networks that nobody has trained
-_FIELD_IMAGES = 8  # that a receptive field is averaged over
+_SEED = 0  # of random weights
+_FIELD_IMAGES = 8  # most images that a receptive field is averaged over
 
 
 @dataclass(frozen=True)
 class Network:
-    """One side of a comparison."""
+    """A network to explain, its label and its image settings."""
 
     label: str
     model: nn.Module
     image: ImageConfig
-    only: int | None = None  # pixels a side, of a network that takes one size
+    fixed_side: int | None = None  # in pixels, of a network that takes no other size
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     out = out_folder(options.out)
     picture, scene, given = _picture(options)
@@ -84,7 +85,7 @@ def run(arguments: Sequence[str]) -> None:
     if field_images:
         _receptive_fields(field_images, networks, out, result)
     (out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")
-    _write_csv(result, out / "layers.csv")
+    _write_layers(result, out / "layers.csv")
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -97,24 +98,28 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola explain", __doc__)
     parser.add_argument("image", help="an image file, or the word multiscale")
     parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
-    parser.add_argument("--model", help="instead of a checkpoint: a network with fresh weights (default: sola_tiny)")
-    parser.add_argument("--schedule", help="with --model: its layers, such as LL/LL/LLLLLL/LL")
-    parser.add_argument("--bridges", help='with --model: its bridges, such as "1.2>3.3", or the word paper')
-    parser.add_argument("--compare", metavar="WHAT", help="side by side with another checkpoint, a schedule (fresh "
+    parser.add_argument("--model", help="instead of a checkpoint: a network with random weights (default: sola_tiny)")
+    parser.add_argument("--schedule", help="with --model: layers of every stage, such as LL/LL/LLLLLL/LL")
+    parser.add_argument("--bridges", help='with --model: Hidden State Bridges, such as "1.2>3.3", or the word paper')
+    parser.add_argument("--compare", metavar="WHAT", help="compare with another checkpoint, a schedule (random "
                         "weights), or the word random (the same network untrained)")  # fmt: skip
     parser.add_argument(
-        "--point", metavar="X,Y", help="in pixels of the image as given, before --size (default: its centre)"
+        "--point",
+        metavar="X,Y",
+        help="the chosen point, in pixels of the original image, before --size (default: its centre)",
     )
-    parser.add_argument("--size", metavar="HxW", help="resize first; one number: the longer side (default: as it is)")
-    parser.add_argument("--field", metavar="IMAGES", help="also the effective receptive field, averaged over up to "
-                        f"{_FIELD_IMAGES} images of this folder (or over one image)")  # fmt: skip
-    parser.add_argument("--field-size", type=int, default=224, help="pixels a side of the receptive field's images")
-    parser.add_argument("--no-page", action="store_true", help="leave out page.html, which takes most of the time")
-    parser.add_argument("--out", default="explain", help="folder for everything (default: explain)")
+    parser.add_argument(
+        "--size", metavar="HxW", help="resize the image first; one number: the longer side (default: no resizing)"
+    )
+    parser.add_argument("--field", metavar="IMAGES", help="also compute the effective receptive field, averaged over "
+                        f"up to {_FIELD_IMAGES} images of this folder (or over one image)")  # fmt: skip
+    parser.add_argument("--field-size", type=int, default=224, help="side of the images of --field in pixels")
+    parser.add_argument("--no-page", action="store_true", help="do not write page.html, which takes most of the time")
+    parser.add_argument("--out", default="explain", help="output folder (default: explain)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
     if options.checkpoint and (options.model or options.schedule or options.bridges is not None):
-        raise ValueError("--checkpoint says what its network is: leave out --model, --schedule and --bridges")
+        raise ValueError("--checkpoint defines the network: leave out --model, --schedule and --bridges")
     if options.field_size < 16:
         raise ValueError(f"--field-size {options.field_size} must be at least 16")
     return options
@@ -126,15 +131,17 @@ def _networks(options: Namespace) -> list[Network]:
         return [first]
     if options.compare == "random":
         if not options.checkpoint:
-            raise ValueError("--compare random belongs to a checkpoint: give --checkpoint")
+            raise ValueError("--compare random needs a checkpoint: give --checkpoint")
         if not isinstance(first.model, SolaVision):
-            raise ValueError(f"--compare random needs a SoLA network, {first.label} is {type(first.model).__name__}")
+            raise ValueError(
+                f"--compare random needs a SoLA network, but {first.label} is a {type(first.model).__name__}"
+            )
         torch.manual_seed(_SEED)
         return [first, Network("random weights", SolaVision(first.model.config).eval(), first.image)]
     if re.fullmatch(r"[LS/]+", options.compare):
         if not isinstance(first.model, SolaVision):
-            raise ValueError(f"--compare {options.compare} needs a SoLA network, {first.label} is none")
-        # bridges belong to a schedule: another one may not have their ends
+            raise ValueError(f"--compare {options.compare} needs a SoLA network, but {first.label} is not one")
+        # without bridges: another schedule may lack the layers that they connect
         config = first.model.config.with_changes(schedule=options.compare, bridges="")
         torch.manual_seed(_SEED)
         return [first, Network(f"{options.compare} (random weights)", SolaVision(config).eval(), first.image)]
@@ -149,27 +156,29 @@ def _checkpoint(path: str) -> Network:
     checkpoint = load_checkpoint(path)
     folder = Path(path)
     name = folder.name if folder.is_dir() else folder.parent.name or folder.stem
-    only = checkpoint.image.size if takes_one_size(checkpoint.name) else None
-    return Network(f"{checkpoint.name} ({name})", checkpoint.model, checkpoint.image, only)
+    fixed_side = checkpoint.image.size if takes_one_size(checkpoint.name) else None
+    return Network(f"{checkpoint.name} ({name})", checkpoint.model, checkpoint.image, fixed_side)
 
 
 def _fresh(options: Namespace) -> Network:
     name = options.model or "sola_tiny"
     if not timm.is_model(name):
-        raise ValueError(f"--model {name!r} is unknown: sola_nano, sola_tiny, sola_small, sola_base or a timm name")
+        raise ValueError(f"--model {name!r} is unknown: use sola_nano, sola_tiny, sola_small, sola_base or a timm name")
     changes = {n: getattr(options, n) for n in ("schedule", "bridges") if getattr(options, n) is not None}
     if changes and not name.startswith("sola_"):
-        raise ValueError(f"{name} has no {' and no '.join(changes)}: these belong to the sola_* networks")
+        raise ValueError(f"{name} has no {' and no '.join(changes)}: only the sola_* networks have them")
     torch.manual_seed(_SEED)
     model = timm.create_model(name, num_classes=0, **changes).eval()
-    only = timm.get_pretrained_cfg(name).input_size[-1] if takes_one_size(name) else None
-    return Network(f"{name} {options.schedule or ''} (random weights)".replace("  ", " "), model, ImageConfig(), only)
+    fixed_side = timm.get_pretrained_cfg(name).input_size[-1] if takes_one_size(name) else None
+    return Network(
+        f"{name} {options.schedule or ''} (random weights)".replace("  ", " "), model, ImageConfig(), fixed_side
+    )
 
 
 def _check_sizes(options: Namespace, networks: list[Network], picture: NDArray[np.uint8]) -> None:
-    """Refuses, before any work, an image that a network is not built for."""
+    """Raise ValueError, before any work, if a network does not take images of this size."""
     for network in networks:
-        side, (height, width) = network.only, picture.shape[:2]
+        side, (height, width) = network.fixed_side, picture.shape[:2]
         if side and (height, width) != (side, side):
             raise ValueError(
                 f"{options.image} has {height}x{width} pixels (HxW), but {network.label} takes only {side}x{side}: "
@@ -180,11 +189,11 @@ def _check_sizes(options: Namespace, networks: list[Network], picture: NDArray[n
 
 
 def _picture(options: Namespace) -> tuple[NDArray[np.uint8], MultiScale | None, tuple[int, int]]:
-    """The image that the networks see, the scene if it is generated, and (height, width) of the image as given."""
+    """Return the networks' input image, the scene if it is generated, and (height, width) of the original image."""
     if options.image == "multiscale":
         height, width = parse_size(options.size or "512")
         if height != width:
-            raise ValueError(f"--size {options.size}: the multi-scale image is square")
+            raise ValueError(f"--size {options.size}: the multiscale image is square; give one number")
         scene = multiscale_image(height)
         return scene.image, scene, (height, height)
     picture = _read(options.image)
@@ -200,31 +209,31 @@ def _picture(options: Namespace) -> tuple[NDArray[np.uint8], MultiScale | None, 
 
 def _read(path: str) -> Image.Image:
     if Path(path).is_dir():
-        raise IsADirectoryError(f"{path} is a folder, and one image is explained at a time: name a file in it")
+        raise IsADirectoryError(f"{path} is a folder: give one image file")
     try:
         return read_image(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image; name an image file, or the word multiscale") from None
+        raise FileNotFoundError(f"{path}: no such image; give an image file, or the word multiscale") from None
     except OSError as error:
-        raise type(error)(f"{path} cannot be read ({error.strerror}): name an image file that can") from None
+        raise type(error)(f"{path} cannot be read ({error.strerror}): give another image file") from None
 
 
 def _field_images(options: Namespace) -> list[NDArray[np.uint8]]:
-    """The images of --field at --field-size; none without it."""
+    """Return the images of --field at --field-size; an empty list without it."""
     if not options.field:
         return []
     try:
         files = image_files(Path(options.field))
     except (ValueError, OSError) as error:
-        raise type(error)(f"--field {error}; name an image, or a folder of images") from None
-    # spread over the folder, whose names often sort by class
+        raise type(error)(f"--field {error}; give an image, or a folder of images") from None
+    # evenly spaced, since names often sort by class
     files = files[:: max(1, len(files) // _FIELD_IMAGES)][:_FIELD_IMAGES]
     side = (options.field_size, options.field_size)
     return [np.asarray(_read(str(file)).resize(side, Image.Resampling.BICUBIC)).copy() for file in files]
 
 
 def _point(text: str | None, given: tuple[int, int], picture: NDArray[np.uint8]) -> tuple[float, float]:
-    """ "X,Y" of the image as given, by its (height, width) -> (y, x) of the picture that it was resized to."""
+    """Convert "X,Y" in an image of `given` (height, width) to (y, x) in the resized picture; None: its centre."""
     if text is None:
         return picture.shape[0] / 2, picture.shape[1] / 2
     height, width = given
@@ -258,7 +267,7 @@ def _numbers(
             decay = ranges[view.name]
             row["decay_median"] = decay.decays[0.5]
             row["decay_growing"] = 100 * decay.growing
-            # JSON has no infinity: null where the weight of the median channel does not fall with distance
+            # infinite, and null in JSON, where the weight of the median channel does not decay with distance
             row["range_rows"] = decay.pixels(0.5) if decay.decays[0.5] > 0 else None
         if scene is not None:
             for name, energy in (("activation", view.activation**2), ("eigencam", view.eigencam.clip(min=0) ** 2)):
@@ -298,15 +307,12 @@ def _receptive_fields(
     draw_fields(drawn, out / "fields.png")
 
 
-def _write_csv(result: dict[str, Any], path: Path) -> None:
+def _write_layers(result: dict[str, Any], path: Path) -> None:
     rows = [{"network": n["network"]} | layer for n in result["networks"] for layer in n["layers"]]
     for row in rows:
         for name in [name for name, value in row.items() if isinstance(value, list)]:
             row |= {f"{name}_{i}": value for i, value in enumerate(row.pop(name), start=1)}
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
 
 
 def _print(result: dict[str, Any], scene: MultiScale | None) -> None:

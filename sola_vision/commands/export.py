@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola export CHECKPOINT-OR-NAME --format onnx --out FILE`: a network as a file for other programs.
+"""`sola export CHECKPOINT-OR-NAME --format onnx --out FILE`: export a network for other programs.
 
-A classifier gives its logits, a segmentation network the logits of every pixel, a detector its backbone and feature
-pyramid; --features gives the maps of a classifier's stages. Every format takes images of any size and number. The file
-is compared with PyTorch before it takes its place.
+The outputs are the logits of a classifier, the logits of every pixel of a segmentation network, or the backbone's
+feature pyramid of a detector; with --features the maps of a classifier's stages. Every format takes images of any size
+and number. The file is compared with PyTorch before it is kept.
 """
 
 import json
@@ -28,6 +28,7 @@ from sola_vision.tasks import ModelConfig, build_model, load_checkpoint, read_de
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
     options = _parse(arguments)
     network, size, metadata = _network(options)
     sizes = [parse_size(text, "--check") for text in options.check] if options.check else _sizes(network, size)
@@ -47,8 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     if not report.ok:
         worst = max(report.comparisons, key=lambda comparison: comparison.error)
         print(
-            f"sola: {options.out} was not written: at {worst.height}x{worst.width} its results differ by "
-            f"{worst.error:.1e}, more than the {report.tolerance:g} that {report.precision} is allowed",
+            f"sola: {options.out} was not written: at {worst.height}x{worst.width} its outputs differ by "
+            f"{worst.error:.1e}, more than the tolerance {report.tolerance:g} of {report.precision}",
             file=sys.stderr,
         )
     return 0 if report.ok else 1
@@ -57,8 +58,10 @@ def run(arguments: Sequence[str]) -> int:
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola export", __doc__)
     parser.add_argument("source", metavar="CHECKPOINT-OR-NAME", help="a checkpoint, a run's folder, or sola_tiny, ...")
-    parser.add_argument("--format", required=True, choices=get_args(Format), help="kind of file")
-    parser.add_argument("--out", required=True, metavar="FILE", help="*.onnx, or *.pt2 for the other two")
+    parser.add_argument("--format", required=True, choices=get_args(Format), help="file format")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="file to write: *.onnx, or *.pt2 for the other two formats"
+    )
     parser.add_argument("--features", action="store_true", help="feature maps instead of a classifier's logits")
     parser.add_argument(
         "--precision",
@@ -69,8 +72,8 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--schedule", help="with a name: layers of every stage, such as LL/LL/LLLLLL/LL")
     parser.add_argument("--bridges", help='with a name: Hidden State Bridges, such as "1.2>3.3", or the word paper')
     parser.add_argument("--classes", type=int, default=1000, help="with a name: outputs of the head")
-    parser.add_argument("--check", nargs="+", metavar="HxW", help="sizes to compare at (default: three)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 3], help="numbers of images to compare with")
+    parser.add_argument("--check", nargs="+", metavar="HxW", help="image sizes to compare at (default: three)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 3], help="batch sizes to compare at")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
     if min(options.batch) < 1 or options.classes < 1:
@@ -79,7 +82,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 
 def _network(options: Namespace) -> tuple[Exportable, int, dict[str, str]]:
-    """The network, the side of the images that it is made for, and what the file says about it."""
+    """Return the network, the side of its images in pixels, and the metadata of the file."""
     changes = {name: getattr(options, name) for name in ("schedule", "bridges") if getattr(options, name) is not None}
     if timm.is_model(options.source) and not Path(options.source).exists():
         torch.manual_seed(0)
@@ -95,10 +98,11 @@ def _network(options: Namespace) -> tuple[Exportable, int, dict[str, str]]:
         return _classifier(model, options.source, size, options), size, _strings(values)
     if not Path(options.source).exists():
         raise FileNotFoundError(
-            f"{options.source}: neither a checkpoint nor a network's name (sola_nano, sola_tiny, sola_small, sola_base)"
+            f"{options.source}: neither a checkpoint nor the name of a network (sola_nano, sola_tiny, "
+            "sola_small, sola_base)"
         )
     if changes:
-        raise ValueError(f"--{next(iter(changes))} goes with a network's name: a checkpoint knows its own")
+        raise ValueError(f"--{next(iter(changes))} needs the name of a network: a checkpoint defines its own")
     _, description = read_description(options.source)
     metadata = _strings(description)
     task = description["task"]
@@ -108,7 +112,7 @@ def _network(options: Namespace) -> tuple[Exportable, int, dict[str, str]]:
         metadata |= _strings({"preprocess": _preprocess(checkpoint.image)})
         return _classifier(checkpoint.model, checkpoint.name, size, options), size, metadata
     if options.features:
-        raise ValueError(f"--features: {options.source} is of the task {task}; export a classifier's features")
+        raise ValueError(f"--features needs a classifier, but {options.source} is a checkpoint for {task}")
     if task == "segmentation":
         from sola_vision.tasks.segmenter import load_segmenter
 
@@ -117,7 +121,7 @@ def _network(options: Namespace) -> tuple[Exportable, int, dict[str, str]]:
         from sola_vision.tasks.detector import load_detector
 
         return detector_pyramid(load_detector(options.source).model.backbone), 224, metadata
-    raise ValueError(f"{options.source} is of the task {task!r}, which this version does not know")
+    raise ValueError(f"{options.source}: task {task!r} is not supported by this version")
 
 
 def _classifier(model: torch.nn.Module, name: str, size: int, options: Namespace) -> Exportable:
@@ -126,7 +130,7 @@ def _classifier(model: torch.nn.Module, name: str, size: int, options: Namespace
 
 
 def _preprocess(image: ImageConfig) -> dict[str, Any]:
-    """EvalTransform for programs that have it not: the shorter side to `resize`, the centre of `crop`, mean, std."""
+    """Return EvalTransform as values: `resize` of the shorter side, central `crop`, interpolation, mean and std."""
     whole, *_ = EvalTransform(image).pipeline.transforms
     return {
         "resize": whole.size,
@@ -142,18 +146,18 @@ def _strings(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _sizes(network: Exportable, size: int) -> list[tuple[int, int]]:
-    """The size that it is made for, a wider one that strides divide, and one that nothing divides."""
+    """Return the network's own size, a wider one that the strides divide, and one that they do not divide."""
     if network.fixed_size is not None:
         return [network.fixed_size]
     return [(size, size), (size + 32, size + 96), (97, 131)]
 
 
 def _print(report: Report) -> None:
-    table = new_table(f"{report.path}: against PyTorch", "images", "worst result", "relative error")
+    table = new_table(f"{report.path}: compared with PyTorch", "images", "worst output", "relative error")
     for c in report.comparisons:
         table.add_row(f"{c.batch} x {c.height}x{c.width}", c.output, f"{c.error:.1e}")
     show_table(table)
-    print(f"{report.format}, {report.precision}, {report.bytes / 2**20:.1f} MiB; allowed error {report.tolerance:g}")
+    print(f"{report.format}, {report.precision}, {report.bytes / 2**20:.1f} MiB; tolerance {report.tolerance:g}")
     print("images [batch, 3, height, width], normalised -> " + ", ".join(f"{n} {s}" for n, s in report.outputs.items()))
     if report.operators:
         kinds = len(report.operators)

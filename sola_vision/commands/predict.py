@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE`: what a checkpoint says about images, by its task."""
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE`: the predictions of a checkpoint of any task."""
 
 from collections.abc import Sequence
 
@@ -7,4 +7,5 @@ from sola_vision.commands.dispatch import checkpoint_task, task_module
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     task_module("predict", checkpoint_task(arguments)).run(arguments)

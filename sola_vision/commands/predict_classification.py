@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` of a classifier: the most likely classes of each image."""
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for classification: the most likely classes of each image."""
 
 import json
-import math
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, image_settings, left_out, plain
+from sola_vision.commands.arguments import Arguments, image_files, image_settings, plain, print_skipped
+from sola_vision.commands.results import finite
 from sola_vision.data import CorruptImage, EvalTransform, read_image
 from sola_vision.engine import distributed
 from sola_vision.tasks import Checkpoint, load_checkpoint
@@ -22,13 +22,14 @@ from sola_vision.tasks import Checkpoint, load_checkpoint
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image's most likely classes, best first: {"class": name, "probability": p} each; p is None for nan."""
+    """An image's most likely classes, best first: {"class": name, "probability": p} each; p is None for NaN."""
 
     image: str
     classes: list[dict[str, Any]]
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     source = Path(options.source)
     files = image_files(source)
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    left_out(rows, unreadable)
+    print_skipped(rows, unreadable)
     if options.json:
         images = [asdict(row) for row in rows]
         print(json.dumps({"model": checkpoint.name, "images": images, "unreadable": unreadable}, indent=2))
@@ -47,11 +48,11 @@ def run(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola predict", __doc__)
-    parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
+    parser.add_argument("source", help="an image, or a folder of images, searched with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--top", type=int, default=3, help="how many classes to print for each image")
-    parser.add_argument("--size", type=int, help="pixels a side of what the network sees (default: as in training)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images the network sees at once")
+    parser.add_argument("--size", type=int, help="side of the network's input in pixels (default: as in training)")
+    parser.add_argument("--batch-size", type=int, default=32, help="batch size")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
@@ -78,11 +79,8 @@ def _predict(
             continue
         probabilities, classes = checkpoint.model(torch.stack(tensors).to(device)).float().softmax(1).topk(top)
         for name, ps, cs in zip(names, probabilities.tolist(), classes.tolist(), strict=True):
-            # JSON has no nan, which a network that diverged says
-            guesses = [
-                {"class": checkpoint.classes[c], "probability": p if math.isfinite(p) else None}
-                for p, c in zip(ps, cs, strict=True)
-            ]
+            # a network that diverged returns NaN
+            guesses = [{"class": checkpoint.classes[c], "probability": finite(p)} for p, c in zip(ps, cs, strict=True)]
             yield Prediction(name, guesses)
 
 
@@ -94,7 +92,7 @@ def _print(rows: list[Prediction], source: Path) -> None:
         table.add_column("class" if rank == 0 else f"{rank + 1}.")
     for row in rows:
         guesses = [plain(f"{g['class']} {_percent(g['probability'])}") for g in row.classes]
-        # below the folder that was asked about, or long names would be broken over several lines
+        # relative to the given folder: long paths would be wrapped over several lines
         name = os.path.relpath(row.image, source if source.is_dir() else source.parent)
         table.add_row(plain(name), *guesses)
     Console().print(table)

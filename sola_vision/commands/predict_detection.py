@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for detection: boxes, and masks if the detector has learned them.
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for detection: boxes, and masks if the detector predicts them.
 
-Leaves pictures/NAME.jpg (boxes, masks, labels), results.json (COCO's results; image_id is the place in its list of
-images, from 1, which images.json holds) and, for a folder, index.html to browse them.
+Writes pictures/NAME.jpg (boxes, masks, labels), results.json (COCO's results; image_id counts the images from 1, as
+images.json does) and, for a folder, index.html to browse them.
 """
 
 import json
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, left_out, out_folder, plain
+from sola_vision.commands.arguments import Arguments, image_files, out_folder, plain, print_skipped
 from sola_vision.commands.evaluate_detection import image_at
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
@@ -30,7 +30,7 @@ from sola_vision.tasks.gallery import Card, write_gallery
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image, its drawn picture below the output folder, how many objects of each class, and COCO's results."""
+    """An image, its picture in the output folder, the number of objects of each class, and COCO's results."""
 
     image_id: int
     image: str
@@ -42,6 +42,7 @@ class Prediction:
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
     files = image_files(source, out)
@@ -55,8 +56,8 @@ def run(arguments: Sequence[str]) -> None:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    left_out(rows, unreadable)
-    _leave(rows, checkpoint, source, out)
+    print_skipped(rows, unreadable)
+    _write(rows, checkpoint, source, out)
     if options.json:
         images = [asdict(row) for row in rows]
         document = {"model": checkpoint.name, "classes": checkpoint.classes, "out": str(out), "images": images}
@@ -69,11 +70,11 @@ def run(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola predict", __doc__)
-    parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
+    parser.add_argument("source", help="an image, or a folder of images, searched with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--out", default="predictions", help="folder for results and pictures (default: predictions)")
-    parser.add_argument("--threshold", type=float, default=0.5, help="objects below this score are not shown or kept")
-    parser.add_argument("--max-dets", type=int, help="objects of an image at most (default: as in training)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="objects below this score are discarded")
+    parser.add_argument("--max-dets", type=int, help="largest number of objects per image (default: as in training)")
     parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
@@ -119,7 +120,7 @@ def _predict(
         yield Prediction(number, name, image.height, image.width, picture.as_posix(), objects, results)
 
 
-def _leave(rows: list[Prediction], checkpoint: DetectorCheckpoint, source: Path, out: Path) -> None:
+def _write(rows: list[Prediction], checkpoint: DetectorCheckpoint, source: Path, out: Path) -> None:
     results = [result for row in rows for result in row.results]
     (out / "results.json").write_text(json.dumps(results) + "\n")
     images = [{"id": r.image_id, "file_name": r.image, "height": r.height, "width": r.width} for r in rows]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for segmentation: what each pixel of an image shows.
+"""`sola predict IMAGE-OR-FOLDER --checkpoint FILE` for segmentation: the class of each pixel of an image.
 
-Leaves labels/NAME.png (by the rule of the data that the checkpoint was trained on), pictures/NAME.jpg (the classes'
+Writes labels/NAME.png (labels as in the data that the checkpoint was trained on), pictures/NAME.jpg (the classes'
 colours over the image, with a legend) and, for a folder, index.html to browse them.
 """
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, left_out, out_folder, plain
+from sola_vision.commands.arguments import Arguments, image_files, out_folder, plain, print_skipped
 from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
 from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
 from sola_vision.engine import distributed
@@ -27,12 +27,12 @@ from sola_vision.tasks.gallery import Card, write_gallery
 from sola_vision.tasks.label_pictures import draw_overlay, write_labels
 from sola_vision.tasks.segmenter import SegmentationCheckpoint, load_segmenter
 
-_SHOWN = 3  # classes of an image that the table names
+_SHOWN = 3  # classes of an image in the table
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """An image, its files below the output folder, and each class's share of its pixels, largest first."""
+    """An image, its files in the output folder, and each class's share of its pixels, largest first."""
 
     image: str
     labels: str
@@ -41,6 +41,7 @@ class Prediction:
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
     files = image_files(source, out)
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> None:
         checkpoint.model.to(world.device)
         unreadable: list[str] = []
         rows = list(_predict(files, checkpoint, options, world.device, unreadable))
-    left_out(rows, unreadable)
+    print_skipped(rows, unreadable)
     if source.is_dir():
         cards = [
             Card(row.image, row.picture, [f"{name} {100 * share:.1f} %" for name, share in row.shares.items()])
@@ -68,10 +69,10 @@ def run(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola predict", __doc__)
-    parser.add_argument("source", help="an image, or a folder of images (and of folders of them)")
+    parser.add_argument("source", help="an image, or a folder of images, searched with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--out", default="predictions", help="folder for labels and pictures (default: predictions)")
-    parser.add_argument("--opacity", type=float, default=0.55, help="of the colours over the image, 0 to 1")
+    parser.add_argument("--opacity", type=float, default=0.55, help="opacity of the colours over the image, 0 to 1")
     add_inference(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
@@ -103,7 +104,7 @@ def _predict(
             continue
         pixels = transform.image(image).to(device)
         classes = inference(checkpoint.model, pixels, (image.height, image.width)).cpu().numpy()
-        # both have the names that annotations have, unless a.jpg and a.png lie side by side
+        # named like annotations, except where the folder has both a.jpg and a.png
         stem = name if stems[file.with_suffix("")] > 1 else os.path.splitext(name)[0]
         labels, picture = Path("labels") / f"{stem}.png", Path("pictures") / f"{stem}.jpg"
         for below in (labels, picture):

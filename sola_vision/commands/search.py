@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola search --data FOLDER --budget COST`: finds which layers should be softmax, for what the network may cost.
+"""`sola search --data FOLDER --budget COST`: search for the layers that should use softmax attention.
 
-The budget is a network (its cost: a schedule, with bridges behind it if it has any), MACs such as 43.9M or 1.9G, or
-milliseconds such as 12.5ms, measured here. Prints what it found in the same form; leaves search.json, curve.png and
-recipe.yaml in --out. A stopped search goes on when repeated.
+The budget is the cost of a network (its schedule, followed by its bridges if any), MACs such as 43.9M or 1.9G, or
+a time such as 12.5ms, measured on this machine. Prints the best schedule in the same form, and writes search.json,
+curve.png and recipe.yaml to --out. Repeat the command to continue an interrupted search.
 """
 
 import json
@@ -30,38 +30,39 @@ from sola_vision.studies import SCALES, Scale
 from sola_vision.studies.images import Images
 from sola_vision.tasks import ModelConfig
 
-_CHOOSE = 0.1  # of the training images, to choose by
+_CHOOSE_SHARE = 0.1  # of the training images, held out to compare schedules
 _COSTS = "costs.json"
 
 
 def run(arguments: Sequence[str]) -> None:
+    """Run the command."""
     options = _parse(arguments)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sola search runs in one process: start it without torchrun")
     scale = SCALES[options.scale]
     space = Space(options.space, options.bridges)
-    asked = _asked(options, space)
+    wanted = _parse_budget(options, space)
     if options.data is None:
         raise ValueError("sola search needs --data: a folder with train/ and val/, or a .tar of them")
     images = Images(options.data, scale.size, scale.images, options.limit or scale.limit, options.classes)
     base = scale.hierarchical if "/" in options.space else scale.isotropic
-    config = _fitting(base, space, images.identity.classes)
-    _same(Path(options.out), _settings(options, images))
+    config = _network_config(base, space, images.identity.classes)
+    _check_same_search(Path(options.out), _settings(options, images))
     costs = _costs(options, config, space)
-    budget = costs.of(asked) if isinstance(asked, str) else asked
+    budget = costs.of(wanted) if isinstance(wanted, str) else wanted
     costs.meeting(budget)
     problem = _problem(options, scale, images, config, costs, budget)
-    _begin(problem.out, _settings(options, images), costs)
+    _write_settings(problem.out, _settings(options, images), costs)
 
     found = search(problem, options.method, lambda text: print(text, file=sys.stderr))
-    _write(problem, found, options, scale, images)
+    _write_results(problem, found, options, scale, images)
     if options.json:
         print((problem.out / "search.json").read_text(), end="")
         return
     print(f"{found.schedule} {found.bridges}".rstrip())
     print(
         f"{costs.text(found.cost)} for a budget of {costs.text(budget)} ({100 * (found.cost / budget - 1):+.2f} %); "
-        f"the search cost {found.trainings:.2f} trainings; {problem.out} has search.json, curve.png and recipe.yaml",
+        f"the search took {found.trainings:.2f} trainings; search.json, curve.png and recipe.yaml are in {problem.out}",
         file=sys.stderr,
     )
 
@@ -71,18 +72,24 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--data", help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits")
     parser.add_argument("--budget", required=True, help="a schedule, or 43.9M, 1.9G (MACs), or 12.5ms (measured)")
-    parser.add_argument("--space", default="LL/LL/??????/LL", help="a schedule with ? for open layers (%(default)s)")
+    parser.add_argument(
+        "--space", default="LL/LL/??????/LL", help="a schedule with ? for open layers (default: %(default)s)"
+    )
     parser.add_argument("--method", choices=METHODS, default="gates", help="default: %(default)s")
     parser.add_argument("--bridges", action="store_true", help="also choose bridges from earlier stages")
-    parser.add_argument("--size", help="HxW of the images that the cost is counted or measured at")
-    parser.add_argument("--latency", action="store_true", help="measure a budget that is a schedule, instead of MACs")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="small", help="network, images, length of a training")
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one a line")
-    parser.add_argument("--epochs", type=int, help="length of one training (default: the scale's)")
-    parser.add_argument("--limit", type=int, help="training images, evenly by class (default: the scale's)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, gates and draws")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    parser.add_argument("--out", default="runs/search", help="folder (default: %(default)s)")
+    parser.add_argument("--size", help="HxW of the images at which the cost is counted or measured")
+    parser.add_argument(
+        "--latency", action="store_true", help="if the budget is a schedule, measure its time instead of counting MACs"
+    )
+    parser.add_argument(
+        "--scale", choices=tuple(SCALES), default="small", help="network, images and length of a training"
+    )
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one per line")
+    parser.add_argument("--epochs", type=int, help="epochs of one training (default: the scale's)")
+    parser.add_argument("--limit", type=int, help="number of training images, balanced by class (default: the scale's)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, gates and samples")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA if available)")
+    parser.add_argument("--out", default="runs/search", help="output folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print search.json on standard output")
     options = parser.parse_args(list(arguments))
     for name in ("epochs", "limit"):
@@ -91,7 +98,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     return options
 
 
-def _fitting(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
+def _network_config(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
     stages = space.template.count("/") + 1
     if stages != len(base.dims):
         raise ValueError(
@@ -105,7 +112,7 @@ def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
     size = parse_size(options.size) if options.size else (config.img_size, config.img_size)
     if options.latency or options.budget.strip().endswith("ms"):
         known = Path(options.out) / _COSTS
-        if known.exists():  # measured before the search was stopped; measured again, it would be another search
+        if known.exists():  # of the interrupted search: another measurement would change the search
             content = json.loads(known.read_text())
             return Costs(space, content["base"], tuple(content["extra"]), content["unit"])
         device = "cuda" if options.device == "auto" and torch.cuda.is_available() else options.device
@@ -113,8 +120,8 @@ def _costs(options: Namespace, config: SolaConfig, space: Space) -> Costs:
     return mac_costs(config, space, size)
 
 
-def _asked(options: Namespace, space: Space) -> str | float:
-    """The budget: the open layers of the network that costs it, or MACs or seconds."""
+def _parse_budget(options: Namespace, space: Space) -> str | float:
+    """Parse --budget: the kinds of the open layers of a schedule, or MACs, or seconds."""
     text = options.budget.strip()
     schedule, _, bridges = text.partition(" ")
     if schedule and set(schedule) <= set("LS/"):
@@ -135,7 +142,7 @@ def _problem(
     train = replace(scale.train, epochs=epochs, seed=options.seed, device=options.device)
     if train.warmup_epochs >= epochs:
         train = replace(train, warmup_epochs=epochs / 10)
-    train_set, choose_set = images.split(_CHOOSE)
+    train_set, choose_set = images.split(_CHOOSE_SHARE)
     problem = Problem(
         config=config,
         costs=costs,
@@ -146,7 +153,7 @@ def _problem(
         choose_set=choose_set,
         out=Path(options.out),
     )
-    if options.method != "rule" and problem.num_train < train.batch_size:  # which trains nothing
+    if options.method != "rule" and problem.num_train < train.batch_size:  # the rule trains nothing
         raise ValueError(
             f"{options.data}: {problem.num_train} training images are fewer than one batch of {train.batch_size}: give "
             "more images"
@@ -159,8 +166,8 @@ def _settings(options: Namespace, images: Images) -> dict[str, Any]:
     return {k: v for k, v in vars(options).items() if k not in free} | {"images": images.identity.fingerprint}
 
 
-def _same(out: Path, settings: dict[str, Any]) -> None:
-    """A folder belongs to one search; the same command again goes on with it."""
+def _check_same_search(out: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if the folder contains another search; the same command continues it."""
     path = out / "settings.json"
     if not path.exists():
         return
@@ -168,22 +175,22 @@ def _same(out: Path, settings: dict[str, Any]) -> None:
     for name in settings | before:
         if before.get(name) != settings.get(name):
             raise ValueError(
-                f"{out} holds a search with {name} {before.get(name)!r}, not {settings.get(name)!r}: choose another "
+                f"{out} contains a search with {name} {before.get(name)!r}, not {settings.get(name)!r}: choose another "
                 "--out"
             )
 
 
-def _begin(out: Path, settings: dict[str, Any], costs: Costs) -> None:
+def _write_settings(out: Path, settings: dict[str, Any], costs: Costs) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "settings.json", settings)  # first: costs are those of a search that is known
+    write_json(out / "settings.json", settings)  # first: costs.json is only valid with its settings
     write_json(out / _COSTS, {"base": costs.base, "extra": list(costs.extra), "unit": costs.unit})
 
 
-def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:
+def _write_results(problem: Problem, found: Found, options: Namespace, scale: Scale, images: Images) -> None:
     costs = problem.costs
     with distributed(problem.train.device) as world:
         where = surroundings(world.device, 1)
-    del where["peak_memory_mib"]  # of this process, which may have trained nothing
+    del where["peak_memory_mib"]  # of this process, which has trained nothing if the search was complete
     document = {
         **asdict(found),
         "space": costs.space.template,
@@ -201,7 +208,7 @@ def _write(problem: Problem, found: Found, options: Namespace, scale: Scale, ima
 
 
 def _recipe(problem: Problem, found: Found, data: str, images: Images) -> str:
-    """What `sola train --config` takes: the found network, from scratch, on all of the training images."""
+    """Return a file for `sola train --config`: the network found, from scratch, on all training images."""
     config = problem.config
     model = ModelConfig(
         name="sola_tiny",

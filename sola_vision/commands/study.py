@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola study NAME --data FOLDER`: the paper's tables and figures as runs, and their pages.
+"""`sola study NAME --data FOLDER`: run the paper's tables and figures, and write their pages.
 
-Runs go into --out. Stop and repeat the command as often as you like: what is finished is kept, what was interrupted
-goes on, and any number of processes may work on one folder at once. `--report` only writes the pages again; with the
+Runs are stored in --out. The command can be interrupted and repeated at any time: finished runs are kept, interrupted
+ones are resumed, and several processes can work on one folder at once. `--report` only rewrites the pages; with the
 name `all`, those of every study in the folder.
 """
 
@@ -21,6 +21,7 @@ from sola_vision.studies.outcome import RESULTS, Outcome, begin
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
     options = _parse(arguments)
     folder = Path(options.out)
     if options.name == "fig1a":
@@ -28,16 +29,16 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{folder / 'fig1a' / 'report.html'}")
         return 0
     if options.report:
-        return _reports(options, folder)
+        return _rewrite_pages(options, folder)
     if options.name == "all":
-        raise ValueError("all belongs to --report: name one study to run, or add --report to write all pages again")
+        raise ValueError("the name all needs --report: name one study to run, or add --report to rewrite all pages")
     return _run(options, folder)
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola study", __doc__)
     parser.formatter_class = RawDescriptionHelpFormatter
-    _add(parser)
+    _add_arguments(parser)
     options = parser.parse_args(list(arguments))
     for name in ("seeds", "epochs", "limit"):
         value = getattr(options, name)
@@ -45,17 +46,15 @@ def _parse(arguments: Sequence[str]) -> Namespace:
             raise ValueError(f"--{name} {value} must be at least 1")
     segmentation = options.name in STUDIES and STUDIES[options.name].task == "segmentation"
     if not segmentation and (options.ignore is not None or options.init):
-        raise ValueError(f"--ignore and --init belong to table8: {options.name} is on classification; leave them out")
+        raise ValueError(f"--ignore and --init need table8: {options.name} is a classification study; leave them out")
     if segmentation and options.classes:
-        raise ValueError(
-            f"--classes chooses folders of images: {options.name} has a class for every pixel; leave it out"
-        )
+        raise ValueError(f"--classes needs a classification study: {options.name} is on segmentation; leave it out")
     if options.name != "custom" and options.schedules:
-        raise ValueError(f"--schedules belongs to custom: {options.name} has its own; leave it out")
+        raise ValueError(f"--schedules needs custom: {options.name} defines its own; leave it out")
     return options
 
 
-def _add(parser: ArgumentParser) -> None:
+def _add_arguments(parser: ArgumentParser) -> None:
     names = ", ".join((*STUDIES, "fig1a", "custom", "all"))
     parser.add_argument("name", metavar="NAME", help=names)
     parser.add_argument(
@@ -64,23 +63,29 @@ def _add(parser: ArgumentParser) -> None:
         "images/SPLIT and annotations/SPLIT",
     )
     parser.add_argument("--out", default="runs/studies", help="folder of runs and pages (default: %(default)s)")
-    parser.add_argument("--scale", choices=tuple(SCALES), default="small", help="network, images, length of training")
-    parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one a line (ImageNet-100)")
-    parser.add_argument("--ignore", type=int, help="table8: the label that counts nowhere (default: the scale's)")
-    parser.add_argument("--init", nargs="+", default=[], metavar="CHECKPOINT", help="table8: weights to start from")
-    parser.add_argument("--seeds", type=int, help="runs of each arm; more extend a study (default: the scale's)")
-    parser.add_argument("--epochs", type=int, help="passes over the training images (default: the scale's)")
-    parser.add_argument("--limit", type=int, help="training images, evenly spread (default: the scale's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
+    parser.add_argument(
+        "--scale", choices=tuple(SCALES), default="small", help="network, images and length of training"
+    )
+    parser.add_argument("--classes", metavar="FILE", help="names of the classes to use, one per line (ImageNet-100)")
+    parser.add_argument("--ignore", type=int, help="table8: the ignored label (default: the scale's)")
+    parser.add_argument(
+        "--init", nargs="+", default=[], metavar="CHECKPOINT", help="table8: checkpoints to initialise from"
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="runs of each arm; a larger number extends a study (default: the scale's)"
+    )
+    parser.add_argument("--epochs", type=int, help="epochs of training (default: the scale's)")
+    parser.add_argument("--limit", type=int, help="number of training images, evenly spread (default: the scale's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: CUDA if available)")
     parser.add_argument(
         "--schedules",
         nargs="+",
         default=[],
         metavar="SCHEDULE",
-        help='with custom: what to compare; bridges stand behind, as in "LL/LL/LLSLLS/LL 1.2>3.3"',
+        help='with custom: schedules to compare, followed by their bridges, as in "LL/LL/LLSLLS/LL 1.2>3.3"',
     )
-    parser.add_argument("--list", action="store_true", help="say which runs there would be, and do nothing")
-    parser.add_argument("--report", action="store_true", help="write the page again and run nothing")
+    parser.add_argument("--list", action="store_true", help="list the runs, and run nothing")
+    parser.add_argument("--report", action="store_true", help="rewrite the page, and run nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
 
 
@@ -110,7 +115,7 @@ def _run(options: Namespace, folder: Path) -> int:
             done = (folder / "results" / f"{each.key}.json").exists()
             print(f"{each.key}  seed {each.seed}  {each.arm}{'  finished' if done else ''}")
         return 0
-    main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, which train together
+    main = os.environ.get("RANK", "0") == "0"  # one of torchrun's processes, which train together, reports
     if main:
         begin(folder, planned.description)
     busy = run_plan(planned, folder, lambda text: print(text, file=sys.stderr))
@@ -118,24 +123,27 @@ def _run(options: Namespace, folder: Path) -> int:
         return 0
     outcome = write_report(folder, study.name)
     if busy:
-        print(f"{busy} runs are being done by other processes; repeat the command when they are", file=sys.stderr)
-    _tell([outcome], folder, options.json)
+        print(
+            f"{busy} runs are in progress in other processes; repeat the command when they have finished",
+            file=sys.stderr,
+        )
+    _print([outcome], folder, options.json)
     return 0
 
 
-def _reports(options: Namespace, folder: Path) -> int:
+def _rewrite_pages(options: Namespace, folder: Path) -> int:
     if options.name == "all":
         names = sorted(path.parent.name for path in folder.glob(f"*/{RESULTS}"))
         if not names:
-            raise FileNotFoundError(f"{folder} holds no study: run one with --out {folder} first")
+            raise FileNotFoundError(f"{folder} contains no study: run one with --out {folder} first")
         write_fig1a(folder)
     else:
         names = [options.name]
-    _tell([write_report(folder, name) for name in names], folder, options.json)
+    _print([write_report(folder, name) for name in names], folder, options.json)
     return 0
 
 
-def _tell(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
+def _print(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
     if as_json:
         document = [
             {

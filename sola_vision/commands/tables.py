@@ -6,7 +6,7 @@ from rich.table import Table
 
 
 def new_table(title: str | None, first: str, *others: str) -> Table:
-    """Names to the left, numbers to the right."""
+    """Return a table with a left-aligned column of names and right-aligned columns of numbers."""
     table = Table(title=title)
     table.add_column(first)
     for name in others:
@@ -15,6 +15,7 @@ def new_table(title: str | None, first: str, *others: str) -> Table:
 
 
 def show_table(table: Table, width: int = 110) -> None:
+    """Print a table at least `width` columns wide."""
     console = Console()
     # a pipe or a file has no width; 80 columns would cut the names of networks short
     console.width = max(console.width, width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola train RECIPE --data FOLDER`: trains a network and leaves a run's folder. What differs from task to task is in
+"""`sola train RECIPE --data FOLDER`: train a network, and write a run's folder. The parts that differ by task are in
 train_TASK.
 """
 
@@ -23,27 +23,28 @@ from sola_vision.tasks.pictures import draw_learning_curve
 
 
 def run(arguments: Sequence[str]) -> None:
-    asked = parse_run(arguments)
-    with distributed(asked.configuration.train.device) as world:
-        _run(asked, world)
+    """Run the command."""
+    request = parse_run(arguments)
+    with distributed(request.configuration.train.device) as world:
+        _run(request, world)
 
 
-def _run(asked: Run, world: World) -> None:
-    settings = asked.configuration.train
-    # everything that can be wrong is looked at before anything is written
-    check_folder(out_folder(asked.out), asked.resume)
-    job: Job = task_module("train", asked.configuration.task).prepare(asked, world)
-    total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch does not promise a length
-    if asked.resume:
-        _check_classes(asked.out, load_progress(asked.out, total, settings.optimizer), job.metadata["classes"])
-    make_optimizer(job.model.to(world.device), settings)  # some only run on a GPU
+def _run(request: Run, world: World) -> None:
+    settings = request.configuration.train
+    # check everything that can fail before anything is written
+    check_folder(out_folder(request.out), request.resume)
+    job: Job = task_module("train", request.configuration.task).prepare(request, world)
+    total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch's Dataset type does not declare __len__
+    if request.resume:
+        _check_classes(request.out, load_progress(request.out, total, settings.optimizer), job.metadata["classes"])
+    make_optimizer(job.model.to(world.device), settings)  # some optimisers need a GPU
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
 
     if world.is_main:
         if job.report:
             print(job.report, file=sys.stderr)
-        print(f"{job.says}; the run's folder is {asked.out}", file=sys.stderr)
+        print(f"{job.description}; the run's folder is {request.out}", file=sys.stderr)
         if settings.amp == "bf16" and world.device.type == "cpu" and not _cpu_has_bfloat16():
             print("sola: this CPU only emulates bfloat16; --train.amp none trains in float32", file=sys.stderr)
     summary = fit(
@@ -52,39 +53,39 @@ def _run(asked: Run, world: World) -> None:
         job.train_set,
         job.val_set,
         settings,
-        asked.out,
-        resume=asked.resume,
+        request.out,
+        resume=request.resume,
         metadata=job.metadata,
         kept=job.kept,
         collate=job.collate,
         eval_collate=job.eval_collate,
-        begin=lambda: _keep(asked),
+        begin=lambda: _write_config(request),
     )
     if world.is_main:
-        draw_learning_curve(asked.out / "metrics.jsonl", asked.out / "curve.png", job.task.metric)
-        _report(summary, job.shown, asked)
+        draw_learning_curve(request.out / "metrics.jsonl", request.out / "curve.png", job.task.metric)
+        _report(summary, job.printed_metrics, request)
 
 
-def _keep(asked: Run) -> None:
-    """What the run was asked for, which the next --resume goes by; what this one changes is said."""
-    asked.out.mkdir(parents=True, exist_ok=True)
-    config = asked.out / "config.yaml"
-    if asked.resume and config.is_file() and (changed := asked.changes(config.read_text(encoding="utf-8"))):
-        print(f"the run goes on with another configuration: {', '.join(changed)}", file=sys.stderr)
-    write_text(config, asked.text)
+def _write_config(request: Run) -> None:
+    """Write config.yaml, which the next --resume reads, and print what a resumed run changes."""
+    request.out.mkdir(parents=True, exist_ok=True)
+    config = request.out / "config.yaml"
+    if request.resume and config.is_file() and (changed := request.changes(config.read_text(encoding="utf-8"))):
+        print(f"the run continues with another configuration: {', '.join(changed)}", file=sys.stderr)
+    write_text(config, request.text)
 
 
 def _cpu_has_bfloat16() -> bool:
-    # torch knows it of oneDNN alone; without that library nothing is said
+    # torch can tell for oneDNN only; without that library the warning is not printed
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _check_classes(folder: Path, progress: Progress | None, told: str) -> None:
-    """A run that goes on with other classes in as many outputs would not be noticed anywhere else."""
-    said = {} if progress is None else progress.metadata
-    if not said and (folder / BEST).exists():  # the states of older versions do not name classes
-        said = read_metadata(folder / BEST)
-    before, classes = json.loads(said.get("classes", "null")), json.loads(told)
+def _check_classes(folder: Path, progress: Progress | None, new: str) -> None:
+    """Raise ValueError if a resumed run has other classes; if as many, no other check would fail."""
+    stored = {} if progress is None else progress.metadata
+    if not stored and (folder / BEST).exists():  # states of older versions do not store the classes
+        stored = read_metadata(folder / BEST)
+    before, classes = json.loads(stored.get("classes", "null")), json.loads(new)
     if before is not None and before != classes:
         differing = [name for name in [*before, *classes] if (name in before) != (name in classes)] or classes
         raise ValueError(
@@ -92,12 +93,12 @@ def _check_classes(folder: Path, progress: Progress | None, told: str) -> None:
         )
 
 
-def _report(summary: dict[str, Any], shown: Sequence[str], asked: Run) -> None:
-    if asked.json:
+def _report(summary: dict[str, Any], printed_metrics: Sequence[str], request: Run) -> None:
+    if request.json:
         print(json_text(summary))
         return
-    numbers = " ".join(f"{name} {summary[name]:.2f}" for name in shown if name in summary)
-    # the file's weights may be of an earlier evaluation than the last, whose numbers these are
+    numbers = " ".join(f"{name} {summary[name]:.2f}" for name in printed_metrics if name in summary)
+    # the numbers are of the last evaluation, the weights in the file may be of an earlier one
     metric, best = summary["metric"], summary["best"]
     of = f" ({metric} {best[metric]:.2f} at step {best['step']})" if best and best["step"] != summary["steps"] else ""
-    print(f"{numbers}; best.safetensors{of}, curve.png and summary.json are in {asked.out}")
+    print(f"{numbers}; best.safetensors{of}, curve.png and summary.json are in {request.out}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sola train` trains for a classification recipe."""
+"""Preparation of `sola train` for a classification recipe."""
 
 import torch
 
@@ -12,13 +12,14 @@ from sola_vision.recipes import Recipe
 from sola_vision.tasks import Classification, build_model, initialise, metadata
 
 
-def prepare(asked: Run, world: World) -> Job:
-    recipe = asked.configuration
+def prepare(request: Run, world: World) -> Job:
+    """Return the data sets, network and task of the run."""
+    recipe = request.configuration
     assert isinstance(recipe, Recipe)
-    train_set = open_classification(asked.data, "train", _train_transform(recipe.image))
+    train_set = open_classification(request.data, "train", _train_transform(recipe.image))
     classes = train_set.classes
-    val_set = open_classification(asked.data, "val", EvalTransform(recipe.image), classes)
-    torch.manual_seed(recipe.train.seed)  # of the initial weights
+    val_set = open_classification(request.data, "val", EvalTransform(recipe.image), classes)
+    torch.manual_seed(recipe.train.seed)  # for the initial weights
     model = build_model(recipe.model, len(classes), recipe.image.size)
     task = Classification(len(classes), recipe.image)
     task.check_batch(micro_batch_size(recipe.train, world))
@@ -28,17 +29,19 @@ def prepare(asked: Run, world: World) -> Job:
         train_set=train_set,
         val_set=val_set,
         metadata=metadata("classification", recipe.model, recipe.image, classes, model),
-        says=f"{recipe.model.name} on {len(train_set)} images of {len(classes)} classes from {asked.data}, "
+        description=f"{recipe.model.name} on {len(train_set)} images of {len(classes)} classes from {request.data}, "
         f"{len(val_set)} held out",
-        shown=("top1", "top5", "loss"),
-        report=initialise(model, asked.start, classes) if asked.start else None,
+        printed_metrics=("top1", "top5", "loss"),
+        report=initialise(model, request.start, classes) if request.start else None,
     )
 
 
 def _train_transform(image: ImageConfig) -> TrainTransform:
     try:
         return TrainTransform(image)
-    # timm asserts what it can read of an augmentation policy
+    # timm checks an augmentation policy by assertions
     except (AssertionError, KeyError, ValueError) as error:
-        text = str(error) or "not a policy of timm's"
-        raise ValueError(f"--image.auto_augment {image.auto_augment}: {text}; rand-m9-mstd0.5-inc1 is Swin's") from None
+        text = str(error) or "not a policy of timm"
+        raise ValueError(
+            f"--image.auto_augment {image.auto_augment}: {text}; use a policy such as rand-m9-mstd0.5-inc1"
+        ) from None

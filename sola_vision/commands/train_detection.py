@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sola train` trains for a detection recipe: Mask R-CNN, or Faster R-CNN where the data has boxes only."""
+"""Preparation of `sola train` for a detection recipe: Mask R-CNN, or Faster R-CNN if the data has boxes only."""
 
 from dataclasses import asdict, replace
 
@@ -15,23 +15,24 @@ from sola_vision.tasks.detection import Detection
 from sola_vision.tasks.detector import backbone_of, build_detector, start_detector
 
 
-def prepare(asked: Run, world: World) -> Job:
-    recipe = asked.configuration
+def prepare(request: Run, world: World) -> Job:
+    """Return the data sets, network and task of the run."""
+    recipe = request.configuration
     assert isinstance(recipe, DetectionRecipe)
     train_set = CocoFolder(
-        asked.data,
+        request.data,
         "train",
         DetectionTrainTransform(recipe.image),
         masks=recipe.image.masks,
         keep_empty=recipe.image.keep_empty,
     )
     classes, masks = train_set.classes, train_set.masks
-    val_set = CocoFolder(asked.data, "val", DetectionEvalTransform(), classes, masks=masks)
+    val_set = CocoFolder(request.data, "val", DetectionEvalTransform(), classes, masks=masks)
     image, detector = replace(recipe.image, masks=masks), recipe.detector
     task = Detection(val_set, detector.max_detections, masks=masks)
-    torch.manual_seed(recipe.train.seed)  # of the initial weights
+    torch.manual_seed(recipe.train.seed)  # for the initial weights
     model = build_detector(recipe.model, detector, image, len(classes))
-    # what concerns the start is over once there is a checkpoint
+    # settings that concern only the start of training are not stored
     stored = {**asdict(detector), "frozen_stages": 0, "checkpointing": False, "drop_bridges": False}
     return Job(
         task=task,
@@ -43,10 +44,10 @@ def prepare(asked: Run, world: World) -> Job:
             detector=stored,
             category_ids=train_set.category_ids,
         ),
-        says=f"{recipe.model.name} with {'Mask' if masks else 'Faster'} R-CNN on {len(train_set)} images of "
-        f"{len(classes)} classes{'' if masks else ' (boxes only)'} from {asked.data}, {len(val_set)} held out, "
+        description=f"{recipe.model.name} with {'Mask' if masks else 'Faster'} R-CNN on {len(train_set)} images of "
+        f"{len(classes)} classes{'' if masks else ' (boxes only)'} from {request.data}, {len(val_set)} held out, "
         f"maxDets {detector.max_detections}",
-        shown=("box_ap", "box_ap50", "mask_ap", "mask_ap50"),
-        report=start_detector(model, asked.start, classes, detector.drop_bridges) if asked.start else None,
+        printed_metrics=("box_ap", "box_ap50", "mask_ap", "mask_ap50"),
+        report=start_detector(model, request.start, classes, detector.drop_bridges) if request.start else None,
         collate=collate_lists,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sola train` trains for a distillation recipe: a classifier, and what it learns from the teacher beside it."""
+"""Preparation of `sola train` for a distillation recipe: a classifier that also learns from a teacher."""
 
 import json
 from dataclasses import replace
@@ -13,36 +13,39 @@ from sola_vision.tasks.distillation import Distillation, Student, find_columns, 
 from sola_vision.tasks.teacher import load_teacher
 
 
-def prepare(asked: Run, world: World) -> Job:
-    recipe = asked.configuration
+def prepare(request: Run, world: World) -> Job:
+    """Return the data sets, network and task of the run."""
+    recipe = request.configuration
     assert isinstance(recipe, DistillationRecipe)
-    job = train_classification.prepare(asked, world)
+    job = train_classification.prepare(request, world)
     classes: list[str] = json.loads(job.metadata["classes"])
     teacher = load_teacher(recipe.teacher, recipe.image)
-    recipe.teacher.sha256 = teacher.sha256  # config.yaml runs it again with this teacher or not at all
+    recipe.teacher.sha256 = teacher.sha256  # config.yaml reproduces the run with this teacher only
     targets = recipe.distill.targets if recipe.distill.target_weight else "none"
     columns, note = find_columns(targets, teacher, classes)
-    mine, theirs, pairs = [], [], []
+    student_levels, teacher_levels, pairs = [], [], []
     if recipe.distill.feature_weight:
-        mine = map_levels(job.model, recipe.model.name, recipe.image.size)
-        theirs = map_levels(teacher.network, f"the teacher {teacher.name}", teacher.size or recipe.image.size)
-        pairs = pair_maps([stride for stride, _ in mine], [stride for stride, _ in theirs])
+        student_levels = map_levels(job.model, recipe.model.name, recipe.image.size)
+        teacher_levels = map_levels(teacher.network, f"the teacher {teacher.name}", teacher.size or recipe.image.size)
+        pairs = pair_maps([stride for stride, _ in student_levels], [stride for stride, _ in teacher_levels])
     elif columns is None:
         why = note.partition(":")[0] or "targets are none or weigh 0"
         raise ValueError(
             f"nothing is left to learn from the teacher {teacher.name}: {why}, "
             "and --distill.feature_weight is 0; raise it or choose targets"
         )
-    taught = [f"its {'classes' if targets == 'hard' else 'probabilities'}"] if columns else []
-    taught += [f"its maps at strides {', '.join(str(theirs[b][0]) for _, b in pairs)}"] if pairs else []
+    taught = ["classes" if targets == "hard" else "probabilities"] if columns else []
+    taught += [f"maps at strides {', '.join(str(teacher_levels[b][0]) for _, b in pairs)}"] if pairs else []
     levels = [b for _, b in pairs]
     return replace(
         job,
         task=Distillation(len(classes), recipe.image, teacher.to(world.device), recipe.distill, columns, levels),
-        model=Student(job.model, [a for a, _ in pairs], [(mine[a][1], theirs[b][1]) for a, b in pairs]),
+        model=Student(
+            job.model, [a for a, _ in pairs], [(student_levels[a][1], teacher_levels[b][1]) for a, b in pairs]
+        ),
         kept="network",
         metadata=job.metadata | {"teacher": json.dumps({"name": teacher.name, "sha256": recipe.teacher.sha256})},
-        says=f"{job.says}; {teacher.name} teaches {' and '.join(taught)}",
-        shown=(*job.shown, "teacher_top1"),
+        description=f"{job.description}; distilled from the {' and '.join(taught)} of {teacher.name}",
+        printed_metrics=(*job.printed_metrics, "teacher_top1"),
         report="\n".join(line for line in (job.report, note) if line) or None,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sola train` trains for a segmentation recipe."""
+"""Preparation of `sola train` for a segmentation recipe."""
 
 import torch
 
@@ -15,24 +15,25 @@ from sola_vision.tasks.segmentation import Segmentation, listed
 from sola_vision.tasks.segmenter import backbone_of, build_segmenter, start_segmenter
 
 
-def prepare(asked: Run, world: World) -> Job:
-    recipe = asked.configuration
+def prepare(request: Run, world: World) -> Job:
+    """Return the data sets, network and task of the run."""
+    recipe = request.configuration
     assert isinstance(recipe, SegmentationRecipe)
     image, head = recipe.image, recipe.segmenter
     train_set, classes = open_segmentation(
-        asked.data, "train", image.ignore, image.num_classes, SegmentationTrainTransform(image)
+        request.data, "train", image.ignore, image.num_classes, SegmentationTrainTransform(image)
     )
     if len(classes) < 2:
         raise ValueError(
-            f"{asked.data}: {classes[0]!r} is the only class of its labels, and there is nothing to tell it from: "
+            f"{request.data}: {classes[0]!r} is the only class of its labels, and training needs two: "
             f"label more, or choose another --image.ignore than {image.ignore}"
         )
     val_set, _ = open_segmentation(
-        asked.data, "val", image.ignore, image.num_classes, SegmentationEvalTransform(image), classes
+        request.data, "val", image.ignore, image.num_classes, SegmentationEvalTransform(image), classes
     )
     train_set.check_labels()
     val_set.check_labels()
-    torch.manual_seed(recipe.train.seed)  # of the initial weights
+    torch.manual_seed(recipe.train.seed)  # for the initial weights
     model = build_segmenter(recipe.model, head, len(classes), image.crop)
     task = Segmentation(len(classes), head.auxiliary_weight, Inference(slide=image.slide, stride=image.stride))
     task.check_batch(micro_batch_size(recipe.train, world))
@@ -43,12 +44,12 @@ def prepare(asked: Run, world: World) -> Job:
         val_set=val_set,
         metadata=metadata(
             *("segmentation", recipe.model, image, classes, backbone_of(model)),
-            # a start from a checkpoint is over once there is one
+            # settings that concern only the start of training are not stored
             segmenter={**vars(head), "drop_bridges": False, "frozen_stages": 0, "checkpointing": False},
         ),
-        says=f"{recipe.model.name} with UPerNet on {len(train_set)} images of {len(classes)} classes from {asked.data} "
-        f"({train_set.rule}), {len(val_set)} held out",
-        shown=("miou", "mean_accuracy", "pixel_accuracy"),
-        report=start_segmenter(model, asked.start, classes, head.drop_bridges) if asked.start else None,
+        description=f"{recipe.model.name} with UPerNet on {len(train_set)} images of {len(classes)} classes from "
+        f"{request.data} ({train_set.rule}), {len(val_set)} held out",
+        printed_metrics=("miou", "mean_accuracy", "pixel_accuracy"),
+        report=start_segmenter(model, request.start, classes, head.drop_bridges) if request.start else None,
         eval_collate=listed,
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks as files for other programs: ONNX, torch.export archives, AOTInductor packages.
+"""Export of networks to other programs: ONNX, torch.export archives, AOTInductor packages.
 
-`networks.py` says what a network puts out, `trace.py` records it for images of any size, `graph.py` and `wkv.py` write
-ONNX's standard operators, `archive.py` torch's own files. `export` does it all and compares the file with the network
-before it takes its place.
+`networks.py` defines the outputs of a network, `trace.py` traces it for images of any size, `graph.py` and `wkv.py`
+write ONNX's standard operators, `archive.py` torch's own files. `export` runs all of it and compares the file with the
+network before it is kept.
 """
 
 import errno
@@ -33,7 +33,7 @@ __all__ = [
 Format = Literal["onnx", "torch-export", "aoti"]
 Precision = Literal["float32", "float16", "int8"]
 
-# largest difference over largest value; below float32 it is the precision that differs and not the graph
+# largest difference over largest value; below float32 the precision differs, not the graph
 TOLERANCE: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "int8": 0.2}
 
 
@@ -48,11 +48,12 @@ class Report:
     outputs: dict[str, str]
     comparisons: list[Comparison]
     tolerance: float
-    operators: dict[str, int] = field(default_factory=dict)  # of an ONNX file, by how often they occur
+    operators: dict[str, int] = field(default_factory=dict)  # of an ONNX file: the number of nodes of each
     needs: str = ""
 
     @property
     def ok(self) -> bool:
+        """True if every comparison is within the tolerance."""
         return all(comparison.error <= self.tolerance for comparison in self.comparisons)
 
 
@@ -66,15 +67,15 @@ def export(
     batches: Sequence[int] = (1, 3),
     metadata: Mapping[str, str] | None = None,
 ) -> Report:
-    """Writes the network to `path` and compares it with PyTorch on images of all `sizes` (height, width) and `batches`.
+    """Write the network to `path` and compare it with PyTorch on images of all `sizes` (height, width) and `batches`.
 
-    A file that differs by more than the tolerance is not kept (`report.ok` is false); an older one then stays.
-    Raises ValueError for what does not fit together, OSError where nothing can be written, ImportError for packages
-    that are not installed.
+    A file that differs by more than the tolerance is not kept (`report.ok` is False), and an existing file stays.
+    Raises ValueError for incompatible arguments, OSError if the file cannot be written, ImportError for packages that
+    are not installed.
     """
     path = Path(path)
-    _refuse(path, format, precision)
-    draft = _draft(path)
+    _check_arguments(path, format, precision)
+    draft = _create_draft(path)
     try:
         operators: dict[str, int] = {}
         if format == "onnx":
@@ -104,25 +105,25 @@ def export(
         draft.unlink(missing_ok=True)
 
 
-def _refuse(path: Path, format: str, precision: str) -> None:
+def _check_arguments(path: Path, format: str, precision: str) -> None:
     if format not in get_args(Format):
-        raise ValueError(f"format {format!r} is unknown: {', '.join(get_args(Format))}")
+        raise ValueError(f"format {format!r} is unknown: choose from {', '.join(get_args(Format))}")
     suffix = ".onnx" if format == "onnx" else ".pt2"
     if path.suffix != suffix:
-        raise ValueError(f"{path}: a file of the format {format} is named *{suffix}")
+        raise ValueError(f"{path}: a file of format {format} must be named *{suffix}")
     if precision not in get_args(Precision):
-        raise ValueError(f"precision {precision!r} is unknown: {', '.join(get_args(Precision))}")
+        raise ValueError(f"precision {precision!r} is unknown: choose from {', '.join(get_args(Precision))}")
     if precision != "float32" and format != "onnx":
-        raise ValueError(f"precision {precision}: the format {format} has float32 only; onnx has all")
+        raise ValueError(f"precision {precision}: format {format} supports float32 only; use onnx")
 
 
-def _draft(path: Path) -> Path:
-    """An empty file beside `path`, so that a place that cannot be written is known before the work."""
+def _create_draft(path: Path) -> Path:
+    """Create an empty file next to `path`, so that a path that cannot be written fails before the work."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     draft = path.with_name(f".new-{path.name}")
     try:
         draft.touch()
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from None  # the file that was asked for
+        raise type(error)(error.errno, error.strerror, str(path)) from None  # with the requested path
     return draft

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's own files: torch.export archives, and AOTInductor packages, which are compiled for the machine's CPU.
+"""torch's own files: torch.export archives, and AOTInductor packages, which are compiled for this machine's CPU.
 
 Both call `sola::wkv` and the other operators of this package by name. In Python `import sola_vision` provides them; a
 program without Python loads the library of the CPU kernel and calls `sola_load(1)` (examples/aoti_classify.cpp).
@@ -17,16 +17,19 @@ from sola_vision.export.trace import trace
 
 
 def save(network: Exportable, path: Path, metadata: Mapping[str, str]) -> None:
-    """A torch.export archive; what it carries beside the graph comes back in torch.export.load's `extra_files`."""
+    """Write a torch.export archive; torch.export.load returns the metadata in `extra_files`."""
     torch.export.save(trace(network.prepared(torch.float32), plain=False), path, extra_files=dict(metadata))
 
 
 def load(path: Path) -> Run:
+    """Load a torch.export archive."""
     return torch.export.load(path).module()
 
 
 def compile_package(network: Exportable, path: Path, metadata: Mapping[str, str]) -> None:
-    """An AOTInductor package; what it carries beside the code comes back from the loader's `get_metadata`."""
+    """Write an AOTInductor package; the loader's `get_metadata` returns the metadata. Raises ValueError without a C++
+    compiler.
+    """
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
@@ -44,20 +47,21 @@ def compile_package(network: Exportable, path: Path, metadata: Mapping[str, str]
 
 def _no_compiler(error: Exception) -> ValueError:
     first = str(error).strip().splitlines()[0]
-    return ValueError(f"the format aoti needs a C++ compiler that works (CXX names it): {first}")
+    return ValueError(f"the format aoti needs a working C++ compiler (set CXX): {first}")
 
 
 def load_package(path: Path) -> Run:
+    """Load an AOTInductor package."""
     return torch._inductor.aoti_load_package(str(path))
 
 
 def needs(format: str) -> str:
-    """What a program that loads the file has to have, in one line."""
+    """Return the requirements of a program that loads the file, in one line."""
     if format == "onnx":
         return "an ONNX runtime"
     if format == "torch-export":
         return "torch and `import sola_vision`"
     missing = ops.missing_kernel("cpu")
     without = f" ({missing})" if missing else "; without Python libtorch, sola_vision/ops/_kernel.so and sola_load(1)"
-    # the package's own check (AOTI_RUNTIME_CHECK_INPUTS) is no help: it refuses every batch of one image
+    # the package's own check (AOTI_RUNTIME_CHECK_INPUTS) cannot be used: it rejects every batch of one image
     return f"torch and `import sola_vision`{without}; contiguous float32 images, which the package does not check"

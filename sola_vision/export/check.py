@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported file against the network that it was made of, on the spot."""
+"""Comparison of an exported file with its network."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a file is from the network on a batch of random images: the worst result counts.
+    """The error of a file on a batch of random images, in its worst output.
 
-    error is the largest difference over the largest value, infinite where there is one that is no number.
+    error: largest difference over largest value; infinite if it is not a finite number or the shapes differ.
     """
 
     batch: int
@@ -28,23 +28,23 @@ class Comparison:
 
 
 def compare(network: Exportable, run: Run, batch: int, size: tuple[int, int]) -> Comparison:
-    """On one batch of images of this (height, width)."""
+    """Compare a file with the network on one batch of images of `size` (height, width)."""
     if network.fixed_size is not None and size != network.fixed_size:
         raise ValueError(f"size {size[0]}x{size[1]}: the network takes only {network.fixed_size[0]} pixels a side")
     generator = torch.Generator().manual_seed(batch * 10**8 + size[0] * 10**4 + size[1])
     images = torch.randn(batch, network.channels, *size, generator=generator)
     with torch.inference_mode():
-        wanted = network(images)
-    found = run(images)
-    errors = {name: _difference(f, w) for name, f, w in zip(network.names, found, wanted, strict=True)}
+        expected = network(images)
+    actual = run(images)
+    errors = {name: _relative_error(a, e) for name, a, e in zip(network.names, actual, expected, strict=True)}
     worst = max(errors, key=lambda name: errors[name])
     return Comparison(batch, *size, worst, errors[worst])
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    if found.shape != wanted.shape:
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
         return float("inf")
-    if torch.equal(found, wanted):  # also where all is zero, which is no measure of a difference
+    if torch.equal(actual, expected):  # including all zeros, where the relative error is undefined
         return 0.0
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
     return error if np.isfinite(error) else float("inf")

@@ -17,12 +17,12 @@ from sola_vision.export.check import Run
 from sola_vision.export.networks import Exportable
 from sola_vision.export.trace import trace
 
-OPSET = 20  # the first with Gelu; attention is spelled out, as many runtimes want it
-_DOMAIN = "sola"  # of the placeholder for the Bi-WKV operator, until it is spelled out
+OPSET = 20  # the first with Gelu; attention is written in basic operators, which many runtimes require
+_DOMAIN = "sola"  # of the placeholder for the Bi-WKV operator, until it is expanded
 
 
 def write(network: Exportable, path: Path, precision: str, metadata: Mapping[str, str]) -> dict[str, int]:
-    """Writes the file; returns how often each operator occurs in it."""
+    """Write the file and return the number of nodes of each operator."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(package)
@@ -48,7 +48,7 @@ def write(network: Exportable, path: Path, precision: str, metadata: Mapping[str
 
 
 def session(path: Path) -> Run:
-    """Runs the file in onnxruntime on the CPU."""
+    """Return a function that runs the file in onnxruntime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -99,8 +99,9 @@ def _graph(network: Exportable) -> Any:
 
 
 def _name_sizes(model: Any) -> None:
-    """batch, height and width where the tracer has numbered symbols; what lies between has no names, since runtimes
-    take two sizes of one name for equal and the tracer's names are not always right.
+    """Name the sizes of inputs and outputs batch, height and width instead of the tracer's numbered symbols.
+
+    Sizes in between get no names: runtimes treat sizes of one name as equal, and the tracer's are not always right.
     """
     import onnx_ir as ir
 
@@ -119,12 +120,12 @@ def _name_sizes(model: Any) -> None:
 
 
 def _name_nodes(model: Any) -> None:
-    """stages.2.layers.1.mixer/MatMul and so on: the module that a node comes from."""
+    """Name each node by its module and operator, such as stages.2.layers.1.mixer/MatMul."""
     counts: Counter[str] = Counter()
     scope = ""
     for node in model.graph:
         stored = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-        if stored is not None:  # nodes that others were rewritten to have none, and stand beside their origin
+        if stored is not None:  # nodes created by rewriting have none and follow their origin
             scopes = [name for name in ast.literal_eval(stored)[:-1] if name]
             scope = scopes[-1].removeprefix("network.") if scopes else ""
         name = f"{scope}/{node.op_type}" if scope else node.op_type
@@ -135,7 +136,7 @@ def _name_nodes(model: Any) -> None:
 
 
 def quantise(path: Path) -> None:
-    """Weights of matrix products in 8 bits, their inputs quantised while it runs; the operator stays in float32.
+    """Quantise the weights of matrix products to 8 bits, and their inputs at run time; the operator stays in float32.
 
     Weights are unsigned: onnxruntime's product of unsigned inputs and signed weights overflows in 16 bits on processors
     that have AVX2 without VNNI.
@@ -144,9 +145,9 @@ def quantise(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     whole = onnx.load(path)
-    del whole.graph.value_info[:]  # the quantiser turns matrices round, and stored shapes would contradict it
+    del whole.graph.value_info[:]  # the quantiser transposes matrices, and stored shapes would contradict it
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # advice to prepare the file, which has been prepared
+    logging.disable(logging.WARNING)  # its advice to preprocess the file, which has been done
     try:
         quantize_dynamic(
             whole, path, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, weight_type=QuantType.QUInt8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an exported network is: a function of normalised images alone, with named results.
+"""Networks to export, as functions of normalised images with named outputs.
 
 classifier          logits [B, classes]
 features            stride4, stride8, ... [B, C_i, ceil(H / 4), ceil(W / 4)], ...
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 
 class Exportable(nn.Module):
-    """images [B, 3, H, W] in float32 -> a tuple of float32 tensors, named as `names` says.
+    """Maps float32 images [B, 3, H, W] to a tuple of float32 tensors, which are named by `names`.
 
-    fixed_size is (height, width) for a network that takes no other; dtype is what it computes in, else its weights'.
+    fixed_size: (height, width) of a network that takes no other size, else None.
+    dtype: data type of the computation (default: that of the weights).
     """
 
     def __init__(
@@ -41,12 +42,12 @@ class Exportable(nn.Module):
 
     @property
     def channels(self) -> int:
-        """Of an image."""
+        """The number of channels of an image."""
         return next(p.shape[1] for p in self.network.parameters() if p.ndim == 4 and p.shape[0] != 1)
 
     @property
     def outputs(self) -> dict[str, str]:
-        """The results' names with their shapes, such as [batch, 48, height/4, width/4], rounded up."""
+        """The names of the outputs with their shapes, such as [batch, 48, height/4, width/4], rounded up."""
         height, width = self.fixed_size or (128, 192)
         with torch.inference_mode():
             results = self(torch.zeros(1, self.channels, height, width))
@@ -61,7 +62,7 @@ class Exportable(nn.Module):
         return {name: described(result) for name, result in zip(self.names, results, strict=True)}
 
     def prepared(self, dtype: torch.dtype) -> "Exportable":
-        """A copy that computes in `dtype` and from whose operators graphs of any size can be made."""
+        """Return a copy that computes in `dtype` and can be traced for images of any size."""
         network = copy.deepcopy(self.network).requires_grad_(False).to(dtype)
         for module in list(network.modules()):
             for name, child in module.named_children():
@@ -75,12 +76,15 @@ def _share(side: str, stride: int) -> str:
 
 
 def classifier(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:
-    """Logits of a classifier."""
+    """Return a classifier with its logits as output."""
     return Exportable(copy.deepcopy(model), ["logits"], lambda network, images: [network(images)], fixed_size)
 
 
 def features(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exportable:
-    """Feature maps of a hierarchical network, sola_* or another of timm's, without its head."""
+    """Return a hierarchical network, sola_* or another of timm, without head and with its feature maps as outputs.
+
+    Raises ValueError for a network without feature maps at several strides.
+    """
     info: Any = getattr(model, "feature_info", ())
     strides = [level["reduction"] for level in info]
     if not strides or len(set(strides)) < len(strides) or not hasattr(model, "forward_intermediates"):
@@ -95,19 +99,19 @@ def features(model: nn.Module, fixed_size: tuple[int, int] | None = None) -> Exp
 
 
 def segmenter(model: nn.Module) -> Exportable:
-    """Logits of every pixel."""
+    """Return a segmentation network with the logits of every pixel as output."""
     return Exportable(copy.deepcopy(model), ["logits"], lambda network, images: [network(images)])
 
 
 def detector_pyramid(backbone: nn.Module) -> Exportable:
-    """The part of a detector that is the same for every image: its backbone and feature pyramid."""
+    """Return the part of a detector that is the same for every image: its backbone and feature pyramid."""
     return Exportable(
         copy.deepcopy(backbone), [f"p{level}" for level in range(2, 7)], lambda net, images: list(net(images).values())
     )
 
 
 class _AveragePool(nn.Module):
-    """nn.AdaptiveAvgPool2d as two matrix products: exporters know it for fixed sizes only."""
+    """nn.AdaptiveAvgPool2d as two matrix products: exporters support it for fixed sizes only."""
 
     def __init__(self, output_size: Any) -> None:
         super().__init__()
@@ -118,8 +122,8 @@ class _AveragePool(nn.Module):
 
 
 def _means(count: int, length: int, like: Tensor) -> Tensor:
-    """[count, length]: row i averages the places from floor(i length / count) up to ceil((i + 1) length / count)."""
-    part = torch.arange(count, device=like.device)[:, None] * length
-    place = torch.arange(length, device=like.device) * count
-    inside = ((place > part - count) & (place < part + length)).to(like.dtype)
+    """Return [count, length]: row i averages positions floor(i length / count) up to ceil((i + 1) length / count)."""
+    first = torch.arange(count, device=like.device)[:, None] * length
+    position = torch.arange(length, device=like.device) * count
+    inside = ((position > first - count) & (position < first + length)).to(like.dtype)
     return inside / inside.sum(1, keepdim=True)

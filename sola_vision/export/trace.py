@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a network to torch.export's graph, for any batch, height and width."""
+"""Tracing of a network with torch.export, for any batch, height and width."""
 
 from contextlib import nullcontext
 
@@ -11,13 +11,13 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from sola_vision import ops
 from sola_vision.export.networks import Exportable
 
-# on every map of this image the sides are neither 1, nor each other, nor those of a pooled map (2, 3, 6)
+# in every map of these images the sides differ from 1, from each other and from those of pooled maps (2, 3, 6)
 _EXAMPLE = (2, 160, 224)
 
 
 def trace(network: Exportable, *, plain: bool) -> ExportedProgram:
-    """The graph of a network; `plain` shows torch's operators and one placeholder where the Bi-WKV operator is,
-    otherwise the graph calls the kernels.
+    """Return the graph of a network: with `plain` ATen operators and one placeholder for each Bi-WKV operator,
+    otherwise with calls of the kernels.
     """
     batch, height, width = _EXAMPLE
     dims = {0: Dim.DYNAMIC}
@@ -29,12 +29,12 @@ def trace(network: Exportable, *, plain: bool) -> ExportedProgram:
     with (
         torch.no_grad(),
         ops.use("portable") if plain else nullcontext(),
-        # sides of 1 are sizes like any other. ONNX has no conditions on sizes, and there the shorter way suffices
+        # do not specialise on sides of 1; not needed for ONNX, which has no conditions on sizes
         symbols.patch(backed_size_oblivious=not plain),  # type: ignore[attr-defined]  # torch adds it at import
     ):
         program = torch.export.export(network, (example,), dynamic_shapes=(dims,))
-    # what was asked about the example's sizes only chose layouts in memory, also where the tracer made a bound of it
-    # (a fourth stage: more than 32 pixels) that the file would hold images to; check.py compares other sizes
+    # guards on the example's sizes only come from the choice of memory layouts. As bounds (a fourth stage: more than 32
+    # pixels) the file would reject smaller images, so they are removed; check.py compares other sizes
     program._guards_code = []
     for symbol, bounds in program.range_constraints.items():
         program._range_constraints[symbol] = ValueRanges(1, bounds.upper)

@@ -5,11 +5,11 @@ With lam = e^{-w/N}, e = e^k and x = e v, chunks of 16 tokens and N padded to wh
 
     inside a chunk    [x | e] T with T_ij = lam^{|i-j|-1}, diagonal e^u
     between chunks    sums of each chunk, seen from its right and left end, form a sequence 16 times shorter, which is
-                      scanned in the same way, twice; what is left is N / 4096 long and scanned by one dense table
+                      scanned in the same way, twice; the remaining N / 4096 are scanned by one dense table
 
 That table is smaller than the sequence itself up to 16 million tokens. Exponents are float32, relative to the largest
-key of each image and channel: exact for keys within 60 of it, for w >= -24 and for a bonus within 60 of zero; what is
-beyond is flattened to these bounds, and no value becomes nan. Sizes are read at run time, so one graph serves all.
+key of each image and channel: exact for keys within 60 of it, for w >= -24 and for a bonus within 60 of zero;
+values beyond are clamped to these bounds, and none becomes NaN. Sizes are read at run time, so one graph serves all.
 """
 
 from typing import Any
@@ -21,18 +21,19 @@ from numpy.typing import NDArray
 _CHUNK = 16
 _LEVELS = 2  # of chunks of chunks, before the dense table
 _SMALLEST_KEY = -60.0
-_LARGEST_BONUS = 60.0  # either way: of a single token nothing else may be left, and e^89 is no number
-_LARGEST_WEIGHT = 24.0  # three levels of padding may multiply: e^72 is a number in float32
+# in both directions: for a single token e^u is the only weight, which must neither vanish nor overflow (e^89)
+_LARGEST_BONUS = 60.0
+_LARGEST_WEIGHT = 24.0  # three levels of padding may multiply: e^72 is finite in float32
 
 _STEP = np.arange(_CHUNK, dtype=np.float32)
-_APART = _STEP - _STEP[:, None]  # of token j (column) behind token i (row)
-_ENDS = np.stack((_CHUNK - 1 - _STEP, _STEP))  # tokens up to the right and the left end
+_APART = _STEP - _STEP[:, None]  # distance of token j (column) after token i (row)
+_ENDS = np.stack((_CHUNK - 1 - _STEP, _STEP))  # tokens up to the right end and up to the left end
 
 Value = ir.Value
 
 
 def placeholder(domain: str) -> Any:
-    """A function for torch's exporter that writes one node DOMAIN::wkv, which passes over the graph as it is."""
+    """Return a translation for torch's exporter that writes a single node DOMAIN::wkv."""
     import onnx
     from onnxscript import values
 
@@ -54,7 +55,7 @@ def placeholder(domain: str) -> Any:
 
 
 def expand(model: ir.Model, domain: str) -> None:
-    """Replaces every placeholder of the graph by standard operators."""
+    """Replace every placeholder in the graph by standard operators."""
     from onnxscript.rewriter import pattern, rewrite
 
     def one(op: Any, decay: Value, bonus: Value, key: Value, value: Value) -> Value:
@@ -67,7 +68,7 @@ def expand(model: ir.Model, domain: str) -> None:
 
 
 class _Wkv:
-    """Writes the operator's nodes with a builder of onnxscript's."""
+    """Writes the operator's nodes with an onnxscript builder."""
 
     def __init__(self, op: Any) -> None:
         self.op = op
@@ -107,9 +108,9 @@ class _Wkv:
         if levels == 0:
             return op.MatMul(s, self.triangle(d, length))
         s, chunks = self.chunked(s, length)
-        behind = (_APART > 0).astype(np.float32)
-        table = self.powers(d, np.concatenate(((_APART - 1) * behind, _ENDS[:1].T), axis=1))
-        table = op.Mul(table, self.floats(np.concatenate((behind, np.ones_like(_ENDS[:1].T)), axis=1)))
+        later = (_APART > 0).astype(np.float32)
+        table = self.powers(d, np.concatenate(((_APART - 1) * later, _ENDS[:1].T), axis=1))
+        table = op.Mul(table, self.floats(np.concatenate((later, np.ones_like(_ENDS[:1].T)), axis=1)))
         near, sums = op.Split(op.MatMul(s, table), self.ints(_CHUNK, 1), axis=2, _outputs=2)
         sums = op.Reshape(sums, op.Concat(self.ints(0, -1), chunks, axis=0))
         carried = self.scan(op.Mul(d, self.floats(_CHUNK)), sums, chunks, levels - 1)
@@ -117,10 +118,10 @@ class _Wkv:
         return self.unchunked(op.Add(near, far), length, chunks)
 
     def triangle(self, d: Value, length: Value) -> Value:
-        """[C, length, length]: what place i (row) leaves at place t > i (column)."""
+        """Return [C, length, length]: the weight of position i (row) at position t > i (column)."""
         op, one = self.op, self.floats(1)
-        places = op.Cast(op.Range(self.scalar(0), op.Squeeze(length), self.scalar(1)), to=ir.DataType.FLOAT)
-        between = op.Sub(op.Sub(places, op.Unsqueeze(places, self.ints(1))), one)
+        positions = op.Cast(op.Range(self.scalar(0), op.Squeeze(length), self.scalar(1)), to=ir.DataType.FLOAT)
+        between = op.Sub(op.Sub(positions, op.Unsqueeze(positions, self.ints(1))), one)
         exponents = op.Mul(op.Unsqueeze(op.Neg(d), self.ints(1, 2)), between)
         table = op.Exp(op.Min(exponents, self.floats(_LARGEST_WEIGHT)))
         return op.Where(op.Less(between, self.floats(0)), self.floats(0), table)

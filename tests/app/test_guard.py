@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests are the page's own."""
+"""Requests of the page itself are answered, others are rejected."""
 
 import asyncio
 
 import pytest
 
-from sola_vision.app.guard import OwnPage, is_loopback, refusal
+from sola_vision.app.guard import SameOriginOnly, is_loopback, rejection
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost:7860", "[::1]:7860", "127.0.0.1", "127.8.9.1:80"])
 def test_the_page_itself_and_programs_are_answered(host):
-    assert refusal(host, None) is None
-    assert refusal(host, f"http://{host}") is None
+    assert rejection(host, None) is None
+    assert rejection(host, f"http://{host}") is None
 
 
 @pytest.mark.parametrize("host", ["evil.com", "evil.com:7860", "", "localhost.evil.com", "10.0.0.1:7860", "[", "[::2]"])
 def test_other_names_of_this_machine_are_refused(host):
-    assert "not a name of this machine" in refusal(host, f"http://{host}")
+    assert "not a name of this machine" in rejection(host, f"http://{host}")
 
 
 @pytest.mark.parametrize("origin", ["http://evil.com", "null", "", "http://127.0.0.1:8888", "http://localhost:7860"])
 def test_other_pages_are_refused(origin):
-    assert "may not use this one" in refusal("127.0.0.1:7860", origin)
+    assert "are not allowed" in rejection("127.0.0.1:7860", origin)
 
 
 def test_hosts_that_only_this_machine_reaches():
@@ -48,5 +48,5 @@ def test_what_is_refused_does_not_reach_the_app(kind, headers, answers):
         seen.append(message["type"])
         assert message.get("status", 400) == 400
 
-    asyncio.run(OwnPage(app)({"type": kind, "headers": headers}, None, send))
+    asyncio.run(SameOriginOnly(app)({"type": kind, "headers": headers}, None, send))
     assert seen == answers

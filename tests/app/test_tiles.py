@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules as tiles: what a press changes, and that the price is that of `sola cost`."""
+"""Schedules as tiles: pressing a tile changes its layer, and the cost is that of `sola cost`."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_the_price_is_that_of_the_cost_command(capsys):
     priced = price("sola_tiny", "LL/LL/SLSLLS/LS", 256)
     assert main(["cost", "sola_tiny", "--schedule", "LL/LL/SLSLLS/LS", "--size", "256", "--json"]) == 0
     (cost,) = json.loads(capsys.readouterr().out)
-    assert f"**{cost['macs'] / 1e9:.2f} GMACs**" in priced.says
+    assert f"**{cost['macs'] / 1e9:.2f} GMACs**" in priced.summary
     layers = {group["name"].split()[0]: group["macs"] for group in cost["layers"] if group["name"][:1].isdigit()}
     shown = {f"{t.stage + 1}.{t.layer + 1}": round(t.gmacs * 1e9) for tiles in priced.stages for t in tiles}
     assert shown.items() <= layers.items()
@@ -28,7 +28,7 @@ def test_the_price_is_that_of_the_cost_command(capsys):
     assert priced.stages[2][0].text == f"S  {layers['3.1'] / 1e9:.3f}"
 
 
-def test_an_error_that_no_price_foresaw_is_a_message_on_the_page(monkeypatch):
+def test_an_unexpected_error_is_a_message_on_the_page(monkeypatch):
     gradio = pytest.importorskip("gradio")
     from sola_vision.app import page
 
@@ -41,9 +41,9 @@ def test_an_error_that_no_price_foresaw_is_a_message_on_the_page(monkeypatch):
         drawn.fn("sola_tiny", "LL/LL/LLSLLS/LS", 224)
 
 
-def test_softmax_early_is_dearer_and_the_own_schedule_is_the_measure():
+def test_early_softmax_costs_more_and_the_default_schedule_is_the_baseline():
     own = price("sola_tiny", "LL/LL/LLSLLS/LS", 512)
-    assert own.says.count("(+0 %)") == 4
+    assert own.summary.count("(+0 %)") == 4
     early = price("sola_tiny", "SL/LL/LLSLLS/LS", 512)
     assert early.stages[0][0].gmacs > 2 * own.stages[0][0].gmacs
     assert early.stages[1] == own.stages[1]
@@ -51,13 +51,10 @@ def test_softmax_early_is_dearer_and_the_own_schedule_is_the_measure():
 
 def test_what_cannot_be_built_has_tiles_and_a_reason():
     # 48 channels are no multiple of 32
-    refused = price("sola_nano", "SL/LL/LLSLLS/LS", 224)
-    assert refused.says == ""
-    assert "48 channels" in refused.refused
-    assert refused.stages[0][0].text == "S"
-    assert (
-        "4 numbers" in price("sola_nano", "LL/LL", 224).refused
-        or "2 stages" in price("sola_nano", "LL/LL", 224).refused
-    )
+    invalid = price("sola_nano", "SL/LL/LLSLLS/LS", 224)
+    assert invalid.summary == ""
+    assert "48 channels" in invalid.error
+    assert invalid.stages[0][0].text == "S"
+    assert "4 numbers" in price("sola_nano", "LL/LL", 224).error or "2 stages" in price("sola_nano", "LL/LL", 224).error
     with pytest.raises(ValueError, match="not a layer"):
         price("sola_nano", "LX", 224)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/gpu.py and its tables, as far as they need no GPU."""
+"""benchmarks/gpu.py and its tables, as far as testable without a GPU."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The folder benchmarks on the path, as when its scripts are run."""
+    """The folder benchmarks is on the path, as when its scripts are run."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
     import measures
@@ -51,7 +51,7 @@ def documents(measures):
         call("triton", "both", 500.0),
         call("vision-rwkv", "forward", 600.0, over=9.0),
         call("vision-rwkv", "both", 2000.0),
-        # what must not be taken for the promise's rows
+        # rows that the measures must not use
         call("triton", "forward", 1.0, beside="float32", over=0.1),
         call("triton", "forward", 1.0, launch="graph", over=0.1),
         call("triton", "forward", 1.0, over=0.1, shape=(1, 3136, 96)),
@@ -87,7 +87,7 @@ def test_without_a_gpus_files_nothing_is_met(scripts):
         assert report.TABLES[f"gpu-{name}"]({}) == f"*Not measured yet:* `python benchmarks/gpu.py {name}`"
 
 
-def test_promises_take_the_right_rows(scripts):
+def test_measures_of_the_gpu_take_the_right_rows(scripts):
     _, measures, _ = scripts
     found = {m.what: (m.value, m.met) for m in measures.gpu_measures(documents(measures))}
     assert found == {
@@ -146,11 +146,11 @@ def test_a_part_that_fails_keeps_its_rows(scripts, monkeypatch, tmp_path, capsys
     written = {}
     monkeypatch.setattr(gpu, "write", lambda path, rows, commit: written.update({path.name: (rows, commit)}))
     monkeypatch.setattr(gpu.torch.cuda, "empty_cache", lambda: None)
-    assert not gpu.done("operator", part, tmp_path, "abc")
+    assert not gpu.run_part("operator", part, tmp_path, "abc")
     assert written == {"gpu-operator.json": ([{"what": "first", "ok": True}], "abc")}
     assert "operator: stopped: RuntimeError: second\n" in capsys.readouterr().out
-    assert gpu.done("models", lambda: [{"what": "model"}], tmp_path, None)
-    assert not gpu.done("correct", lambda: [{"ok": True}, {"ok": False}], tmp_path, None)
+    assert gpu.run_part("models", lambda: [{"what": "model"}], tmp_path, None)
+    assert not gpu.run_part("correct", lambda: [{"ok": True}, {"ok": False}], tmp_path, None)
 
 
 def test_a_copy_without_git_is_told_its_commit(scripts, monkeypatch, tmp_path):
@@ -167,20 +167,20 @@ def test_a_copy_without_git_is_told_its_commit(scripts, monkeypatch, tmp_path):
 
 
 def test_vision_rwkvs_sources_are_patched_in_a_copy(scripts, monkeypatch, tmp_path):
-    import gpu_vision_rwkv as theirs
+    import gpu_vision_rwkv as module
 
-    monkeypatch.setattr(theirs.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(module.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     text = '#include <THC/THCAtomics.cuh>\nAT_DISPATCH_FLOATING_TYPES(k.type(), "f", ([&] {}));\n'
-    inside = tmp_path / "checkout" / theirs.INSIDE
+    inside = tmp_path / "checkout" / module.INSIDE
     inside.mkdir(parents=True)
     (inside / "bi_wkv_kernel.cu").write_text(text)
     (inside / "bi_wkv.cpp").write_text("")
-    found = theirs.sources(tmp_path / "checkout")
-    assert found == theirs.sources(inside)
-    assert theirs.sources(tmp_path / "cache") == []
-    place, copies = theirs.patched(found)
-    assert (place, copies) == theirs.patched(found)
+    found = module.sources(tmp_path / "checkout")
+    assert found == module.sources(inside)
+    assert module.sources(tmp_path / "cache") == []
+    place, copies = module.patched(found)
+    assert (place, copies) == module.patched(found)
     assert place.parent == tmp_path / "cache"
     patched = (place / "bi_wkv_kernel.cu").read_text()
     assert patched == '#include <ATen/cuda/Atomic.cuh>\nAT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "f", ([&] {}));\n'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks side by side: what is left out, what a row holds, how ratios are made, memory of a process of its own."""
+"""Comparison of networks: skipped ones, rows, ratios, memory measured in a separate process."""
 
 import json
 
@@ -14,16 +14,16 @@ from sola_vision.bench.picture import draw
 from sola_vision.bench.rounds import Protocol, Times
 
 
-def test_a_network_that_refuses_a_size_is_left_out_with_a_line():
+def test_a_network_that_refuses_a_size_is_skipped_with_a_line():
     said = []
-    cases = plan(["sola_nano", "efficientformer_l1"], [(224, 224), (64, 96)], left_out=said.append)
+    cases = plan(["sola_nano", "efficientformer_l1"], [(224, 224), (64, 96)], report=said.append)
     assert [(c.model, c.height, c.width) for c in cases] == [
         ("sola_nano", 224, 224),
         ("efficientformer_l1", 224, 224),
         ("sola_nano", 64, 96),
     ]
     assert len(said) == 1
-    assert said[0].startswith("left out: efficientformer_l1 does not take 64x96 images")
+    assert said[0].startswith("skipped: efficientformer_l1 does not take 64x96 images")
     assert said[0].count("\n") == 0
     with pytest.raises(ValueError, match="none of these networks"):
         plan(["efficientformer_l1"], [(64, 64)])
@@ -112,4 +112,4 @@ def test_memory_is_that_of_another_process():
 
 def test_memory_that_cannot_be_measured_is_none(capsys):
     assert network.memory_of(Case("no_such_network", 32, 32, 1)) == {"peak_mib": None, "added_mib": None}
-    assert "memory of no_such_network at 32x32, float32 is not measured" in capsys.readouterr().err
+    assert "memory of no_such_network at 32x32, float32 could not be measured" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def ratio(model, baseline, images, macs, dtype="float32", compiled=False, layout
     }
 
 
-def test_a_folder_for_results_is_made_or_refused_before_anything_is_measured(scripts, tmp_path, capsys):
+def test_a_folder_for_results_is_created_or_refused_before_anything_is_measured(scripts, tmp_path, capsys):
     measures, _ = scripts
     parser = argparse.ArgumentParser()
     measures.add_out(parser)
@@ -39,7 +39,7 @@ def test_a_folder_for_results_is_made_or_refused_before_anything_is_measured(scr
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args(["--out", str(tmp_path / "file")])
-    assert "file cannot be a folder: File exists; name another" in capsys.readouterr().err
+    assert "file cannot be a folder: File exists; use another path" in capsys.readouterr().err
 
 
 def test_without_results_nothing_is_met(scripts):
@@ -116,5 +116,5 @@ def test_a_table_is_replaced_and_the_rest_stays(scripts):
     assert filled.startswith("a\n<!-- table: growth -->\n\n*Not measured yet:*")
     assert filled.endswith("\n<!-- end -->\nb\n")
     assert report.filled(filled, {}) == filled
-    with pytest.raises(ValueError, match="no table 'grwth'"):
+    with pytest.raises(ValueError, match="unknown table 'grwth'"):
         report.filled(page.replace("growth", "grwth"), {})

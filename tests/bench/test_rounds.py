@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The clock of the benchmarks, with time that tests make up."""
+"""The timing protocol of the benchmarks, on a simulated clock."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from sola_vision.bench.rounds import Protocol, Times, interleave, ratio, spread
 
 
 class Machine:
-    """Jobs that take the seconds they are told to, on a clock that only they move."""
+    """Jobs of given durations, on a clock that only they advance."""
 
     def __init__(self):
         self.now = 0.0
@@ -45,7 +45,7 @@ def test_the_result_is_the_median_over_rounds_with_its_spread():
 
 
 def test_a_ratio_is_taken_within_rounds():
-    """The machine slowed down for a while: the medians' ratio would be off, that of rounds is not."""
+    """The machine slowed down for a while: the ratio of the medians would be wrong, the median of the ratios is not."""
     over, under = Times((2.0, 2.0, 8.0)), Times((1.0, 4.0, 4.0))
     assert over.median / under.median == 0.5
     assert ratio(over, under)[0] == 2.0

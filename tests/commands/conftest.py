@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny data set, a tiny trained network, and `sola`, which runs a command in this process and keeps what it says."""
+"""Fixtures: a tiny data set, a tiny trained network, and `sola`, which runs a command in this process."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from sola_vision.cli import main
 
 @dataclass
 class Said:
-    """What a command left: its exit code and what it printed."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -21,7 +21,7 @@ class Said:
 
 @pytest.fixture(scope="package", autouse=True)
 def _as_many_threads_as_the_processes():
-    # runs are compared bit by bit with runs in processes of one thread; another number adds in another order
+    # runs are compared bit by bit with runs in processes of one thread; other thread numbers sum in another order
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def sola(capsys):
 
 @pytest.fixture
 def refused(sola, tmp_path):
-    """Runs what must be refused: one line with all `names`, exit code 2, no result, and no file touched."""
+    """Runs a command that must fail: one line with all `names`, exit code 2, no output, and no file changed."""
 
     def call(*words, names):
         before = _files(tmp_path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users get wrong: one line that names it, exit code 2, nothing on standard output, nothing written or lost."""
+"""Invalid input ends with one line that names it and exit code 2; nothing is printed, written or lost."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def _train(data, *words):
 # commands and options ------------------------------------------------------------------------------------------------
 FIELDS = [
     (["--train.lr", "x"], ["--train.lr", "'x'", "float"]),
-    (["--train.lrr", "1"], ["--train.lrr", "`sola train RECIPE --help` lists"]),
+    (["--train.lrr", "1"], ["--train.lrr", "see `sola train RECIPE --help`"]),
     (["--trian.lr", "1"], ["--trian.lr"]),
     (["--train.lr", "nan"], ["--train.lr", "nan"]),
     (["--train.lr", "-1"], ["--train.lr=-1"]),
@@ -136,7 +136,7 @@ def test_process_ends_with_two_and_one_line():
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_no_error():
     """As in `sola cost ... | head`."""
     command = [sys.executable, "-m", "sola_vision", "cost", "sola_nano", "--size", "32", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -267,7 +267,7 @@ def test_damaged_checkpoint(refused, tmp_path, data, trained):
 
 
 class _Trap:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("sprung",)
@@ -366,7 +366,7 @@ def test_loss_that_is_no_number_stops_and_keeps_the_last_good_state(sola, tmp_pa
 
 def test_learning_rate_beyond_reason_stops_and_says_where(sola, data):
     said = sola(*_train(data, "--train.lr", "1e30"))
-    assert (said.code, said.out) == (1, "")  # nothing was wrong with the input that could be seen before
+    assert (said.code, said.out) == (1, "")  # the input was valid
     assert "epoch 1, step 2" in said.err.splitlines()[-1]
     assert "learning rate" in said.err.splitlines()[-1]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The good path: what train, eval and predict leave, print and compute, and that a killed run ends as any other."""
+"""Valid commands: files, output and numbers of train, eval and predict; a killed run resumes to the same bits."""
 
 import csv
 import json
@@ -24,14 +24,14 @@ VAL = {name: 1 + label % 4 for label, name in enumerate(CLASSES)}
 
 
 def _records(folder, *without):
-    """metrics.jsonl apart from what a clock says."""
+    """The records of metrics.jsonl without their times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     clocks = {"seconds", "images_per_second"}
     return [{name: value for name, value in json.loads(line).items() if name not in clocks} for line in lines]
 
 
 def _best(folder):
-    """Every bit of the weights and what is said about them; safetensors writes its header in no fixed order."""
+    """The metadata and the bytes of the weights, since safetensors writes its header in no fixed order."""
     with safe_open(folder / "best.safetensors", "pt") as file:
         return file.metadata(), {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118 - no mapping
 
@@ -147,7 +147,7 @@ def test_killed_run_ends_with_the_same_bits(sola, tmp_path, data):
     ended = python(Path(__file__).with_name("killed.py"), 11, *words, "--out", "killed")
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert sola(*words, "--out", "killed").code == 2  # not without --resume
-    # nothing but the folder is named: the rest is in it
+    # --out alone is enough: config.yaml has the rest
     said = sola("train", "--resume", "--out", "killed", "--json")
     assert said.code == 0
     assert json.loads(said.out)["steps"] == 21
@@ -241,7 +241,7 @@ def test_a_run_goes_on_as_it_began_wherever_recipe_folder_and_resume_are_said(tm
 # eval ----------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def by_hand(data, trained):
-    """Logits [N, classes] and labels [N] of the held-out images, without a line of ours between file and network."""
+    """Logits [N, classes] and labels [N] of the held-out images, computed without the package's data loading."""
     model = load_checkpoint(trained).model
     images, labels = [], []
     for label, name in enumerate(CLASSES):
@@ -307,7 +307,7 @@ def test_predict_names_the_classes_of_the_checkpoint(sola, data, trained, by_han
     said = sola("predict", file, "--checkpoint", trained)
     assert CLASSES[order[0]] in said.out
     assert f"{100 * probability[order[0]]:.1f} %" in said.out
-    assert "│ 0.png " in said.out  # not the path, which would be broken over several lines
+    assert "│ 0.png " in said.out  # not the path, which would be wrapped over several lines
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])
@@ -346,12 +346,12 @@ def test_predict_leaves_hidden_folders_alone(sola, tmp_path, data, trained):
     result = json.loads(sola("predict", "photos", "--checkpoint", trained, "--json").out)
     assert len(result["images"]) == VAL["cat"]
     result = json.loads(sola("predict", tmp_path / "photos" / ".thumbnails", "--checkpoint", trained, "--json").out)
-    assert len(result["images"]) == VAL["cat"]  # where it is asked for
+    assert len(result["images"]) == VAL["cat"]  # a hidden folder that is given explicitly is searched
 
 
 # the program ---------------------------------------------------------------------------------------------------------
 def test_command_line_itself_needs_no_torch():
-    """The package around it does, because importing that registers the names with timm."""
+    """Importing the package does need it, to register the names with timm."""
     program = (
         "import sys, importlib.util as u; sys.modules['torch'] = None; "
         "spec = u.spec_from_file_location('cli', sys.argv[1]); cli = u.module_from_spec(spec); "
@@ -385,10 +385,10 @@ def test_help_explains(sola, capsys, verb):
     ("words", "says"),
     [
         (["train", "few_images"], ["side in pixels of training crops", "alpha of Mixup"]),
-        (["bench", "op"], ["Measure the operator", "rounds of measuring (default: 7)"]),
+        (["bench", "op"], ["Measure the operator", "number of rounds (default: 7)"]),
         (["bench", "model"], ["Measure networks", "images at once (default: 1)"]),
-        (["eval"], ["sees at once (default: 64)", "(default: auto)"]),
-        (["cost"], ["threads of a forward (default: 2)"]),
+        (["eval"], ["batch size (default: 64)", "(default: auto)"]),
+        (["cost"], ["number of threads (default: 2)"]),
     ],
 )
 def test_help_says_what_options_are_and_their_defaults(sola, capsys, words, says):

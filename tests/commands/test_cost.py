@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola cost` from the outside: what it prints and writes, and one line and exit code 2 for wrong input."""
+"""`sola cost` from the outside: output and files, one line and exit code 2 for invalid input."""
 
 import csv
 import json
@@ -77,7 +77,7 @@ def test_paper_tables(capsys):
         (["--schedule", "LX"], "'X' is not a layer"),
         (["--schedule", "LL/LL"], "has 2 stages"),
         (["--batch", "0"], "at least 1"),
-        (["--measure"], "belongs to --figure-1b"),
+        (["--measure"], "--measure needs --figure-1b"),
         (["resnet18", "--schedule", "L"], "resnet18 has no schedule"),
         (["--size", "32", "--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png: its folder does not exist"),
         (["--size", "32", "--csv", "/nowhere/at/all.csv"], "--csv /nowhere/at/all.csv: its folder does not exist"),

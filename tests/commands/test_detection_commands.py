@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection from the command line: what a run leaves, that a kill costs nothing, numbers, pictures, bad input."""
+"""Detection from the command line: files of a run, resuming after a kill, numbers, pictures, invalid input."""
 
 import csv
 import json
@@ -66,7 +66,7 @@ def _torchrun(*words):
 
 
 def _only_boxes(scenes, root, all_but_first=False):
-    """The same images with boxes alone."""
+    """The same images with boxes only."""
     shutil.copytree(scenes, root)
     for file in (root / "annotations").iterdir():
         document = json.loads(file.read_text())
@@ -121,13 +121,13 @@ def test_boxes_alone_train_by_the_same_command(sola, tmp_path, scenes, detector)
     assert "mask_ap" not in json.loads((tmp_path / "run" / "summary.json").read_text())
     assert sola("eval", "--checkpoint", "run", "--data", data).code == 0
     assert not (tmp_path / "run" / "eval" / "results.segm.json").exists()
-    # one that has learned masks is scored by boxes where an object has none
+    # a detector with masks is scored by boxes if an object of the data has no mask
     some = _only_boxes(scenes, tmp_path / "some", all_but_first=True)
     said = sola("eval", "--checkpoint", detector, "--data", some, "--out", "some_eval")
     assert said.code == 0, said.err
     assert "objects have no mask" in said.err
     assert "only boxes are scored" in said.err
-    # a detector of boxes is no less one where there are masks
+    # a detector of boxes can be evaluated on data with masks
     assert sola("eval", "--checkpoint", "run", "--data", scenes).code == 0
 
 
@@ -231,7 +231,7 @@ def test_predict_draws_and_writes_results(sola, tmp_path, scenes, detector):
     assert "broken.jpg" in said.err
     document = json.loads(said.out)
     assert [image["image"] for image in document["images"]] == ["000001.png", "deep/[b].png"]
-    for _ in range(2):  # what a call leaves among the images is no image of the next
+    for _ in range(2):  # the output of a call among the images is not an input of the next
         again = json.loads(sola(*words, "--out", "in/found", "--json").out)
         assert [image["image"] for image in again["images"]] == ["000001.png", "deep/[b].png"]
     results = json.loads((tmp_path / "found" / "results.json").read_text())

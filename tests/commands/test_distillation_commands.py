@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation from the command line: what a run leaves, that a kill costs nothing, who the teacher is, bad input."""
+"""Distillation from the command line: files of a run, resuming after a kill, the teacher, invalid input."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation leaves where images cannot be read, and what it says of the images that it saw."""
+"""The output of an evaluation with unreadable images, and its predictions for the others."""
 
 import shutil
 from pathlib import Path
@@ -36,8 +36,8 @@ def test_examples_are_of_the_images_that_could_be_read(sola, tmp_path, data, tra
     assert said.code == 0
     Image.open(tmp_path / "out" / "predictions.png").verify()
     assert said.out.endswith("eval.json, classes.csv, confusion.png and predictions.png of val are in out\n")
-    assert said.err.splitlines()[-1] == "1 image could not be read and is left out"
-    # every picture stands beside its own true class and what the network says of it alone
+    assert said.err.splitlines()[-1] == "1 image could not be read and was skipped"
+    # every picture is drawn with its own true and predicted class
     files = [file for file in sorted(Path("images/val").glob("*/*.png")) if file.parent.name + file.name != "bee0.png"]
     found = {}
     for file in files:
@@ -70,9 +70,9 @@ def test_the_split_is_said(sola, data, trained):
 
 
 def test_several_images_are_plural(capsys):
-    from sola_vision.commands.arguments import tell_unreadable
+    from sola_vision.commands.arguments import print_skipped_count
 
     for number in range(3):
-        tell_unreadable(number)
-    says = "1 image could not be read and is left out\n2 images could not be read and are left out\n"
+        print_skipped_count(number)
+    says = "1 image could not be read and was skipped\n2 images could not be read and were skipped\n"
     assert capsys.readouterr().err == says

@@ -99,12 +99,12 @@ def test_peers_are_explained_by_their_maps(photograph, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nothing.png"], "nothing.png: no such image; name an image file"),
+        (["nothing.png"], "nothing.png: no such image; give an image file"),
         (["PHOTO", "--point", "64,0"], "the image has 64 x 40 pixels"),
         (["PHOTO", "--point", "middle"], "must be X,Y in pixels"),
         (["PHOTO", "--size", "big"], "must be HEIGHTxWIDTH"),
         (["PHOTO", "--model", "sola_huge"], "'sola_huge' is unknown"),
-        (["PHOTO", "--compare", "random"], "belongs to a checkpoint"),
+        (["PHOTO", "--compare", "random"], "needs a checkpoint"),
         (["PHOTO", "--compare", "LL"], "has 1 stages"),
         (["PHOTO", "--checkpoint", "nowhere"], "nowhere"),
         (["PHOTO", "--checkpoint", "x", "--schedule", "L"], "leave out --model"),
@@ -146,10 +146,10 @@ def test_the_point_is_one_of_the_image_as_given(photograph, tmp_path):
         (["PHOTO", "--sizes", "32"], ["--sizes", "sola explain --help"]),
         (["PHOTO", "--check", "x"], ["--check", "sola explain --help"]),  # no abbreviations
         (["PHOTO", "--field-size", "many"], ["--field-size", "'many'"]),
-        (["EMPTY"], ["empty is a folder", "name a file"]),
-        (["PHOTO", "--out", "PHOTO"], ["--out", "photo.png", "a file", "name"]),
-        (["PHOTO", "--out", "PHOTO/below"], ["--out", "photo.png/below", "a file", "name"]),
-        (["PHOTO", "--field", "EMPTY"], ["--field", "empty holds no images"]),
+        (["EMPTY"], ["empty is a folder", "give one image file"]),
+        (["PHOTO", "--out", "PHOTO"], ["--out", "photo.png", "a file", "another path"]),
+        (["PHOTO", "--out", "PHOTO/below"], ["--out", "photo.png/below", "a file", "another path"]),
+        (["PHOTO", "--field", "EMPTY"], ["--field", "empty contains no images"]),
         (["PHOTO", "--field", "nowhere"], ["--field nowhere", "no such image or folder"]),
         (["PHOTO", "--field", "BROKEN"], ["broken.png", "empty"]),
         (

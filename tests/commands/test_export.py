@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola export` from the outside: files, what it prints, the examples that use the files, one line for wrong input."""
+"""`sola export` from the outside: files, output, the examples that use the files, one line for invalid input."""
 
 import importlib.util
 import json
@@ -67,7 +67,7 @@ def test_report_names_sizes_errors_and_results(exported):
     assert said.stderr == ""
 
 
-def test_example_says_what_the_network_says(exported, checkpoint, tmp_path):
+def test_example_predicts_what_the_network_predicts(exported, checkpoint, tmp_path):
     spec = importlib.util.spec_from_file_location("onnx_classify", EXAMPLES / "onnx_classify.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
@@ -120,7 +120,7 @@ def test_an_error_that_is_no_number_is_null(sola, checkpoint, monkeypatch):
 
 
 class _Trap:
-    """Runs a command where it is unpickled."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("sprung",)
@@ -208,7 +208,7 @@ def test_dense_tasks(tmp_path, capsys):
 @pytest.mark.timeout(1200)
 def test_package_runs_without_python(tmp_path, checkpoint):
     if ops.missing_kernel("cpu") is not None:
-        pytest.skip("there is no CPU kernel to load")
+        pytest.skip("needs the CPU kernel")
     from torch.utils.cpp_extension import include_paths, library_paths
 
     assert main(["export", str(checkpoint), "--format", "aoti", "--out", "model.pt2", "--check", "40x72"]) == 0

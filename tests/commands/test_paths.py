@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders on a command line that are empty, in the way or out of reach: the option, the rule, the fix."""
+"""Paths on a command line that are empty, of the wrong kind or not accessible: option, rule and fix are named."""
 
 import os
 
@@ -41,11 +41,11 @@ def test_no_bridges_may_be_asked_for(sola):
 def test_a_file_where_a_folder_has_to_be(refused, tmp_path, data, trained, verb, out):
     (tmp_path / "taken").write_text("mine")
     words = [*TINY] if verb == "train" else ["eval", "--checkpoint", trained]
-    names = [f"--out {out}: taken is a file, and a folder has to be there; name another"]
+    names = [f"--out {out}: taken is a file, but must be a folder; use another path"]
     refused(*words, "--data", data, "--out", out, names=names)
 
 
-def test_a_file_where_a_folder_has_to_be_is_found_before_the_work(refused, tmp_path, trained):
+def test_a_file_where_a_folder_has_to_be_is_reported_before_the_work(refused, tmp_path, trained):
     (tmp_path / "taken").write_text("mine")
     words = ["--checkpoint", trained, "--data", "nowhere", "--out", "taken"]
     refused("eval", *words, names=["--out taken: taken is a file"])
@@ -57,7 +57,15 @@ def test_a_file_where_a_folder_has_to_be_is_found_before_the_work(refused, tmp_p
 @pytest.mark.parametrize("option", ["--csv", "--plot"])
 def test_a_folder_where_a_file_has_to_be(refused, tmp_path, option):
     (tmp_path / "a.png").mkdir()
-    refused("cost", "sola_nano", "--size", 32, option, "a.png", names=[f"{option} a.png: it is a folder; name a file"])
+    refused(
+        "cost",
+        "sola_nano",
+        "--size",
+        32,
+        option,
+        "a.png",
+        names=[f"{option} a.png: this is a folder; give the path of a file"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -83,5 +91,5 @@ def test_a_folder_where_a_file_has_to_be(refused, tmp_path, option):
         (FileNotFoundError("nowhere: no such image"), ["--data", "nowhere"], "nowhere: no such image"),
     ],
 )
-def test_what_the_system_refuses_is_said_in_words(error, words, says):
-    assert cli._plain(error, words).startswith(says)
+def test_errors_of_the_operating_system_are_described(error, words, says):
+    assert cli._describe(error, words).startswith(says)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands on folders that are no run's: of save_pretrained, of timm, and Vision-RWKV's file."""
+"""The commands on folders of save_pretrained and of timm, and on Vision-RWKV's file."""
 
 import json
 from pathlib import Path

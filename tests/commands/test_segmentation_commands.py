@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation from the command line: what a run leaves, that a kill costs nothing, numbers, pictures, bad input."""
+"""Segmentation from the command line: files of a run, resuming after a kill, numbers, pictures, invalid input."""
 
 import csv
 import json
@@ -196,7 +196,7 @@ def test_scoring_folders_of_labels(sola, tmp_path, scenes):
 
 
 def test_perfect_predictions_of_ade20k(sola, capsys):
-    """1.0 over the classes that occur, 15 / 150 over all: each printed as what it is."""
+    """100 % over the classes that occur, 15 / 150 over all: both are printed."""
     sample = REAL / "ade20k_sample"
     if not sample.is_dir():
         pytest.skip(f"needs ade20k_sample in {REAL} (SOLA_DATA)")
@@ -226,7 +226,7 @@ def test_predict_leaves_labels_pictures_and_a_page(sola, tmp_path, scenes, segme
         assert drawn.size[1] == 480  # small images are enlarged
     page = (tmp_path / "p" / "index.html").read_text()
     assert all(row["picture"] in page for row in document["images"])
-    # what predict writes is what eval scores
+    # eval scores the files that predict writes
     said = sola("eval", "--predictions", "p/labels", "--annotations", scenes / "annotations" / "val",
                 "--classes", 5, "--ignore", 255, "--json", "--out", "e")  # fmt: skip
     direct = sola("eval", "--checkpoint", segmenter, "--data", scenes, "--workers", 0, "--json", "--out", "f")
@@ -245,7 +245,7 @@ def test_predict_a_single_image_among_broken_ones(sola, tmp_path, scenes, segmen
     (tmp_path / "mixed" / "b.png").write_bytes(b"no image")
     said = sola("predict", "mixed", "--checkpoint", segmenter, "--out", "m", "--json")
     assert said.code == 0
-    assert "left out" in said.err
+    assert "skipped: " in said.err
     assert "b.png" in said.err
     rows = {row["image"]: row["labels"] for row in json.loads(said.out)["images"]}
     assert Image.open(tmp_path / "m" / rows["a.png"]).size == (33, 21)

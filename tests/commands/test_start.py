@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command imports before it works: counted, since times differ from machine to machine."""
+"""The modules that a command imports at its start, since times differ between machines."""
 
 import gc
 import importlib
@@ -11,7 +11,7 @@ from small import python
 
 from sola_vision.startup import uncollected
 
-# of other programs, or heavy and of other commands
+# heavy libraries that only some commands need
 HEAVY = {"matplotlib", "tensorboard", "jsonargparse", "sklearn", "faster_coco_eval", "onnx", "onnxruntime", "gradio"}
 LOADED = """
 import json, sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sola study` and `sola search` as commands: what they print, and what they refuse in one line."""
+"""`sola study` and `sola search` from the outside: output, and one line for invalid input."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_a_custom_study_then_all_pages_again(sola, data, tmp_path, monkeypatch):
     (document,) = json.loads(said.out)
     assert document["missing"] == 0
     assert [row["name"] for row in document["rows"]] == ["L/L/LL/L", "L/L/LS/L"]
-    # torchrun's other processes leave the telling to the first
+    # of torchrun's processes only the first reports
     monkeypatch.setenv("RANK", "1")
     said = sola(*CUSTOM, "--data", data, "--out", tmp_path / "s", "--json")
     monkeypatch.delenv("RANK")
@@ -69,12 +69,12 @@ def test_list_runs_nothing(sola, data, tmp_path):
         (("table2", "--data", "nowhere"), ["nowhere: no such folder"]),
         (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes are too few"]),
         (("table2", "--data", "DATA", "--seeds", "0"), ["--seeds 0"]),
-        (("table2", "--data", "DATA", "--schedules", "L"), ["belongs to custom"]),
+        (("table2", "--data", "DATA", "--schedules", "L"), ["--schedules needs custom"]),
         (("table2", "--data", "DATA", "--scale", "huge"), ["--scale", "huge"]),
         (("table8",), ["needs --data", "annotations/SPLIT"]),
         (("table8", "--data", "DATA"), ["images/SPLIT and annotations/SPLIT"]),
         (("table8", "--data", "DATA", "--classes", "names.txt"), ["--classes", "leave it out"]),
-        (("table2", "--data", "DATA", "--ignore", "0"), ["--ignore and --init belong to table8"]),
+        (("table2", "--data", "DATA", "--ignore", "0"), ["--ignore and --init need table8"]),
         (("all",), ["--report"]),
         (("table2", "--report"), ["run the study into this folder first"]),
         (
@@ -161,7 +161,7 @@ def test_the_rule_needs_no_batch_of_images(sola, refused, data, tmp_path, monkey
         (("--budget", "L/L/LLS/L 1.1>3.2", "--bridges"), ["must end at a softmax layer"]),
         (("--budget", "L/L/LLS/L", "--size", "0x3"), ["--size"]),
         (("--budget", "L/L/LLS/L", "--limit", "7"), ["too few"]),
-        # before the images are looked for
+        # an invalid budget is reported before missing data
         (("--budget", "cheap", "--data", "nowhere"), ["'cheap'", "such as"]),
         (("--budget", "L/L/LL/L", "--data", "nowhere"), ["does not fit the space"]),
         ((), ["--budget"]),

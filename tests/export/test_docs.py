@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/export.md shows runs, from the first line to the last, in one folder."""
+"""All blocks of docs/export.md run, in order, in one folder."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def test_every_block_runs(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     if ops.missing_kernel("cpu") is not None:
-        pytest.skip("there is no CPU kernel to load")
+        pytest.skip("needs the CPU kernel")
     config, image = ModelConfig(name="sola_nano", schedule="L/S", dims=(8, 32)), ImageConfig(size=48)
     model = build_model(config, 3, image.size)
     (tmp_path / "runs" / "few_images").mkdir(parents=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported files against the network: any batch and size, what is in them, and what happens when they differ."""
+"""Exported files against the network: any batch and size, their contents, and files that differ."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def test_onnx_is_the_network_at_any_size(onnx_file, small):
     assert report.ok
     assert len(report.comparisons) == 10
     assert max(c.error for c in report.comparisons) < 1e-5
-    # the comparison is not the network with itself
+    # the comparison detects a different network
     run = exports.graph.session(path)
     with torch.no_grad():
         small.head.fc.bias += 1
@@ -132,7 +132,7 @@ def test_int8_is_right_on_processors_whose_signed_products_overflow(tmp_path):
     path = tmp_path / "product.onnx"
     onnx.save(make_model(graph, opset_imports=[make_opsetid("", exports.graph.OPSET)], ir_version=10), path)
     exports.graph.quantise(path)
-    # this machine's processor may have no such product, so the kind of number is looked at too
+    # this processor may not have such a product, so the data type is checked too
     kinds = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
     assert kinds["weight_quantized"] == onnx.TensorProto.UINT8
     x = np.ones((1, 64), np.float32)
@@ -180,7 +180,7 @@ def test_package_runs_the_kernel(tmp_path):
     assert loaded.loader.get_metadata()["classes"] == "[1]"
     if ops.missing_kernel("cpu") is not None:
         return
-    # what answers is the compiled kernel and not the form in Python
+    # the package runs the compiled kernel, not the form in Python
     code = (
         "import sys, torch, sola_vision; sola_vision.ops.portable.wkv = None\n"
         "print(torch._inductor.aoti_load_package(sys.argv[1])(torch.ones(1, 3, 40, 40))[0].sum().item())"

@@ -1,15 +1,15 @@
-# `make demo` shows it work, `make test` tests it, `make check` is what a change has to pass.
+# `make demo` runs a demonstration, `make test` the tests, `make check` all checks that a change must pass.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/digits
-# a process a core with one thread each: nearly all tests are too small for more
+# one single-threaded process per core: nearly all tests are too small for several threads
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test sanitize timm-suite check format figures docs clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "sola-vision needs Python 3.11 or newer; give one as: make PYTHON=python3.12 ..."; exit 2; }
+		{ echo "sola-vision needs Python 3.11 or newer; select one with: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@
@@ -27,9 +27,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(TESTS)
 
-# the CPU kernel built with the address and undefined-behaviour sanitizers (GCC's), in a copy of the package beside the
-# installed one, under its own tests (-s: reports pass by pytest); torch's leaks are not ours. PYTHONSAFEPATH keeps this
-# folder's package out of the way
+# builds the CPU kernel with GCC's address and undefined-behaviour sanitizers in a separate copy of the package and runs
+# its tests (-s: pytest does not capture the reports); leaks are not detected, because torch has some. PYTHONSAFEPATH
+# prevents the package in this folder from being imported
 SANITIZED := build/sanitize
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: .venv/installed
@@ -39,8 +39,8 @@ sanitize: .venv/installed
 		UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
 		$(BIN)/python -m pytest -s $(addprefix tests/ops/test_,wkv.py cpu.py passes.py linear.py attention.py arguments.py)
 
-# timm's own model tests, from its source distribution, aimed at our names; TorchScript is left out: PyTorch has
-# deprecated it, and a schedule's mixed layers are not its subset of Python
+# runs timm's own model tests, from its source distribution, on our models; TorchScript is skipped: PyTorch has
+# deprecated it, and it does not support the mixed layers of a schedule
 timm-suite: .venv/installed
 	rm -rf .venv/timm && mkdir -p .venv/timm
 	$(BIN)/pip install --quiet pdm-backend
@@ -64,7 +64,7 @@ figures: .venv/installed
 	$(BIN)/python docs/figures/architecture.py
 	$(BIN)/python docs/figures/layers.py
 
-# reads docstrings without importing them, so that it needs no torch
+# docstrings are parsed without importing the package, so the site is built without torch
 .venv/docs: pyproject.toml
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $@.txt

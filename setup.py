@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CPU kernel when a C++ compiler is there; without one the package is pure Python and works too.
+"""Build the CPU kernel if a C++ compiler is available; otherwise install a pure Python package.
 
-The kernel is a plain shared library beside `sola_vision/ops/cpu.py`, not a Python extension module, and it knows torch
-only through its stable C ABI, looked up by name at load: neither Python's nor torch's headers are needed, and one
-binary serves every Python and every torch that the package allows. `SOLA_REQUIRE_KERNEL=1` makes a failed build an
-error; CXX and CXXFLAGS are honoured.
+The kernel is a plain shared library next to `sola_vision/ops/cpu.py`, not a Python extension module. It uses torch only
+through its stable C ABI, whose functions are looked up by name at load time: the headers of Python and torch are not
+needed, and one binary supports all versions of Python and torch that the package allows. `SOLA_REQUIRE_KERNEL=1` makes
+a failed build an error; CXX and CXXFLAGS are honoured.
 """
 
 import os
@@ -21,12 +21,12 @@ from setuptools.command.build_ext import build_ext
 
 LIBRARY = "sola_vision.ops._kernel"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
-# the kernels rely on fused multiply-adds; errno and traps would only keep loops from vectorising
+# the kernels rely on fused multiply-adds; errno and traps would prevent loops from being vectorised
 MATHS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# every processor with AVX-512 has prefetchw, without which GCC asks for a line only to read it
+# every CPU with AVX-512 has prefetchw; without it GCC compiles prefetches for writing to prefetches for reading
 AVX512 = [*AVX2, "-mprfchw", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-# products of bfloat16, which compilers know since GCC 11 and Clang 12, assemblers since binutils 2.36
+# bfloat16 products: supported by compilers since GCC 11 and Clang 12, by assemblers since binutils 2.36
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 BFLOAT16_PRODUCTS = """
@@ -40,7 +40,7 @@ void tiles(const void* from) {
 
 
 def kernel_sources(bfloat16: bool) -> dict[str, list[str]]:
-    """Object file -> arguments: the kernels once for each instruction set, the registration once."""
+    """Return {object file: compiler arguments}: the kernels once per instruction set, the registration once."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = {"generic": []} | ({"avx2": AVX2, "avx512": AVX512} if x86 else {})
     more = {"avx512_bf16": AVX512_BF16, "amx": AMX} if x86 and bfloat16 else {}
@@ -58,7 +58,7 @@ def kernel_sources(bfloat16: bool) -> dict[str, list[str]]:
 
 
 class BuildKernel(build_ext):
-    """Compiles with $CXX (default c++), and goes on without a kernel when that fails."""
+    """Compile the kernel with $CXX (default c++); if that fails, install the package without it."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"
@@ -86,11 +86,11 @@ class BuildKernel(build_ext):
             if os.environ.get("SOLA_REQUIRE_KERNEL", "0") != "0":
                 raise
             print(
-                f"sola-vision: installing without the CPU kernel, the portable path takes its place ({_reason(error)})"
+                f"sola-vision: installing without the CPU kernel; the portable path is used instead ({_reason(error)})"
             )
             target.unlink(missing_ok=True)
 
-    # what is not there after a failed build must be neither listed nor copied
+    # after a failed build the library does not exist and must be neither listed nor copied
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
@@ -100,7 +100,7 @@ class BuildKernel(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """Tagged for the platform but not for a Python: the library does not call Python."""
+    """A wheel tagged for the platform but for any Python: the library does not use the Python API."""
 
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()
@@ -114,7 +114,7 @@ def _reason(error: Exception) -> str:
 
 
 def _compiles(compiler: list[str], flags: list[str], code: str, file: Path) -> bool:
-    """Whether a compiler, and the assembler behind it, make something of this code."""
+    """True if the compiler and its assembler accept this code."""
     file.write_text(code)
     command = [*compiler, *flags, "-c", "-o", str(file.with_suffix(".o")), str(file)]
     return subprocess.run(command, capture_output=True).returncode == 0

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax attention with no scores in memory beyond a block of keys, compiled once for each instruction set.
+// Softmax attention that never stores more scores than one block of keys, compiled once per instruction set.
 //
-// Queries are lanes: scores of a block of keys by a panel of queries are S' = K Q', results O' = V' P', so that rows of
-// keys and values are read as they are, maxima and sums over keys go lane by lane, and only a panel's queries and results
-// are transposed. The maximum follows the blocks (online softmax). The order of sums depends on neither threads nor
-// batch. Infinities, NaN and numbers too large for scores in float32 take plain loops in float64.
+// Queries are lanes: the scores of a block of keys by a panel of queries are S' = K Q', the results O' = V' P'. Rows of
+// keys and values are therefore read without a transposition, maxima and sums over keys are computed lane by lane, and
+// only the queries and results of a panel are transposed. The maximum is updated per block (online softmax). The
+// summation order depends on neither the number of threads nor the batch size. Heads with infinities, NaN or scores too
+// large for float32 are computed by scalar loops in float64.
 #include "attention.h"
 
 #include "operands.h"
@@ -12,98 +13,104 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr float none = -1e30f;  // the score of a key that is not there
+constexpr float masked_score = -1e30f;  // the score of keys beyond the last token
 
 struct Workspace {
-  int64_t tall;  // head_dim in whole tiles
-  Memory memory;
-  float *keys, *values, *scores, *queries, *results;  // [block, tall] twice, [block, panel], [panels, tall, panel] twice
-  Lanes (*most)[wide], (*total)[wide], (*divisor)[wide];  // of each panel
+  int64_t padded_dim;  // head_dim, rounded up to whole tiles
+  Arena memory;
+  float *keys, *values, *scores, *queries, *results;         // [block, padded_dim] x 2, [block, panel], rest per panel
+  Lanes (*maximum)[cols], (*total)[cols], (*divisor)[cols];  // per panel
 
   Workspace(int64_t dim, int64_t panels)
-      : tall(up(dim, rows)),
-        memory(2 * block * tall + block * panel + panels * panel * (2 * tall + 3), 8),
-        keys(memory.take(block * tall)),
-        values(memory.take(block * tall)),
-        scores(memory.take(block * panel)),
-        queries(memory.take(panels * panel * tall)),
-        results(memory.take(panels * panel * tall)),
-        most(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))),
-        total(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))),
-        divisor(reinterpret_cast<Lanes(*)[wide]>(memory.take(panels * panel))) {}
+      : padded_dim(round_up(dim, rows)),
+        memory(2 * block * padded_dim + block * panel + panels * panel * (2 * padded_dim + 3), 8),
+        keys(memory.allocate(block * padded_dim)),
+        values(memory.allocate(block * padded_dim)),
+        scores(memory.allocate(block * panel)),
+        queries(memory.allocate(panels * panel * padded_dim)),
+        results(memory.allocate(panels * panel * padded_dim)),
+        maximum(reinterpret_cast<Lanes(*)[cols]>(memory.allocate(panels * panel))),
+        total(reinterpret_cast<Lanes(*)[cols]>(memory.allocate(panels * panel))),
+        divisor(reinterpret_cast<Lanes(*)[cols]>(memory.allocate(panels * panel))) {}
 };
 
-// weights of a block of keys in place of its scores, relative to an integer near the maximum; what was summed before is
-// brought to a new one
+// Replace the scores of a block of keys with softmax weights, relative to an integer near the running maximum. Earlier
+// results and sums are rescaled when the maximum changes.
 template <class T>
-void score(const Workspace& space, int64_t p, int64_t keys, int64_t dim, float factor) {
-  using Of = Operands<T>;
-  const float* const queries = space.queries + p * panel * space.tall;
+void update_weights(const Workspace& space, int64_t p, int64_t keys, int64_t dim, float factor) {
+  using Ops = Operands<T>;
+  const float* const queries = space.queries + p * panel * space.padded_dim;
   float* const scores = space.scores;
-  F most[wide] = {splat(none), splat(none)};
+  F maximum[cols] = {splat(masked_score), splat(masked_score)};
   for (int64_t j = 0; j < keys; j += rows) {
-    F sums[rows][wide] = {};
-    multiply<typename Of::Kind>(sums, space.keys + j * Of::across(dim), Of::across(dim), 1, queries, panel, Of::depth(dim));
+    F sums[rows][cols] = {};
+    multiply<typename Ops::Kind>(sums, space.keys + j * Ops::key_stride(dim), Ops::key_stride(dim), 1, queries, panel,
+                                 Ops::depth(dim));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < wide; ++v) {
-        const F s = j + r >= keys ? splat(none) : Of::scaled ? sums[r][v] : sums[r][v] * factor;
-        most[v] = larger(most[v], s);
+      for (int v = 0; v < cols; ++v) {
+        const F s = j + r >= keys ? splat(masked_score) : Ops::scaled ? sums[r][v] : sums[r][v] * factor;
+        maximum[v] = larger(maximum[v], s);
         narrow(scores + (j + r) * panel + v * W, s);
       }
     }
   }
-  for (int v = 0; v < wide; ++v) {
-    const F before = space.most[p][v], now = larger(before, whole(most[v]));
+  for (int v = 0; v < cols; ++v) {
+    const F before = space.maximum[p][v], now = larger(before, round_to_integer(maximum[v]));
     const Reference reference(now);
-    const F kept = power(before, reference);
-    space.most[p][v] = now;
-    const Total total = Of::weigh(scores + v * W, keys, reference);
-    space.total[p][v] = F(space.total[p][v]) * kept + total.exact;
-    space.divisor[p][v] = F(space.divisor[p][v]) * kept + total.rounded;
+    const F rescale = power(before, reference);
+    space.maximum[p][v] = now;
+    const Total total = Ops::exponentiate(scores + v * W, keys, reference);
+    space.total[p][v] = F(space.total[p][v]) * rescale + total.exact;
+    space.divisor[p][v] = F(space.divisor[p][v]) * rescale + total.rounded;
     if (memcmp(&before, &now, sizeof now) == 0) continue;
-    float* const results = space.results + p * panel * space.tall + v * W;
-    for (int64_t d = 0; d < space.tall; ++d) narrow(results + d * panel, widen(results + d * panel) * kept);
+    float* const results = space.results + p * panel * space.padded_dim + v * W;
+    for (int64_t d = 0; d < space.padded_dim; ++d) narrow(results + d * panel, widen(results + d * panel) * rescale);
   }
 }
 
-// some queries of a head, panel by panel; false: the numbers do not fit, and nothing was written
+// Compute some queries of a head, panel by panel. Return false, without writing results, if a magnitude exceeds the
+// range of float32.
 template <class T>
 bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& space) {
-  using Of = Operands<T>;
-  const int64_t panels = (queries + panel - 1) / panel, tall = space.tall;
+  using Ops = Operands<T>;
+  const int64_t panels = (queries + panel - 1) / panel, padded_dim = space.padded_dim;
   const float factor = h.scale() * log2_e;
-  U of_queries{}, of_keys{}, of_values{};
+  U query_bits{}, key_bits{}, value_bits{};
   for (int64_t p = 0; p < panels; ++p) {
     const T* const from = h.query + (first + p * panel) * h.stride;
-    float* const to = space.queries + p * panel * tall;
-    of_queries = larger(of_queries, Of::queries(from, h.stride, queries - p * panel, h.dim, factor, to));
-    for (int v = 0; v < wide; ++v) space.most[p][v] = splat(none), space.total[p][v] = space.divisor[p][v] = F{};
+    float* const to = space.queries + p * panel * padded_dim;
+    query_bits = larger(query_bits, Ops::queries(from, h.stride, queries - p * panel, h.dim, factor, to));
+    for (int v = 0; v < cols; ++v) {
+      space.maximum[p][v] = splat(masked_score), space.total[p][v] = space.divisor[p][v] = F{};
+    }
   }
-  for (int64_t i = 0; i < panels * tall * panel; ++i) space.results[i] = 0.0f;
+  for (int64_t i = 0; i < panels * padded_dim * panel; ++i) space.results[i] = 0.0f;
   for (int64_t k = 0; k < h.tokens; k += block) {
     const int64_t keys = h.tokens - k < block ? h.tokens - k : block;
-    of_keys = larger(of_keys, Of::keys(h.key + k * h.stride, h.stride, keys, h.dim, space.keys));
-    of_values = larger(of_values, Of::values(h.value + k * h.stride, h.stride, keys, h.dim, space.values));
+    key_bits = larger(key_bits, Ops::keys(h.key + k * h.stride, h.stride, keys, h.dim, space.keys));
+    value_bits = larger(value_bits, Ops::values(h.value + k * h.stride, h.stride, keys, h.dim, space.values));
     for (int64_t p = 0; p < panels; ++p) {
-      score<T>(space, p, keys, h.dim, factor);
-      for (int64_t d = 0; d < tall; d += rows) {
-        float* const results = space.results + (p * tall + d) * panel;
-        multiply_onto<typename Of::Kind>(results, panel, space.values + d, 1, tall, space.scores, panel, Of::over(keys));
+      update_weights<T>(space, p, keys, h.dim, factor);
+      for (int64_t d = 0; d < padded_dim; d += rows) {
+        float* const results = space.results + (p * padded_dim + d) * panel;
+        multiply_onto<typename Ops::Kind>(results, panel, space.values + d, 1, padded_dim, space.scores, panel,
+                                          Ops::value_rows(keys));
       }
     }
   }
-  // the factor is at most 1.5
-  const float most = Of::scaled ? largest_score : largest_score / 1.5f;
-  if (!fits(of_queries, of_keys, h.dim, most) || !fits(of_values, largest)) return false;
+  // unscaled queries lack the factor of the scores, which is at most 1.5
+  const float limit = Ops::scaled ? score_limit : score_limit / 1.5f;
+  if (!fits(query_bits, key_bits, h.dim, limit) || !fits(value_bits, value_limit)) return false;
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t at = first + p * panel, left = queries - p * panel;
-    Lanes share[wide];
-    for (int v = 0; v < wide; ++v) share[v] = 1.0f / F(space.divisor[p][v]);
-    scatter_panel(space.results + p * panel * tall, share, h.out_stride, left, h.dim, h.to_out + at * h.out_stride);
+    Lanes inverse[cols];
+    for (int v = 0; v < cols; ++v) inverse[v] = 1.0f / F(space.divisor[p][v]);
+    scatter_panel(space.results + p * panel * padded_dim, inverse, h.out_stride, left, h.dim,
+                  h.to_out + at * h.out_stride);
     for (int64_t q = 0; q < panel && q < left; ++q) {
-      const float most = space.most[p][q / W].at[q % W], total = space.total[p][q / W].at[q % W];
-      h.lse[at + q] = most / log2_e + __builtin_logf(total);
+      const float maximum = space.maximum[p][q / W].at[q % W], total = space.total[p][q / W].at[q % W];
+      h.lse[at + q] = maximum / log2_e + __builtin_logf(total);
     }
   }
   return true;
@@ -112,51 +119,55 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
 template <class T>
 void robust(const Head<T>& h, int64_t first, int64_t queries) {
   const int64_t n = h.tokens, dim = h.dim;
-  Doubles memory((queries + 2 * n) * dim + n);
-  double *const query = memory.take(queries * dim), *const keys = memory.take(n * dim),
-                *const values = memory.take(n * dim), *const weights = memory.take(n);
-  to_doubles(h.query + first * h.stride, h.stride, queries, dim, query);
-  to_doubles(h.key, h.stride, n, dim, keys);
-  to_doubles(h.value, h.stride, n, dim, values);
+  DoubleArena memory((queries + 2 * n) * dim + n);
+  double *const query = memory.allocate(queries * dim), *const keys = memory.allocate(n * dim),
+                *const values = memory.allocate(n * dim), *const weights = memory.allocate(n);
+  load_doubles(h.query + first * h.stride, h.stride, queries, dim, query);
+  load_doubles(h.key, h.stride, n, dim, keys);
+  load_doubles(h.value, h.stride, n, dim, values);
   for (int64_t i = 0; i < queries; ++i) {
-    h.lse[first + i] = static_cast<float>(weights_of(query + i * dim, keys, n, dim, weights));
-    double* const sums = query + i * dim;  // which is read no more
+    h.lse[first + i] = static_cast<float>(softmax_weights(query + i * dim, keys, n, dim, weights));
+    double* const sums = query + i * dim;  // reuses the memory of the query, which is no longer needed
     for (int64_t d = 0; d < dim; ++d) sums[d] = 0.0;
     for (int64_t j = 0; j < n; ++j) {
       for (int64_t d = 0; d < dim; ++d) sums[d] += weights[j] * values[j * dim + d];
     }
-    for (int64_t d = 0; d < dim; ++d) from_double(h.to_out + (first + i) * h.out_stride + d, sums[d]);
+    for (int64_t d = 0; d < dim; ++d) store_double(h.to_out + (first + i) * h.out_stride + d, sums[d]);
   }
 }
 
-// How a head's queries are divided into tasks, which share a copy of its keys and values, whose rows lie far apart: as
-// many panels as fit the second-level cache, queries and results, or fewer, so that all threads have some tasks; but not
-// less than 256 queries, which are worth the copy.
-struct Division {
-  int64_t panels, tasks;  // of a task, of a head
+// The partition of a head's queries into tasks. The queries of a task share one packed copy of the keys and values,
+// whose rows are far apart in memory. A task has as many panels as fit the second-level cache (queries and results), or
+// fewer if some threads would otherwise be idle, but at least 256 queries to amortise the copy.
+struct Partition {
+  int64_t panels, tasks;  // panels per task, tasks per head
 
-  explicit Division(const Attention& a) {
-    constexpr int64_t cache = 512 << 10, tasks_of_thread = 4, least = 256 / panel;
-    const int64_t all = pieces(a.tokens, panel);
-    const int64_t fit = cache / (panel * (a.head_dim + up(a.head_dim, rows)) * static_cast<int64_t>(sizeof(float)));
-    const int64_t fewest = pieces(all, fit > least ? fit : least), most = pieces(all, least);
-    const int64_t wanted = pieces(tasks_of_thread * a.threads, a.batch * a.heads);
-    panels = pieces(all, wanted < fewest ? fewest : wanted > most ? most : wanted);
-    tasks = pieces(all, panels);
+  explicit Partition(const Attention& a) {
+    constexpr int64_t cache = 512 << 10, tasks_per_thread = 4, min_panels = 256 / panel;
+    const int64_t all_panels = ceil_div(a.tokens, panel);
+    const int64_t cached_panels =
+        cache / (panel * (a.head_dim + round_up(a.head_dim, rows)) * static_cast<int64_t>(sizeof(float)));
+    const int64_t min_tasks = ceil_div(all_panels, cached_panels > min_panels ? cached_panels : min_panels),
+                  max_tasks = ceil_div(all_panels, min_panels);
+    const int64_t target_tasks = ceil_div(tasks_per_thread * a.threads, a.batch * a.heads);
+    panels = ceil_div(all_panels, target_tasks < min_tasks   ? min_tasks
+                                  : target_tasks > max_tasks ? max_tasks
+                                                             : target_tasks);
+    tasks = ceil_div(all_panels, panels);
   }
-  static int64_t pieces(int64_t count, int64_t each) { return (count + each - 1) / each; }
+  static int64_t ceil_div(int64_t count, int64_t each) { return (count + each - 1) / each; }
 };
 
 template <class T>
 void forward(const Attention& a, ParallelFor loop) {
   if (a.batch * a.tokens * a.heads == 0) return;
-  const Division division(a);
-  parallel(loop, a.batch * a.heads * division.tasks, 1, [&a, division](int64_t begin, int64_t end) {
-    const FlushSubnormals keep(false);
-    const Workspace space(a.head_dim, division.panels);
+  const Partition partition(a);
+  parallel(loop, a.batch * a.heads * partition.tasks, 1, [&a, partition](int64_t begin, int64_t end) {
+    const FlushSubnormals keep_subnormals(false);
+    const Workspace space(a.head_dim, partition.panels);
     for (int64_t i = begin; i < end; ++i) {
-      const Head<T> head(a, i / division.tasks);
-      const int64_t each = division.panels * panel, first = i % division.tasks * each;
+      const Head<T> head(a, i / partition.tasks);
+      const int64_t each = partition.panels * panel, first = i % partition.tasks * each;
       const int64_t queries = a.tokens - first < each ? a.tokens - first : each;
       if (!fast(head, first, queries, space)) robust(head, first, queries);
     }
@@ -164,10 +175,10 @@ void forward(const Attention& a, ParallelFor loop) {
 }
 
 #if defined(__AVX512BF16__)
-// with pairs of bfloat16; all else is what it is without them
+// bfloat16 is multiplied in pairs; all other types use the AVX-512 kernels
 void attention(const Attention& a, Type type, ParallelFor loop) {
   if (type == Type::bfloat16) return forward<bfloat16>(a, loop);
-  avx512::attend.forward(a, type, loop);
+  avx512::attention_kernels.forward(a, type, loop);
 }
 using avx512::attention_backward;
 #else
@@ -180,6 +191,6 @@ void attention(const Attention& a, Type type, ParallelFor loop) {
 
 }  // namespace
 
-const Attend attend = {attention, attention_backward};
+const AttentionKernels attention_kernels = {attention, attention_backward};
 
 }  // namespace sola::SOLA_ISA

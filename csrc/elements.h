@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One register of elements of any type, in the arithmetic's precision: float32, and float64 for float64.
+// Operations on one register of elements of any type, in the precision of the arithmetic: float32, or float64 for
+// float64.
 #pragma once
 #include "exponential.h"
 #include "memory.h"
@@ -42,7 +43,8 @@ void put(T* a, V<T> v, int64_t n = lanes<T>) {
   for (int64_t i = 0; i < n; ++i) a[i] = part[i];
 }
 
-// The same past the caches, for a whole register at an aligned address; `streams_are_done` orders it before what follows.
+// Non-temporal stores of a whole register to an aligned address. `streaming_fence` orders them before subsequent
+// operations.
 #if defined(__AVX512F__)
 inline void stream(float* a, F v) { _mm512_stream_ps(a, (__m512)v); }
 #elif defined(__AVX2__)
@@ -59,24 +61,24 @@ inline void stream(bfloat16* a, F v) {
   narrow(a, v);
 #endif
 }
-// results that are larger than caches are written like that: else each line of them would be read before
+// Results larger than the caches are streamed; an ordinary store would first read each cache line.
 template <class T>
-bool streamed(int64_t tokens, int64_t outputs) {
+bool use_streaming(int64_t tokens, int64_t outputs) {
   return tokens * outputs * static_cast<int64_t>(sizeof(T)) > int64_t{16} << 20;
 }
-// whether rows of this stride and width are all whole, aligned registers
+// true if rows of this stride and width consist of whole, aligned registers
 template <class T>
-bool in_registers(const T* to, int64_t stride, int64_t width) {
-  const uintptr_t places = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>((stride | width) * sizeof(T));
-  return places % (W * sizeof(T)) == 0;
+bool aligned_rows(const T* to, int64_t stride, int64_t width) {
+  const uintptr_t alignment = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>((stride | width) * sizeof(T));
+  return alignment % (W * sizeof(T)) == 0;
 }
-inline void streams_are_done() {
+inline void streaming_fence() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// of all lanes
+// the sum of all lanes
 #if defined(__AVX512F__)
 inline float sum(F v) { return _mm512_reduce_add_ps((__m512)v); }
 inline double sum(D v) { return _mm512_reduce_add_pd((__m512d)v); }
@@ -89,10 +91,10 @@ auto sum(Vec v) {
 }
 #endif
 
-inline float root(float a) { return __builtin_sqrtf(a); }
-inline double root(double a) { return __builtin_sqrt(a); }
+inline float square_root(float a) { return __builtin_sqrtf(a); }
+inline double square_root(double a) { return __builtin_sqrt(a); }
 
-// 1 / (1 + exp(-a)); beyond 44 it is 0 or 1 to 1e-19
+// 1 / (1 + exp(-a)); for |a| > 44 the result is 0 or 1 to within 1e-19
 inline F sigmoid(F a) {
   F inside = a < -44.0f ? splat(-44.0f) : a;
   inside = inside > 44.0f ? splat(44.0f) : inside;
@@ -104,9 +106,9 @@ inline D sigmoid(D a) {
   return a == a ? result : a;
 }
 
-// max(a, 0) where NaN stays NaN
+// max(a, 0); propagates NaN
 template <class Vec>
-Vec positive(Vec a) {
+Vec relu(Vec a) {
   return a <= 0 ? Vec{} : a;
 }
 

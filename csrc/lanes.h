@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// One SIMD register of channels: vector types of the compiler (GCC and Clang), loads and stores that convert.
-// Few intrinsics, so the same lines make SSE2, AVX2, AVX-512 and NEON. Everything lies in the namespace of its
-// instruction set, and nothing comes from the C++ library: a shared inline function compiled for AVX-512 must not be the
-// copy that the linker keeps for everyone.
+// One SIMD register of channels: the compiler's vector types (GCC and Clang), and loads and stores that convert. There
+// are few intrinsics, so the same source compiles to SSE2, AVX2, AVX-512 and NEON. Everything is in the namespace of
+// its instruction set, and nothing of the C++ standard library is used: the linker keeps one copy of an inline
+// function, and a copy compiled for AVX-512 must not be called on other CPUs.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-// by force: a call in the innermost loop fetches its constants again for every token
+// forced inlining: a call in the innermost loop would reload its constants for every token
 #define SOLA_FORCED __attribute__((always_inline))
 
 namespace sola::SOLA_ISA {
@@ -22,14 +22,14 @@ constexpr int register_bytes = 32;
 #else
 constexpr int register_bytes = 16;
 #endif
-constexpr int W = register_bytes / 4;  // lanes: channels handled at once
+constexpr int W = register_bytes / 4;  // the number of lanes, i.e. of channels processed at once
 
 typedef float F __attribute__((vector_size(register_bytes)));
 typedef int32_t I __attribute__((vector_size(register_bytes)));
 typedef uint32_t U __attribute__((vector_size(register_bytes)));
 typedef uint16_t H __attribute__((vector_size(register_bytes / 2)));
 
-// the same in memory, where loops over lanes reach it; the compiler turns those into vectors better than F's elements
+// the same in memory, for loops over lanes, which compilers vectorise better than loops over the elements of F
 struct alignas(register_bytes) Lanes {
   float at[W];
   operator F() const {
@@ -54,40 +54,40 @@ inline F splat(float a) { return a - F{}; }
 inline F as_float(U a) { return reinterpret_cast<F>(a); }
 inline U as_bits(F a) { return reinterpret_cast<U>(a); }
 
-// max(m, |a|); whether a NaN counts is open, it stays a NaN wherever it goes
+// max(m, |a|); a NaN in `a` may or may not be propagated here, but the results that depend on it are NaN in any case
 inline F max_abs(F m, F a) {
 #if defined(__AVX512F__)
   return (F)_mm512_maskz_range_ps(0xffff, (__m512)m, (__m512)a, 0b1011);
 #else
-  const I magnitude = reinterpret_cast<I>(as_bits(a) & 0x7fffffffu), most = reinterpret_cast<I>(m);
-  return reinterpret_cast<F>(magnitude > most ? magnitude : most);
+  const I magnitude = reinterpret_cast<I>(as_bits(a) & 0x7fffffffu), maximum = reinterpret_cast<I>(m);
+  return reinterpret_cast<F>(magnitude > maximum ? magnitude : maximum);
 #endif
 }
 
-// zero itself, not a subnormal number that some modes of the processor take for it
+// true for zero itself, but not for subnormal numbers, which compare equal to zero in some floating-point modes
 inline bool is_zero(float a) {
   uint32_t bits;
   memcpy(&bits, &a, sizeof bits);
   return bits == 0;
 }
 
-// 1 / a to about 1 ulp, for a neither subnormal nor so large that 1 / a is; division would be the slowest step
+// 1 / a to about 1 ulp, if neither a nor 1 / a is subnormal; avoids a division, which would be the slowest step
 inline F reciprocal(F a) {
 #if defined(__AVX512F__)
-  const F rough = (F)_mm512_maskz_rcp14_ps(0xffff, (__m512)a);  // the unmasked form makes GCC warn
+  const F rough = (F)_mm512_maskz_rcp14_ps(0xffff, (__m512)a);  // GCC warns about the unmasked form
   return rough + rough * (1.0f - a * rough);
 #else
   return 1.0f / a;
 #endif
 }
 
-// exp(a) in double precision, for one number or a vector of them; NaN stays NaN. Below -708 the result is 3e-308 instead
-// of less, which is nothing beside the 1 that every sum of the robust path contains.
+// exp(a) in double precision, for one number or a vector; propagates NaN. Below -708 the result is 3e-308 instead of
+// less, which is negligible compared with the 1 in every sum of the float64 path.
 template <class A, class Bits>
 inline A exp_float64(A a) {
-  const A least = A{} - 708.0, most = A{} + 709.0;
-  a = a < least ? least : a;
-  a = a > most ? most : a;
+  const A lower = A{} - 708.0, upper = A{} + 709.0;
+  a = a < lower ? lower : a;
+  a = a > upper ? upper : a;
   const A shifted = a * 1.4426950408889634 + 6755399441055744.0;
   const A n = shifted - 6755399441055744.0;
   const A r = (a - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
@@ -115,7 +115,7 @@ inline A exp_float64(A a) {
 
 inline double exp(double a) { return exp_float64<double, uint64_t>(a); }
 
-// The lanes in double precision, which takes two registers.
+// the lanes in double precision, which take two registers
 typedef double D __attribute__((vector_size(register_bytes)));
 typedef uint64_t DU __attribute__((vector_size(register_bytes)));
 typedef float HF __attribute__((vector_size(register_bytes / 2)));
@@ -151,7 +151,7 @@ struct Wide {
   friend Wide operator-(Wide a, Wide b) { return {{a.half[0] - b.half[0], a.half[1] - b.half[1]}}; }
 };
 
-// ---- float32 in registers <-> the element types in memory
+// ---- conversions between float32 registers and the element types in memory
 
 inline F widen(const float* a) {
   F f;
@@ -169,7 +169,7 @@ inline D widen(const double* a) {
 
 inline void narrow(double* a, D d) { memcpy(a, &d, sizeof d); }
 
-// bits of a bfloat16 in the low half of each lane -> to and from memory; GCC 12 makes scalar code of the generic form
+// Convert between bfloat16 in memory and the low half of each lane; GCC 12 does not vectorise the generic form.
 #if defined(__AVX512F__)
 inline U spread(const bfloat16* a) { return (U)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)a)); }
 inline void gather(bfloat16* a, U bits) {
@@ -212,7 +212,8 @@ inline void narrow(float16* a, F f) { _mm256_storeu_si256((__m256i*)a, _mm512_cv
 inline F widen(const float16* a) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)a)); }
 inline void narrow(float16* a, F f) { _mm_storeu_si128((__m128i*)a, _mm256_cvtps_ph((__m256)f, 0)); }
 #else
-// half to single: shift the fields into place and move the exponent's bias; subnormals without a subnormal in between
+// half to single: shift the fields into place and rebias the exponent; subnormals are computed without subnormal
+// operands
 inline F widen(const float16* a) {
   H h;
   memcpy(&h, a, sizeof h);
@@ -222,8 +223,8 @@ inline F widen(const float16* a) {
   return as_float((exponent == 0u ? small : normal) | (bits & 0x8000u) << 16);
 }
 
-// single to half, to nearest even: normal numbers by integer rounding, subnormals by adding a number whose last bit is
-// half's last bit, too large ones to infinity
+// single to half, round to nearest even: normal numbers by integer rounding, subnormals by adding a number whose last
+// bit is that of a half; too large numbers become infinity
 inline void narrow(float16* a, F f) {
   const U bits = as_bits(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
   const U normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
@@ -235,8 +236,8 @@ inline void narrow(float16* a, F f) {
 }
 #endif
 
-// Results below 1e-38 become zero while this lives: decayed states would otherwise crawl through subnormal numbers. The
-// fast path is entered only where nothing of that size matters. Subnormal arguments keep their value.
+// Flush subnormal results (below 1e-38) to zero within this scope: decayed scan states would otherwise slow down the
+// loops. The fast path is only used where such numbers are negligible. Subnormal operands keep their value.
 class FlushSubnormals {
 #if defined(__x86_64__)
   unsigned before_ = _mm_getcsr();
@@ -252,7 +253,7 @@ class FlushSubnormals {
   FlushSubnormals(const FlushSubnormals&) = delete;
 };
 
-// the first n of W channels at a; the others are zero and stay unwritten
+// Load or store the first n of W channels at `a`; the other lanes are zero and are not written.
 template <class T>
 inline F load(const T* a, int n) {
   if (__builtin_expect(n == W, 1)) return widen(a);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel's own memory, from a cache line on. What cannot be had is an error of the call, not the end of the process.
+// Scratch memory of the kernels, aligned to cache lines. A failed allocation raises an error instead of ending the
+// process.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -10,29 +11,29 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-class Block {
+class AlignedMemory {
   void* memory_;
 
  public:
-  explicit Block(size_t bytes) : memory_(malloc(bytes + 63)) {
+  explicit AlignedMemory(size_t bytes) : memory_(malloc(bytes + 63)) {
     if (memory_ == nullptr) out_of_memory(bytes);
   }
   template <class T>
   T* begin() const {
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
   }
-  ~Block() { free(memory_); }
-  Block(const Block&) = delete;
+  ~AlignedMemory() { free(memory_); }
+  AlignedMemory(const AlignedMemory&) = delete;
 };
 
-// zeros
+// zero-initialised
 template <class T>
 class Buffer {
-  Block block_;
+  AlignedMemory memory_;
 
  public:
   T* data;
-  explicit Buffer(int64_t count) : block_(static_cast<size_t>(count) * sizeof(T)), data(block_.begin<T>()) {
+  explicit Buffer(int64_t count) : memory_(static_cast<size_t>(count) * sizeof(T)), data(memory_.begin<T>()) {
     memset(static_cast<void*>(data), 0, static_cast<size_t>(count) * sizeof(T));
   }
 };

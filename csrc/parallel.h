@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A loop over torch's threads, from whatever can be called.
+// A parallel loop over torch's threads, with any callable as its body.
 #pragma once
 #include "wkv.h"
 

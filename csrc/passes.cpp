@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The element-wise passes around the operator, compiled once for each instruction set (SOLA_ISA names it).
+// The element-wise passes around the operator, compiled once per instruction set (SOLA_ISA is its name).
 //
-// Every value crosses memory once: layer norm, quad shift and the interpolations are one pass from x to the inputs of
-// the projections; a gate with its residual is one; so is squared ReLU. Arithmetic is float32, float64 for float64
-// tensors. The backward of the shift computes norms and differences again from x instead of keeping them.
+// Every value is read and written once: layer norm, quad shift and the interpolations are fused into one pass from x to
+// the inputs of the projections, and so are a gate and its residual sum, and squared ReLU. The arithmetic is float32,
+// or float64 for float64 tensors. The backward of the shift recomputes norms and differences from x instead of storing
+// them.
 #include "passes.h"
 
 #include "parallel.h"
@@ -17,12 +18,12 @@ namespace {
 template <class T>
 void shift_band(const Parameters<T>& a, int64_t band, const Ring<T>& ring, const S<T>* zero) {
   const Shift& p = a.p;
-  const int64_t kept = p.height - p.top - p.bottom, of_image = (kept + band_rows - 1) / band_rows;
-  const int64_t image = band / of_image, first = p.top + band % of_image * band_rows;
-  const int64_t last = first + band_rows < p.top + kept ? first + band_rows : p.top + kept;
+  const int64_t out_rows = p.height - p.top - p.bottom, bands_per_image = (out_rows + band_rows - 1) / band_rows;
+  const int64_t image = band / bands_per_image, first = p.top + band % bands_per_image * band_rows;
+  const int64_t last = first + band_rows < p.top + out_rows ? first + band_rows : p.top + out_rows;
   const T* x = static_cast<const T*>(p.x) + image * p.height * p.width * p.channels;
-  T* out = static_cast<T*>(p.out) + (image * kept - p.top) * p.width * p.channels;
-  const int64_t row = p.width * p.channels, plane = p.images * kept * row;
+  T* out = static_cast<T*>(p.out) + (image * out_rows - p.top) * p.width * p.channels;
+  const int64_t row = p.width * p.channels, plane = p.images * out_rows * row;
   const auto compute = [&](int64_t h) {
     if (h >= 0 && h < p.height) normalise<T>(a, x + h * row, ring[h], nullptr, nullptr);
   };
@@ -56,18 +57,18 @@ void shift_of(const Shift& p, ParallelFor loop) {
   });
 }
 
-// gradients [mixes, images, height, width, channels] as they lie in memory
+// gradients [mixes, images, height, width, channels] stored in memory
 template <class T>
-struct GradientsInMemory {
+struct StoredGradients {
   const Shift& p;
   int64_t image = 0;
-  void begin(int64_t of_image, int64_t, int64_t) { image = of_image; }
+  void begin(int64_t image_index, int64_t, int64_t) { image = image_index; }
   void compute(int64_t) {}
   const T* row(int64_t m, int64_t h) const {
     return static_cast<const T*>(p.grad) + ((m * p.images + image) * p.height + h) * p.width * p.channels;
   }
   int64_t stride() const { return p.channels; }
-  void made(int64_t, int64_t, int64_t, V<T>) {}
+  void record(int64_t, int64_t, int64_t, V<T>) {}
   void end_row() {}
   void end() {}
 };
@@ -76,22 +77,22 @@ template <class T>
 void shift_backward_of(const Shift& p, ParallelFor loop) {
   const Parameters<T> a(p);
   parallel(loop, bands(p), 1, [&](int64_t begin, int64_t end) {
-    GradientsInMemory<T> gradients{p};
-    ShiftBackward<T, GradientsInMemory<T>> backward(a, gradients);
+    StoredGradients<T> gradients{p};
+    ShiftBackward<T, StoredGradients<T>> backward(a, gradients);
     for (int64_t band = begin; band < end; ++band) backward.band(band);
   });
 }
 
-// ---- flat passes
+// ---- element-wise passes over contiguous arrays
 
-// function(i, n): the register that begins at element i and has n of its elements
+// calls function(i, n) for each register: it starts at element i and holds n elements
 template <class T, class Function>
 void each_register(int64_t count, ParallelFor loop, Function&& function) {
   const int64_t registers = (count + lanes<T> - 1) / lanes<T>;
   parallel(loop, registers, 2048, [&](int64_t begin, int64_t end) {
-    const int64_t whole = end * lanes<T> <= count ? end : end - 1;
-    for (int64_t r = begin; r < whole; ++r) function(r * lanes<T>, lanes<T>);
-    if (whole < end) function(whole * lanes<T>, count - whole * lanes<T>);
+    const int64_t full = end * lanes<T> <= count ? end : end - 1;
+    for (int64_t r = begin; r < full; ++r) function(r * lanes<T>, lanes<T>);
+    if (full < end) function(full * lanes<T>, count - full * lanes<T>);
   });
 }
 
@@ -117,9 +118,9 @@ void gate_backward_of(const Pointwise& p, ParallelFor loop) {
   const T* grad = static_cast<const T*>(p.grad);
   T *grad_receptance = static_cast<T*>(p.grad_receptance), *grad_value = static_cast<T*>(p.grad_value);
   each_register<T>(p.count, loop, [=](int64_t i, int64_t n) {
-    const V<T> open = sigmoid(get(receptance + i, n)), g = get(grad + i, n) * open;
+    const V<T> gate_value = sigmoid(get(receptance + i, n)), g = get(grad + i, n) * gate_value;
     put(grad_value + i, g, n);
-    put(grad_receptance + i, g * (1 - open) * get(value + i, n), n);
+    put(grad_receptance + i, g * (1 - gate_value) * get(value + i, n), n);
   });
 }
 
@@ -128,7 +129,7 @@ void squared_relu_of(const Pointwise& p, ParallelFor loop) {
   const T* value = static_cast<const T*>(p.value);
   T* out = static_cast<T*>(p.out);
   each_register<T>(p.count, loop, [=](int64_t i, int64_t n) {
-    const V<T> a = positive(get(value + i, n));
+    const V<T> a = relu(get(value + i, n));
     put(out + i, a * a, n);
   });
 }
@@ -138,7 +139,7 @@ void squared_relu_backward_of(const Pointwise& p, ParallelFor loop) {
   const T *value = static_cast<const T*>(p.value), *grad = static_cast<const T*>(p.grad);
   T* out = static_cast<T*>(p.grad_value);
   each_register<T>(p.count, loop, [=](int64_t i, int64_t n) {
-    put(out + i, 2 * positive(get(value + i, n)) * get(grad + i, n), n);
+    put(out + i, 2 * relu(get(value + i, n)) * get(grad + i, n), n);
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators for the dispatch key CPU: checks and memory of sola::wkv, the choice of an instruction set.
-// Nothing happens before sola_load is called: Python calls it after it has defined the operators, a C++ program that
-// runs an exported graph without Python calls sola_load(1), which defines them too.
+// The operators for dispatch key CPU: argument checks and memory of sola::wkv, and the choice of the instruction set.
+// Nothing is registered before sola_load is called. Python calls it after defining the operators; a C++ program that
+// runs an exported graph without Python calls sola_load(1), which also defines them.
 #include <atomic>
 
 #include "attention.h"
@@ -31,30 +31,31 @@ const char* const schemas[] = {
 std::atomic<const Kernel*> kernel{nullptr};
 
 #if defined(SOLA_BFLOAT16)
-Kernel with(Kernel kernel, const char* name, const Linear& linear, const Attend& attend) {
-  kernel.name = name, kernel.linear = &linear, kernel.attend = &attend;
+Kernel variant(Kernel kernel, const char* name, const Linear& linear, const AttentionKernels& attention_kernels) {
+  kernel.name = name, kernel.linear = &linear, kernel.attention = &attention_kernels;
   return kernel;
 }
-const Kernel dot_products = with(avx512::kernel, "avx512_bf16", avx512_bf16::linear, avx512_bf16::attend);
-const Kernel matrix_products = with(avx512::kernel, "amx", amx::linear, avx512::attend);
+const Kernel dot_products = variant(avx512::kernel, "avx512_bf16", avx512_bf16::linear, avx512_bf16::attention_kernels);
+const Kernel matrix_products = variant(avx512::kernel, "amx", amx::linear, avx512::attention_kernels);
 
-// Whether there are tiles of bfloat16, which Linux has to be asked for.
+// True if the processor and the operating system support bfloat16 tiles (AMX).
 constexpr long tile_data = 18;
 bool has_matrix_unit() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   constexpr uint32_t bf16_and_tiles = 1u << 22 | 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bf16_and_tiles) != bf16_and_tiles) return false;
 #if defined(__linux__)
-  constexpr long what_is_supported = 0x1021;
+  constexpr long get_supported_features = 0x1021;
   uint64_t supported = 0;
-  return syscall(SYS_arch_prctl, what_is_supported, &supported) == 0 && (supported >> tile_data & 1) != 0;
+  return syscall(SYS_arch_prctl, get_supported_features, &supported) == 0 && (supported >> tile_data & 1) != 0;
 #else
   return false;
 #endif
 }
 
-// From then on signals need a larger stack of their own, so nobody is asked before a product needs it.
-bool may_use_matrix_unit() {
+// Requests permission to use AMX tile data, once, and returns true if it was granted. Alternate signal stacks must be
+// larger afterwards, so permission is not requested before a product needs it.
+bool request_matrix_unit() {
 #if defined(__linux__)
   constexpr long request_permission = 0x1023;
   static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -66,15 +67,15 @@ bool may_use_matrix_unit() {
 #endif
 
 #if defined(SOLA_X86)
-// GCC 10 and Clang 13 do not know it by name
+// __builtin_cpu_supports does not support "f16c" in GCC 10 and Clang 13
 bool has_f16c() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;
 }
 #endif
 
-// what this machine can run, best last
-std::vector<const Kernel*> available() {
+// the kernels that this CPU supports, the best one last
+std::vector<const Kernel*> supported_kernels() {
   std::vector<const Kernel*> all{&generic::kernel};
 #if defined(SOLA_X86)
   __builtin_cpu_init();
@@ -95,23 +96,23 @@ std::vector<const Kernel*> available() {
   return all;
 }
 
-// sum over the images, in their order, in the parameter's own type
-Tensor total(const std::vector<double>& partial, int64_t batch, int64_t channels, Type type) {
-  const Type wide = type == Type::float32 ? Type::float32 : Type::float64;
-  Tensor out = Tensor::empty({channels}, wide);
+// the sum over images, in order, in the dtype of the parameter
+Tensor sum_over_images(const std::vector<double>& partial, int64_t batch, int64_t channels, Type type) {
+  const Type sum_type = type == Type::float32 ? Type::float32 : Type::float64;
+  Tensor out = Tensor::empty({channels}, sum_type);
   for (int64_t c = 0; c < channels; ++c) {
     double sum = 0.0;
     for (int64_t b = 0; b < batch; ++b) sum += partial[static_cast<size_t>(b * channels + c)];
-    if (wide == Type::float32) {
+    if (sum_type == Type::float32) {
       static_cast<float*>(out.write())[c] = static_cast<float>(sum);
     } else {
       static_cast<double*>(out.write())[c] = sum;
     }
   }
-  return type == wide ? std::move(out) : out.copy(type);
+  return type == sum_type ? std::move(out) : out.copy(type);
 }
 
-// one call: its tensors checked, readable by the kernel, and the problem they make
+// The arguments of a call: checked tensors, in a layout that the kernel supports, and the resulting problem.
 struct Call {
   Tensor decay, bonus, key, value;
   Type key_type, value_type, type;
@@ -124,11 +125,11 @@ struct Call {
   void prepare() {
     sizes = key.sizes();
     if (sizes.size() != 3) {
-      throw std::invalid_argument("sola::wkv: key is " + text(sizes) + ", expected [batch, tokens, channels]");
+      throw std::invalid_argument("sola::wkv: key is " + format_sizes(sizes) + ", expected [batch, tokens, channels]");
     }
-    expect(decay, "sola::wkv: decay", {sizes[2]}, "[channels]");
-    expect(bonus, "sola::wkv: bonus", {sizes[2]}, "[channels]");
-    expect(value, "sola::wkv: value", sizes, "key's size");
+    check_size(decay, "sola::wkv: decay", {sizes[2]}, "[channels]");
+    check_size(bonus, "sola::wkv: bonus", {sizes[2]}, "[channels]");
+    check_size(value, "sola::wkv: value", sizes, "the size of key");
     key_type = key.type("sola::wkv: key");
     value_type = value.type("sola::wkv: value");
     type = key_type == value_type                                             ? key_type
@@ -143,33 +144,33 @@ struct Call {
     problem.value = input(value, value_type);
   }
 
-  bool nothing() const { return problem.batch * problem.tokens * problem.channels == 0; }
+  bool is_empty() const { return problem.batch * problem.tokens * problem.channels == 0; }
 
-  // the kernel reads any strides, but channels must be adjacent and of the common type
-  Array input(Tensor& tensor, Type own) const {
-    if (own != type || (tensor.strides()[2] != 1 && sizes[2] > 1)) tensor = tensor.copy(type);
+  // the kernel supports any batch and token strides, but channels must be adjacent and in the common dtype
+  Array input(Tensor& tensor, Type dtype) const {
+    if (dtype != type || (tensor.strides()[2] != 1 && sizes[2] > 1)) tensor = tensor.copy(type);
     return tensor.array(const_cast<void*>(tensor.read()));
   }
 
   Tensor result(Array& array) const {
-    Tensor made = Tensor::empty(sizes, type);
-    array = made.array(made.write());
-    return made;
+    Tensor result = Tensor::empty(sizes, type);
+    array = result.array(result.write());
+    return result;
   }
 
-  // the kernel in float64 keeps none
+  // the float64 kernel stores no states
   std::vector<int64_t> states_sizes() const {
     if (type == Type::float64) return {0};
     return {sizes[0], (sizes[1] + chunk_tokens - 1) / chunk_tokens, 4, sizes[2]};
   }
 
-  Tensor as(Tensor made, Type own) const { return own == type ? std::move(made) : made.copy(own); }
+  Tensor cast(Tensor result, Type dtype) const { return dtype == type ? std::move(result) : result.copy(dtype); }
 };
 
 Tensor forward(Call& call) {
   Tensor output = call.result(call.problem.output);
-  if (!call.nothing()) kernel.load()->forward(call.problem, call.type, parallel_for);
-  return call.as(std::move(output), call.value_type);
+  if (!call.is_empty()) kernel.load()->forward(call.problem, call.type, parallel_for);
+  return call.cast(std::move(output), call.value_type);
 }
 
 void wkv(Value* stack, uint64_t, uint64_t) {
@@ -191,8 +192,8 @@ void wkv_backward(Value* stack, uint64_t, uint64_t) {
   Call call(stack);
   Tensor states(stack[4]), grad(stack[5]);
   call.prepare();
-  expect(grad, "sola::wkv: grad", call.sizes, "value's size");
-  expect(states, "sola::wkv: states", call.states_sizes(), "what wkv_with_states makes of them");
+  check_size(grad, "sola::wkv: grad", call.sizes, "the size of value");
+  check_size(states, "sola::wkv: states", call.states_sizes(), "the states of wkv_with_states");
   Problem& p = call.problem;
   p.grad = call.input(grad, grad.type("sola::wkv: grad"));
   if (states.type("sola::wkv: states") != Type::float32) throw std::invalid_argument("sola::wkv: states must be float32");
@@ -201,16 +202,16 @@ void wkv_backward(Value* stack, uint64_t, uint64_t) {
   Tensor grad_key = call.result(p.grad_key), grad_value = call.result(p.grad_value);
   std::vector<double> partial_decay(static_cast<size_t>(p.batch * p.channels)), partial_bonus = partial_decay;
   p.grad_decay = partial_decay.data(), p.grad_bonus = partial_bonus.data();
-  if (!call.nothing()) kernel.load()->backward(p, call.type, parallel_for);
-  std::array<Tensor, 4> results{total(partial_decay, p.batch, p.channels, call.decay.type("sola::wkv: decay")),
-                                total(partial_bonus, p.batch, p.channels, call.bonus.type("sola::wkv: bonus")),
-                                call.as(std::move(grad_key), call.key_type),
-                                call.as(std::move(grad_value), call.value_type)};
+  if (!call.is_empty()) kernel.load()->backward(p, call.type, parallel_for);
+  std::array<Tensor, 4> results{
+      sum_over_images(partial_decay, p.batch, p.channels, call.decay.type("sola::wkv: decay")),
+      sum_over_images(partial_bonus, p.batch, p.channels, call.bonus.type("sola::wkv: bonus")),
+      call.cast(std::move(grad_key), call.key_type), call.cast(std::move(grad_value), call.value_type)};
   for (size_t i = 0; i < results.size(); ++i) stack[i] = results[i].release();
 }
 
 void register_operators(bool define) {
-  void* library = nullptr;  // never deleted: that would take the operators away
+  void* library = nullptr;  // never deleted: that would unregister the operators
   if (define) {
     check(shim.aoti_torch_library_init_fragment("sola", __FILE__, __LINE__, &library), "open the library sola");
     for (const char* schema : schemas) check(shim.aoti_torch_library_def(library, schema), "define an operator");
@@ -237,17 +238,17 @@ void register_operators(bool define) {
 }  // namespace
 
 void out_of_memory(size_t bytes) {
-  throw std::runtime_error("sola: no memory for the " + std::to_string(bytes) +
-                           " bytes that a kernel works in; give it a smaller batch or image, or fewer threads");
+  throw std::runtime_error("sola: could not allocate " + std::to_string(bytes) +
+                           " bytes of kernel workspace; use a smaller batch or image, or fewer threads");
 }
 
 const Passes& current_passes() { return *kernel.load()->passes; }
-const Attend& current_attend() { return *kernel.load()->attend; }
+const AttentionKernels& current_attention() { return *kernel.load()->attention; }
 const Linear& current_linear() { return *kernel.load()->linear; }
-void need_bfloat16() {
+void prepare_bfloat16() {
 #if defined(SOLA_BFLOAT16)
-  const Kernel* used = &matrix_products;
-  if (kernel == used && !may_use_matrix_unit()) kernel.compare_exchange_strong(used, &dot_products);
+  const Kernel* current = &matrix_products;
+  if (kernel == current && !request_matrix_unit()) kernel.compare_exchange_strong(current, &dot_products);
 #endif
 }
 
@@ -255,17 +256,17 @@ void need_bfloat16() {
 
 #define SOLA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Registers the kernels, the first time; define != 0 defines the operators too. Null, or why it did not work.
+// Register the kernels on the first call, and define the operators as well if define != 0. Return null or the error.
 SOLA_EXPORT const char* sola_load(int define) {
   static std::string reason;
   if (sola::kernel != nullptr) return nullptr;
   try {
-    reason = sola::torch::find_torch();
+    reason = sola::torch::bind_torch();
     if (!reason.empty()) return reason.c_str();
     const sola::torch::Shim& shim = sola::torch::shim;
     sola::dtypes = {shim.aoti_torch_dtype_float64(), shim.aoti_torch_dtype_float32(), shim.aoti_torch_dtype_bfloat16(),
                     shim.aoti_torch_dtype_float16()};
-    sola::kernel = sola::available().back();
+    sola::kernel = sola::supported_kernels().back();
     sola::register_operators(define != 0);
     return nullptr;
   } catch (const std::exception& error) {
@@ -275,13 +276,14 @@ SOLA_EXPORT const char* sola_load(int define) {
   }
 }
 
-// The instruction set in use, after switching to the named one if name is not null; null if this machine lacks it.
+// Return the name of the active instruction set, after switching to `name` unless that is null. Return null if this CPU
+// does not support it, or before sola_load.
 SOLA_EXPORT const char* sola_instruction_set(const char* name) {
   if (name == nullptr) {
-    const sola::Kernel* const used = sola::kernel;
-    return used != nullptr ? used->name : nullptr;
+    const sola::Kernel* const current = sola::kernel;
+    return current != nullptr ? current->name : nullptr;
   }
-  for (const sola::Kernel* candidate : sola::available()) {
+  for (const sola::Kernel* candidate : sola::supported_kernels()) {
     if (std::string(candidate->name) == name) {
       sola::kernel = candidate;
       return candidate->name;

@@ -4,14 +4,14 @@
 
 namespace sola {
 
-struct Attend;
+struct AttentionKernels;
 
 inline const char* const attention_schemas[] = {
     "attention(Tensor qkv, int head_dim) -> (Tensor, Tensor)",
     "attention_backward(Tensor qkv, int head_dim, Tensor out, Tensor lse, Tensor grad) -> Tensor"};
 
-// that of the instruction set in use
-const Attend& current_attend();
+// the kernels of the active instruction set
+const AttentionKernels& current_attention();
 const std::array<NamedKernel, 2>& named_attention();
 
 }  // namespace sola

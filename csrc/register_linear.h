@@ -18,9 +18,9 @@ inline const char* const linear_schemas[] = {
     "gate_linear_backward(Tensor receptance, Tensor value, Tensor projection, Tensor grad) -> (Tensor, Tensor, Tensor)",
     "squared_relu_linear_backward(Tensor x, Tensor projection, Tensor grad) -> (Tensor, Tensor)"};
 
-// the products of the instruction set in use
+// the products of the active instruction set
 const Linear& current_linear();
-void need_bfloat16();  // before the first of its products
+void prepare_bfloat16();  // must be called before the first product in bfloat16
 const std::array<NamedKernel, 8>& named_linear();
 
 }  // namespace sola

@@ -9,7 +9,7 @@ void norm_shift(Value* stack, uint64_t, uint64_t) {
   call.prepare(static_cast<int64_t>(stack[5]), static_cast<int64_t>(stack[6]));
   Tensor out = Tensor::empty(call.out_sizes(), call.type);
   call.shift.out = out.write();
-  if (!call.nothing()) current_passes().shift(call.shift, call.type, parallel_for);
+  if (!call.is_empty()) current_passes().shift(call.shift, call.type, parallel_for);
   stack[0] = out.release();
 }
 
@@ -17,53 +17,53 @@ void norm_shift_backward(Value* stack, uint64_t, uint64_t) {
   ShiftCall call(stack);
   Tensor grad(stack[5]);
   call.prepare(0, 0);
-  expect(grad, "sola::norm_shift_backward: grad", call.out_sizes(), "the output's size");
-  call.shift.grad = flat(grad, "sola::norm_shift_backward: grad", call.type);
+  check_size(grad, "sola::norm_shift_backward: grad", call.out_sizes(), "the size of the output");
+  call.shift.grad = contiguous_data(grad, "sola::norm_shift_backward: grad", call.type);
   ShiftGradients results(call);
-  if (!call.nothing()) current_passes().shift_backward(call.shift, call.type, parallel_for);
+  if (!call.is_empty()) current_passes().shift_backward(call.shift, call.type, parallel_for);
   results.release(stack);
 }
 
-// ---- flat passes
+// ---- element-wise passes over contiguous arrays
 
-// tensors of one size and type, which those of the first
-struct Flat {
+// The arguments of a call: tensors with the size and dtype of the first one.
+struct ElementwiseCall {
   std::vector<Tensor> tensors;
   std::vector<int64_t> sizes;
   Type type;
   Pointwise pass;
 
-  Flat(const Value* stack, std::initializer_list<const char*> names) {
+  ElementwiseCall(const Value* stack, std::initializer_list<const char*> names) {
     for (size_t i = 0; i < names.size(); ++i) tensors.emplace_back(stack[i]);
     sizes = tensors[0].sizes();
     type = tensors[0].type(*names.begin());
     size_t i = 0;
     for (const char* name : names) {
-      expect(tensors[i], name, sizes, "the first one's size");
+      check_size(tensors[i], name, sizes, "the size of the first tensor");
       if (tensors[i].type(name) != type) {
-        throw std::invalid_argument(std::string(name) + " has another dtype than the first tensor; convert it");
+        throw std::invalid_argument(std::string(name) + " must have the dtype of the first tensor; convert it");
       }
       ++i;
     }
     pass.count = count(sizes);
   }
-  const void* operator[](size_t i) { return flat(tensors[i], "sola: pass", type); }
-  // not to be overwritten by what is written to `out` for another element
-  const void* apart_from(void* out, size_t i) {
+  const void* operator[](size_t i) { return contiguous_data(tensors[i], "sola: pass", type); }
+  // Copies an input that overlaps `out` at other elements, because writing would overwrite unread elements.
+  const void* without_overlap(void* out, size_t i) {
     const uintptr_t data = reinterpret_cast<uintptr_t>((*this)[i]), to = reinterpret_cast<uintptr_t>(out);
     const uintptr_t size = static_cast<uintptr_t>(bytes(pass.count, type));
     if (data != to && data < to + size && to < data + size) tensors[i] = tensors[i].copy(type);
     return tensors[i].read();
   }
   Tensor result(void*& data) const {
-    Tensor made = Tensor::empty(sizes, type);
-    data = made.write();
-    return made;
+    Tensor result = Tensor::empty(sizes, type);
+    data = result.write();
+    return result;
   }
 };
 
 void gate(Value* stack, uint64_t, uint64_t) {
-  Flat call(stack, {"sola::gate: receptance", "sola::gate: value"});
+  ElementwiseCall call(stack, {"sola::gate: receptance", "sola::gate: value"});
   Tensor out = call.result(call.pass.out);
   call.pass.receptance = call[0], call.pass.value = call[1];
   current_passes().gate(call.pass, call.type, parallel_for);
@@ -71,7 +71,8 @@ void gate(Value* stack, uint64_t, uint64_t) {
 }
 
 void gate_backward(Value* stack, uint64_t, uint64_t) {
-  Flat call(stack, {"sola::gate_backward: receptance", "sola::gate_backward: value", "sola::gate_backward: grad"});
+  ElementwiseCall call(stack,
+                       {"sola::gate_backward: receptance", "sola::gate_backward: value", "sola::gate_backward: grad"});
   Tensor receptance = call.result(call.pass.grad_receptance), value = call.result(call.pass.grad_value);
   call.pass.receptance = call[0], call.pass.value = call[1], call.pass.grad = call[2];
   current_passes().gate_backward(call.pass, call.type, parallel_for);
@@ -79,7 +80,7 @@ void gate_backward(Value* stack, uint64_t, uint64_t) {
 }
 
 void gated_sum(Value* stack, uint64_t, uint64_t) {
-  Flat call(stack, {"sola::gated_sum: residual", "sola::gated_sum: receptance", "sola::gated_sum: value"});
+  ElementwiseCall call(stack, {"sola::gated_sum: residual", "sola::gated_sum: receptance", "sola::gated_sum: value"});
   Tensor out = call.result(call.pass.out);
   call.pass.residual = call[0], call.pass.receptance = call[1], call.pass.value = call[2];
   current_passes().gate(call.pass, call.type, parallel_for);
@@ -87,17 +88,17 @@ void gated_sum(Value* stack, uint64_t, uint64_t) {
 }
 
 void gated_sum_(Value* stack, uint64_t, uint64_t) {
-  Flat call(stack, {"sola::gated_sum_: residual", "sola::gated_sum_: receptance", "sola::gated_sum_: value",
+  ElementwiseCall call(stack, {"sola::gated_sum_: residual", "sola::gated_sum_: receptance", "sola::gated_sum_: value",
                     "sola::gated_sum_: out"});
   if (!call.tensors[3].contiguous()) throw std::invalid_argument("sola::gated_sum_: out must be contiguous");
   void* out = call.pass.out = call.tensors[3].write();
-  call.pass.residual = call.apart_from(out, 0), call.pass.receptance = call.apart_from(out, 1);
-  call.pass.value = call.apart_from(out, 2);
+  call.pass.residual = call.without_overlap(out, 0), call.pass.receptance = call.without_overlap(out, 1);
+  call.pass.value = call.without_overlap(out, 2);
   current_passes().gate(call.pass, call.type, parallel_for);
 }
 
 void squared_relu(Value* stack, uint64_t, uint64_t) {
-  Flat call(stack, {"sola::squared_relu: x"});
+  ElementwiseCall call(stack, {"sola::squared_relu: x"});
   Tensor out = call.result(call.pass.out);
   call.pass.value = call[0];
   current_passes().squared_relu(call.pass, call.type, parallel_for);
@@ -105,7 +106,7 @@ void squared_relu(Value* stack, uint64_t, uint64_t) {
 }
 
 void squared_relu_backward(Value* stack, uint64_t, uint64_t) {
-  Flat call(stack, {"sola::squared_relu_backward: x", "sola::squared_relu_backward: grad"});
+  ElementwiseCall call(stack, {"sola::squared_relu_backward: x", "sola::squared_relu_backward: grad"});
   Tensor out = call.result(call.pass.grad_value);
   call.pass.value = call[0], call.pass.grad = call[1];
   current_passes().squared_relu_backward(call.pass, call.type, parallel_for);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bi-WKV for any key, decay, bonus and value: float64, in the log domain, one register of channels at a time.
+// Bi-WKV for any key, decay, bonus and value: in float64 and the log domain, one register of channels at a time.
 //
-// A state is a decayed sum relative to the largest weight in it: sum_t exp(a_t - m) (p_t, q_t) with m = max a_t. One
-// step of decay is m -= d, one more token rescales the smaller side, so nothing overflows however large a and d are, and
-// rounding of m only matters between tokens whose weights are comparable, hence few steps apart. With m_i the
-// logarithm's reference of row i's denominator D = exp(m_i) D', the adjoint h = g / D = exp(-m_i) g / D' is a token of
-// log weight -m_i, and the backward's two scans are the forward's with other names. Every exponent formed from them is
-// at most zero up to rounding, because m_i bounds every weight of its row.
+// A state is a decayed sum relative to its largest weight: sum_t exp(a_t - m) (p_t, q_t) with m = max a_t. A step of
+// decay is m -= d, and adding a token rescales the smaller of the two sides, so nothing overflows for any a and d, and
+// the rounding of m only matters between tokens of comparable weights, which are few steps apart. Let m_i be the log
+// reference of row i's denominator D = exp(m_i) D'. The adjoint h = g / D = exp(-m_i) g / D' is then a token of log
+// weight -m_i, and the two scans of the backward are those of the forward with other inputs. Every exponent formed from
+// them is at most zero up to rounding, because m_i bounds every weight of its row.
 //
-// States at the chunks' edges are kept, those between are computed again: no array of the inputs' size.
+// States at the edges of chunks are stored and those inside are recomputed, so no array has the size of the inputs.
 #pragma once
 #include "lanes.h"
 #include "memory.h"
@@ -17,10 +17,10 @@
 namespace sola::SOLA_ISA::robust {
 
 constexpr int L = 32;
-constexpr double lowest = -1e300;  // the reference of an empty sum; finite, for infinity minus infinity is no number
-// of a step's decay: beyond it a token's weight is all or nothing, while the rounding of sums of steps would make
-// exponents that ought to be zero large ones
-constexpr double steepest = 1e8;
+constexpr double lowest = -1e300;  // the reference of an empty sum; finite, because infinity minus infinity is NaN
+// The limit of the decay per step. Beyond it a token's weight is negligible or dominant, but the rounding errors of
+// sums of such steps would turn exponents of zero into large ones.
+constexpr double max_decay = 1e8;
 
 struct alignas(64) Vector {
   double at[W];
@@ -33,12 +33,12 @@ struct State {
     for (int i = 0; i < W; ++i) p.at[i] = q.at[i] = 0.0, m.at[i] = lowest;
   }
 
-  // decay by one step, then add a token (log weight a, values b and c)
-  void absorb(const Vector& decay, const Vector& a, const Vector& b, const Vector& c) {
+  // Decay by one step, then add a token (log weight a, values b and c).
+  void decay_and_add(const Vector& decay, const Vector& a, const Vector& b, const Vector& c) {
     for (int i = 0; i < W; ++i) {
       const double old = m.at[i] - decay.at[i], gap = a.at[i] - old;
-      const double less = exp(gap > 0.0 ? -gap : gap);
-      const double keep = gap > 0.0 ? less : 1.0, take = gap > 0.0 ? 1.0 : less;
+      const double ratio = exp(gap > 0.0 ? -gap : gap);
+      const double keep = gap > 0.0 ? ratio : 1.0, take = gap > 0.0 ? 1.0 : ratio;
       p.at[i] = p.at[i] * keep + b.at[i] * take;
       q.at[i] = q.at[i] * keep + c.at[i] * take;
       m.at[i] = gap > 0.0 ? a.at[i] : old;
@@ -46,7 +46,7 @@ struct State {
   }
 };
 
-// what one row of the mixing matrix gives: log reference m, D' = exp(-m) D, output y
+// a row of the mixing matrix applied to the values: log reference m, D' = exp(-m) D, output y
 struct Row {
   Vector m, denominator, y;
 
@@ -79,7 +79,7 @@ struct Channels {
   Channels(const Problem& p, int64_t b, int64_t c, int lanes) : problem(p), image(b), channel(c), n(lanes) {
     for (int i = 0; i < W; ++i) {
       const double d = i < n ? p.decay[c + i] / static_cast<double>(p.tokens) : 0.0;
-      decay.at[i] = d > steepest ? steepest : d < -steepest ? -steepest : d;
+      decay.at[i] = d > max_decay ? max_decay : d < -max_decay ? -max_decay : d;
       bonus.at[i] = i < n ? p.bonus[c + i] : 0.0;
       one.at[i] = 1.0;
     }
@@ -95,18 +95,20 @@ struct Channels {
     for (int i = 0; i < W; ++i) token.key.at[i] = token.key.at[i] < lowest ? lowest : token.key.at[i];  // -inf: masked
   }
 
-  void absorb(State& state, const Token& token) const { state.absorb(decay, token.key, token.value, one); }
+  void decay_and_add(State& state, const Token& token) const {
+    state.decay_and_add(decay, token.key, token.value, one);
+  }
 
-  // right[j] = state right of token start + j, from the state right of the whole chunk
+  // right[j] = the state to the right of token start + j, given the state to the right of the chunk
   void scan_right(State state, State* right, Token* tokens, int64_t start, int len) const {
     for (int j = len - 1; j >= 0; --j) {
       read(tokens[j], start + j);
       right[j] = state;
-      absorb(state, tokens[j]);
+      decay_and_add(state, tokens[j]);
     }
   }
 
-  // edges[c] = state right of chunk c
+  // edges[c] = the state to the right of chunk c
   void right_edges(State* edges) const {
     State state;
     state.clear();
@@ -114,7 +116,7 @@ struct Channels {
     for (int64_t t = problem.tokens - 1; t >= 0; --t) {
       if (t % L == L - 1 || t == problem.tokens - 1) edges[t / L] = state;
       read(token, t);
-      absorb(state, token);
+      decay_and_add(state, token);
     }
   }
 };
@@ -124,7 +126,7 @@ void forward(const Problem& problem, int64_t image, int64_t channel, int n) {
   const FlushSubnormals keep(false);
   const Channels<T> x(problem, image, channel, n);
   const int64_t chunks = (problem.tokens + L - 1) / L;
-  const Block memory(chunks * sizeof(State));
+  const AlignedMemory memory(chunks * sizeof(State));
   State* const right_edges = memory.begin<State>();
   x.right_edges(right_edges);
   State left, right[L];
@@ -138,12 +140,12 @@ void forward(const Problem& problem, int64_t image, int64_t channel, int n) {
     for (int j = 0; j < len; ++j) {
       row.read(left, right[j], tokens[j].key, tokens[j].value, x.bonus);
       store(x.at(problem.output, start + j), row.y.at, n);
-      x.absorb(left, tokens[j]);
+      x.decay_and_add(left, tokens[j]);
     }
   }
 }
 
-// the adjoint of one row as a token: log weight -m, values h' = g / D' and q' = h' y
+// the adjoint of a row as a token: log weight -m, values h' = g / D' and q' = h' y
 struct Adjoint {
   Vector weight, h, q;
 
@@ -160,19 +162,19 @@ struct Sums {
   Vector decay, bonus;
 };
 
-// gradients of token i: H and Q are the two scans' sums and the token's own, each times exp(key)
-inline void gradients(const Token& token, const Adjoint& own, const State& before, const State& after,
+// the gradients of token i: H and Q are the sums of both scans and of the token itself, each times exp(key)
+inline void gradients(const Token& token, const Adjoint& self_adjoint, const State& before, const State& after,
                       const State& left, const State& right, const Vector& decay, const Vector& bonus, Vector& grad_key,
                       Vector& grad_value, Sums& sums) {
   for (int i = 0; i < W; ++i) {
     const double key = token.key.at[i], value = token.value.at[i], d = decay.at[i];
     const double f = exp(key + before.m.at[i]), b = exp(key + after.m.at[i]);
-    const double s = exp(key + bonus.at[i] + own.weight.at[i]);
-    const double h = f * before.p.at[i] + b * after.p.at[i] + s * own.h.at[i];
-    const double q = f * before.q.at[i] + b * after.q.at[i] + s * own.q.at[i];
+    const double s = exp(key + bonus.at[i] + self_adjoint.weight.at[i]);
+    const double h = f * before.p.at[i] + b * after.p.at[i] + s * self_adjoint.h.at[i];
+    const double q = f * before.q.at[i] + b * after.q.at[i] + s * self_adjoint.q.at[i];
     grad_value.at[i] = h;
     grad_key.at[i] = h * value - q;
-    sums.bonus.at[i] += s * (own.h.at[i] * value - own.q.at[i]);
+    sums.bonus.at[i] += s * (self_adjoint.h.at[i] * value - self_adjoint.q.at[i]);
     const double down = exp(left.m.at[i] + after.m.at[i] - d), up = exp(right.m.at[i] + before.m.at[i] - d);
     sums.decay.at[i] -= down * (left.p.at[i] * after.p.at[i] - left.q.at[i] * after.q.at[i]) +
                         up * (right.p.at[i] * before.p.at[i] - right.q.at[i] * before.q.at[i]);
@@ -184,7 +186,7 @@ void backward(const Problem& problem, int64_t image, int64_t channel, int n) {
   const FlushSubnormals keep(false);
   const Channels<T> x(problem, image, channel, n);
   const int64_t chunks = (problem.tokens + L - 1) / L;
-  const Block memory(3 * chunks * sizeof(State));
+  const AlignedMemory memory(3 * chunks * sizeof(State));
   State *right_edges = memory.begin<State>(), *left_edges = right_edges + chunks, *before_edges = left_edges + chunks;
   x.right_edges(right_edges);
 
@@ -194,7 +196,7 @@ void backward(const Problem& problem, int64_t image, int64_t channel, int n) {
   Row row;
   Vector grad, grad_key, grad_value;
   Sums sums = {};
-  // everything about a chunk but what comes from behind it; leaves left and before at its end
+  // Recompute a chunk except for the scan from the right (`after`); advances `left` and `before` to its end.
   const auto replay = [&](int64_t start, int len) {
     x.scan_right(right_edges[start / L], rights, tokens, start, len);
     for (int j = 0; j < len; ++j) {
@@ -203,8 +205,8 @@ void backward(const Problem& problem, int64_t image, int64_t channel, int n) {
       row.read(left, rights[j], tokens[j].key, tokens[j].value, x.bonus);
       load(x.at(problem.grad, start + j), n, grad.at);
       adjoints[j].read(row, grad);
-      x.absorb(left, tokens[j]);
-      before.absorb(x.decay, adjoints[j].weight, adjoints[j].h, adjoints[j].q);
+      x.decay_and_add(left, tokens[j]);
+      before.decay_and_add(x.decay, adjoints[j].weight, adjoints[j].h, adjoints[j].q);
     }
   };
   const auto length = [&](int64_t start) {
@@ -227,7 +229,7 @@ void backward(const Problem& problem, int64_t image, int64_t channel, int n) {
                 sums);
       store(x.at(problem.grad_key, start + j), grad_key.at, n);
       store(x.at(problem.grad_value, start + j), grad_value.at, n);
-      after.absorb(x.decay, adjoints[j].weight, adjoints[j].h, adjoints[j].q);
+      after.decay_and_add(x.decay, adjoints[j].weight, adjoints[j].h, adjoints[j].q);
     }
   }
   for (int i = 0; i < n; ++i) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which thread does what when: an operator's phases over registers of channels and chunks of tokens.
+// Scheduling: how the phases of an operator are distributed over threads, registers of channels and chunks of tokens.
 //
-// An operator Op says its phases, and which of them have a part for each chunk (by_chunk); `length` tokens make a chunk.
-// Op::chunk does a part, Op::whole a phase that has none, for one Op::Register. Where there are registers enough for all
-// threads a thread takes its registers through all phases; else, and where long images are fewer than threads, phases are
-// parallel regions.
+// An operator Op declares its phases and which of them are split by chunk (by_chunk); a chunk has Op::length tokens.
+// Op::chunk runs a phase for one chunk, Op::per_register a phase that is not split, each for one Op::Register. If there
+// are enough registers for all threads, a thread takes its registers through all phases. Otherwise, and if there are
+// fewer images than threads and the images are long, each phase is a parallel region.
 #pragma once
 #include "lanes.h"
 #include "memory.h"
@@ -14,10 +14,10 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-// registers and their slots in one piece of memory
+// the registers and their slots in one allocation
 template <class Register>
 class Workspace {
-  Block memory_;
+  AlignedMemory memory_;
 
  public:
   Register* registers;
@@ -29,24 +29,24 @@ class Workspace {
   }
 };
 
-// A chunk that comes next is asked for a line at a time, in the order of memory, while another one is computed. The
-// processor foresees runs of addresses, but not the steps from row to row in which a register takes them; and many lines
-// asked for at once hold up what is read meanwhile.
+// Prefetches the next chunk while the current one is computed, one cache line at a time in memory order. The hardware
+// prefetcher follows sequential addresses, but not the strides between rows in which a register is read; and issuing
+// many prefetches at once would delay the loads of the current chunk.
 template <class T>
-class Ahead {
+class Prefetch {
   struct Run {
     const char* at;
-    int64_t to_next_row;  // from the last line of a row
+    int64_t to_next_row;  // from the last line of a row to the next row
   };
-  Run runs_[5];           // of what is read, then of what is written
-  int64_t lines_, left_;  // of a row: all, and those that have not been asked for
+  Run runs_[5];                // of the arrays that are read, then of those that are written
+  int64_t lines_, remaining_;  // cache lines per row, and those of the current row not yet prefetched
 
  public:
-  static constexpr int tokens = 64 / (W * static_cast<int>(sizeof(T)));  // of a register in a line
+  static constexpr int tokens = 64 / (W * static_cast<int>(sizeof(T)));  // of a register per cache line
 
-  // of `registers` from this one on, from a token on
-  Ahead(const Problem& p, int64_t index, int64_t registers, int64_t token)
-      : lines_((registers + tokens - 1) / tokens), left_(lines_) {
+  // prefetches `registers` registers, starting at `index`, from `token` on
+  Prefetch(const Problem& p, int64_t index, int64_t registers, int64_t token)
+      : lines_((registers + tokens - 1) / tokens), remaining_(lines_) {
     constexpr int64_t size = sizeof(T);
     const int64_t columns = (p.channels + W - 1) / W;
     const Array* const forward[] = {&p.key, &p.value, &p.output};
@@ -59,12 +59,12 @@ class Ahead {
     }
   }
 
-  // after every token j of a register: the next lines, when it has used up one
+  // Called after every token j of a register: prefetches the next lines whenever a whole line has been consumed.
   template <int reads, int writes>
-  SOLA_FORCED void ask(int j) {
+  SOLA_FORCED void issue(int j) {
     if (j % tokens != 0) return;
-    const bool last = --left_ == 0;
-    left_ = last ? lines_ : left_;
+    const bool last = --remaining_ == 0;
+    remaining_ = last ? lines_ : remaining_;
     for (int i = 0; i < reads + writes; ++i) {
       i < reads ? __builtin_prefetch(runs_[i].at, 0, 2) : __builtin_prefetch(runs_[i].at, 1);
       runs_[i].at += last ? runs_[i].to_next_row : 64;
@@ -72,79 +72,80 @@ class Ahead {
   }
 };
 
-struct NothingAhead {
+struct NoPrefetch {
   template <int reads, int writes>
-  SOLA_FORCED void ask(int) {}
+  SOLA_FORCED void issue(int) {}
 };
 
-// One chunk c of some registers side by side.
-template <class Op, class Next>
+// Run a phase on chunk c of adjacent registers.
+template <class Op, class Prefetcher>
 void chunk_of_registers(const Problem& p, const typename Op::Register* registers, int64_t count, int phase, int64_t c,
-                        Next next) {
+                        Prefetcher prefetcher) {
   for (int64_t i = 0; i < count; ++i) {
     const typename Op::Register& r = registers[i];
     if (!r.fast) continue;
-    const bool whole = r.n == W && (c + 1) * Op::length <= p.tokens;
-    const auto chunk = whole ? Op::template chunk<true, Next> : Op::template chunk<false, Next>;
-    chunk(p, r, phase, c * Op::length, r.slots + c * Op::slots, next);
+    const bool full = r.n == W && (c + 1) * Op::length <= p.tokens;
+    const auto chunk = full ? Op::template chunk<true, Prefetcher> : Op::template chunk<false, Prefetcher>;
+    chunk(p, r, phase, c * Op::length, r.slots + c * Op::slots, prefetcher);
   }
 }
 
-// Calls take(k, step) for the chunks from begin to end of `count` registers. The last phase goes through them from the
-// other end than the first: what that has read last is still in the cache.
-// Not so where that would be little of all: upwards the processor asks for memory ahead.
-template <class Op, class Take>
-void in_turn(int phase, int64_t begin, int64_t end, int64_t count, const Take& take) {
-  constexpr int64_t bytes = Op::length * W * sizeof(typename Op::Element) * Op::arrays, most = 16 << 20;
-  if (phase > 0 && (end - begin) * count * bytes <= most) {
-    for (int64_t k = end - 1; k >= begin; --k) take(k, -1);
+// Call visit(k, step) for the chunks from `begin` to `end` of `count` registers. Later phases run in the opposite
+// direction of the first one, because the chunks that were read last are still in the cache. If those are only a small
+// part of all, every phase runs in increasing order, which the hardware prefetcher supports best.
+template <class Op, class Visit>
+void alternate_direction(int phase, int64_t begin, int64_t end, int64_t count, const Visit& visit) {
+  constexpr int64_t bytes = Op::length * W * sizeof(typename Op::Element) * Op::arrays, limit = 16 << 20;
+  if (phase > 0 && (end - begin) * count * bytes <= limit) {
+    for (int64_t k = end - 1; k >= begin; --k) visit(k, -1);
   } else {
-    for (int64_t k = begin; k < end; ++k) take(k, 1);
+    for (int64_t k = begin; k < end; ++k) visit(k, 1);
   }
 }
 
-// Where tokens are read from: the first phase brings them into the cache, and they stay there; or nothing but streams.
+// Where tokens are read from. cache: all arrays fit the caches of the threads; memory_once: the first phase reads from
+// memory, later ones hit the cache; memory: every phase reads from memory.
 enum class Source { cache, memory_once, memory };
 
-// A thread takes its registers, `tile` at a time, through all phases.
+// A thread takes its registers through all phases, `tile` registers at a time.
 template <class Op>
 void by_register(const Problem& p, int64_t begin, int64_t end, int64_t tile, Source source, int64_t chunks) {
-  using Ahead = SOLA_ISA::Ahead<typename Op::Element>;
+  using Prefetch = SOLA_ISA::Prefetch<typename Op::Element>;
   const FlushSubnormals flush(true);
   const Workspace<typename Op::Register> space(tile < end - begin ? tile : end - begin, chunks * Op::slots);
   const int64_t columns = (p.channels + W - 1) / W;
-  const auto size = [&](int64_t first) {  // a tile stays within its image
-    const int64_t rest = columns - first % columns, most = end - first < tile ? end - first : tile;
-    return rest < most ? rest : most;
+  const auto size = [&](int64_t first) {  // a tile does not cross images
+    const int64_t rest = columns - first % columns, available = end - first < tile ? end - first : tile;
+    return rest < available ? rest : available;
   };
   for (int64_t first = begin, count = 0; first < end; first += count) {
     count = size(first);
-    const int64_t then = first + count;
+    const int64_t next_first = first + count;
     for (int64_t i = 0; i < count; ++i) Op::prepare(p, space.registers[i], first + i);
     for (int phase = 0; phase < Op::phases; ++phase) {
       if (!Op::by_chunk[phase]) {
-        for (int64_t i = 0; i < count; ++i) Op::whole(p, space.registers[i], phase);
+        for (int64_t i = 0; i < count; ++i) Op::per_register(p, space.registers[i], phase);
         continue;
       }
-      const bool asks = source == Source::memory || (source == Source::memory_once && phase == 0);
-      in_turn<Op>(phase, 0, chunks, count, [&](int64_t c, int64_t step) {
+      const bool prefetching = source == Source::memory || (source == Source::memory_once && phase == 0);
+      alternate_direction<Op>(phase, 0, chunks, count, [&](int64_t c, int64_t step) {
         const int64_t next = c + step;
-        if (asks && next >= 0 && next < chunks) {
-          chunk_of_registers<Op>(p, space.registers, count, phase, c, Ahead(p, first, count, next * Op::length));
-        } else if (asks && phase == 0 && then < end) {
-          chunk_of_registers<Op>(p, space.registers, count, phase, c, Ahead(p, then, size(then), 0));
+        if (prefetching && next >= 0 && next < chunks) {
+          chunk_of_registers<Op>(p, space.registers, count, phase, c, Prefetch(p, first, count, next * Op::length));
+        } else if (prefetching && phase == 0 && next_first < end) {
+          chunk_of_registers<Op>(p, space.registers, count, phase, c, Prefetch(p, next_first, size(next_first), 0));
         } else {
-          chunk_of_registers<Op>(p, space.registers, count, phase, c, NothingAhead());
+          chunk_of_registers<Op>(p, space.registers, count, phase, c, NoPrefetch());
         }
       });
     }
   }
 }
 
-// Every phase is a parallel region: a thread takes a part of all chunks, whole rows of them, or of the registers.
+// Every phase is a parallel region: a thread processes some of the chunks (for all registers of an image) or registers.
 template <class Op>
-void by_part(const Problem& p, int64_t count, Source source, int64_t chunks, ParallelFor loop) {
-  using Ahead = SOLA_ISA::Ahead<typename Op::Element>;
+void by_phase(const Problem& p, int64_t count, Source source, int64_t chunks, ParallelFor loop) {
+  using Prefetch = SOLA_ISA::Prefetch<typename Op::Element>;
   const Workspace<typename Op::Register> space(count, chunks * Op::slots);
   for (int64_t i = 0; i < count; ++i) Op::prepare(p, space.registers[i], i);
   const int64_t columns = count / p.batch;
@@ -152,18 +153,19 @@ void by_part(const Problem& p, int64_t count, Source source, int64_t chunks, Par
     if (!Op::by_chunk[phase]) {
       parallel(loop, count, 1, [&](int64_t begin, int64_t end) {
         const FlushSubnormals flush(true);
-        for (int64_t i = begin; i < end; ++i) Op::whole(p, space.registers[i], phase);
+        for (int64_t i = begin; i < end; ++i) Op::per_register(p, space.registers[i], phase);
       });
       continue;
     }
     parallel(loop, p.batch * chunks, 4, [&](int64_t begin, int64_t end) {
       const FlushSubnormals flush(true);
-      in_turn<Op>(phase, begin, end, columns, [&](int64_t k, int64_t step) {
+      alternate_direction<Op>(phase, begin, end, columns, [&](int64_t k, int64_t step) {
         const int64_t first = k / chunks * columns, c = k % chunks, next = c + step;
         if (source == Source::memory && next >= 0 && next < chunks) {
-          chunk_of_registers<Op>(p, space.registers + first, columns, phase, c, Ahead(p, first, columns, next * Op::length));
+          chunk_of_registers<Op>(p, space.registers + first, columns, phase, c,
+                                 Prefetch(p, first, columns, next * Op::length));
         } else {
-          chunk_of_registers<Op>(p, space.registers + first, columns, phase, c, NothingAhead());
+          chunk_of_registers<Op>(p, space.registers + first, columns, phase, c, NoPrefetch());
         }
       });
     });
@@ -174,21 +176,23 @@ template <class Op>
 void run(const Problem& p, ParallelFor loop) {
   const int64_t columns = (p.channels + W - 1) / W, count = p.batch * columns;
   const int64_t chunks = (p.tokens + Op::length - 1) / Op::length;
-  // Registers side by side, so that long pieces of a row are read at once: all of a row's where an image stays in the
-  // cache from one phase to the next; else the rows are streamed, whole ones as well, which memory delivers fastest.
-  // Where images are fewer than threads, as many registers as stay in a core's own cache, if these are at least two and
-  // threads have about the same number of them.
-  const int64_t cache = 3 << 19, own = 3 << 18, widest = 8, of_register = p.tokens * register_bytes * Op::arrays;
-  const bool fits = (columns < widest ? columns : widest) * of_register <= cache;
-  const int64_t most = (count + p.threads - 1) / p.threads;  // registers of a thread
-  const bool even = count >= 2 * p.threads && 5 * count >= 4 * most * p.threads;
-  const bool narrow = !fits && p.batch < p.threads && even && 2 * of_register <= own;
-  const int64_t tile = narrow ? own / of_register : widest;
-  const Source source = !fits && !narrow                          ? Source::memory
-                        : count * of_register > cache * p.threads ? Source::memory_once
-                                                                  : Source::cache;
-  const bool few = count < 2 * p.threads || (source == Source::memory && p.batch < p.threads);
-  if (p.threads > 1 && few && chunks >= 8) return by_part<Op>(p, count, source, chunks, loop);
+  // Adjacent registers are processed together, so that long runs of a row are read at once. If an image stays in the
+  // cache between phases, those are all registers of a row, up to max_tile. Otherwise rows are streamed, also max_tile
+  // registers at a time, which gives the best memory bandwidth. If there are fewer images than threads, a tile has as
+  // many registers as fit a core's private cache, provided that these are at least two and that threads get about equal
+  // numbers of them.
+  const int64_t cache = 3 << 19, private_cache = 3 << 18, max_tile = 8,
+                bytes_per_register = p.tokens * register_bytes * Op::arrays;
+  const bool fits_cache = (columns < max_tile ? columns : max_tile) * bytes_per_register <= cache;
+  const int64_t max_per_thread = (count + p.threads - 1) / p.threads;  // registers per thread
+  const bool balanced = count >= 2 * p.threads && 5 * count >= 4 * max_per_thread * p.threads;
+  const bool narrow_tile = !fits_cache && p.batch < p.threads && balanced && 2 * bytes_per_register <= private_cache;
+  const int64_t tile = narrow_tile ? private_cache / bytes_per_register : max_tile;
+  const Source source = !fits_cache && !narrow_tile                    ? Source::memory
+                        : count * bytes_per_register > cache * p.threads ? Source::memory_once
+                                                                         : Source::cache;
+  const bool split_phases = count < 2 * p.threads || (source == Source::memory && p.batch < p.threads);
+  if (p.threads > 1 && split_phases && chunks >= 8) return by_phase<Op>(p, count, source, chunks, loop);
   parallel(loop, count, 1 + 1024 / p.tokens,
            [&](int64_t begin, int64_t end) { by_register<Op>(p, begin, end, tile, source, chunks); });
 }

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward of layer norm, quad shift and interpolations, a band of rows of an image at a time (see passes.h).
+// The backward of layer norm, quad shift and interpolations, one band of rows of an image at a time (see passes.h).
 #pragma once
 #include "shift.h"
 
 namespace sola::SOLA_ISA {
 namespace {
 
-// With G = sum_m (1 - mix_m) g_m, the gradient of n is sum_m mix_m g_m plus G, shifted back; mix_m has that of its
-// channels, sum g_m (n - shift(n)); then the layer norm's backward.
+// With G = sum_m (1 - mix_m) g_m, the gradient of n is sum_m mix_m g_m plus G, shifted back. The gradient of mix_m is
+// the sum of g_m (n - shift(n)) over tokens. The backward of the layer norm follows.
 //
-// Gradients says where the rows of g_m are: begin(image, first, last) a band of rows; compute(h), in order; then row(m, h)
-// until the next but one is computed, tokens `stride` apart. made(m, w, c, register) is told what the forward made of a
-// token of the row, end_row() that the row is complete, end() that the band is.
+// Gradients provides the rows of g_m: begin(image, first, last) starts a band of rows, compute(h) is called in order,
+// and row(m, h) is valid until the row after the next one is computed, with tokens `stride` apart. record(m, w, c,
+// register) receives the recomputed forward result of a token; end_row() marks the end of a row, end() the end of the
+// band.
 template <class T, class Gradients>
 struct ShiftBackward {
   const Parameters<T>& a;
@@ -21,7 +22,7 @@ struct ShiftBackward {
   Ring<T> normed, plain, scattered;  // n; n without weight and bias; G
   Buffer<S<T>> scales, gradient, zero;
   Buffer<double> sums;
-  Buffer<const T*> grads;  // a row's, of each result
+  Buffer<const T*> grads;  // one row for each mix
 
   ShiftBackward(const Parameters<T>& parameters, Gradients& g)
       : a(parameters),
@@ -55,8 +56,8 @@ struct ShiftBackward {
   }
 
   void band(int64_t band) {
-    const int64_t of_image = (p.height + band_rows - 1) / band_rows, image = band / of_image;
-    const int64_t first = band % of_image * band_rows;
+    const int64_t bands_per_image = (p.height + band_rows - 1) / band_rows, image = band / bands_per_image;
+    const int64_t first = band % bands_per_image * band_rows;
     const int64_t last = first + band_rows < p.height ? first + band_rows : p.height;
     memset(static_cast<void*>(sums.data), 0, static_cast<size_t>((2 + p.mixes) * a.padded) * sizeof(double));
     const Buffer<S<T>> row_sums((2 + p.mixes) * a.padded);
@@ -85,10 +86,10 @@ struct ShiftBackward {
     const bool top = h > 0, bottom = h + 1 < p.height;
     const Neighbours<T> near{top ? normed[h - 1] : nullptr, normed[h], bottom ? normed[h + 1] : nullptr, zero.data,
                              p.width, a.padded};
-    // what came from the left goes back to the left: the adjoint swaps the neighbours
+    // the adjoint of the shift swaps the neighbours: the gradient of a value from the left goes to the left
     const Neighbours<T> back{bottom ? scattered[h + 1] : nullptr, scattered[h], top ? scattered[h - 1] : nullptr,
                              zero.data, p.width, a.padded};
-    S<T>*of_weight = totals, *of_bias = totals + a.padded, *of_mix = totals + 2 * a.padded;
+    S<T>*grad_weight = totals, *grad_bias = totals + a.padded, *grad_mix = totals + 2 * a.padded;
     const S<T> count = static_cast<S<T>>(p.channels);
     for (int64_t w = 0; w < p.width; ++w) {
       const S<T>*from[5], *to[5];
@@ -102,14 +103,14 @@ struct ShiftBackward {
         const V<T> shifted = a.shifted(from, r), difference = get(from[4] + c) - shifted;
         V<T> g = a.shifted(to, r);
         for (int64_t m = 0; m < p.mixes; ++m) {
-          const V<T> own = get(grads.data[m] + w * gradients.stride() + c, p.channels - c);
-          gradients.made(m, w, c, shifted + get(a.mix(m) + c) * difference);
-          g += get(a.mix(m) + c) * own;
-          put(of_mix + m * a.padded + c, get(of_mix + m * a.padded + c) + own * difference);
+          const V<T> g_m = get(grads.data[m] + w * gradients.stride() + c, p.channels - c);
+          gradients.record(m, w, c, shifted + get(a.mix(m) + c) * difference);
+          g += get(a.mix(m) + c) * g_m;
+          put(grad_mix + m * a.padded + c, get(grad_mix + m * a.padded + c) + g_m * difference);
         }
         const V<T> n = get(hat + c);
-        put(of_weight + c, get(of_weight + c) + g * n);
-        put(of_bias + c, get(of_bias + c) + g);
+        put(grad_weight + c, get(grad_weight + c) + g * n);
+        put(grad_bias + c, get(grad_bias + c) + g);
         g *= get(a.weight() + c);
         put(gradient.data + c, g);
         total += g;

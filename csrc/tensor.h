@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A tensor of torch's, owned through its stable C ABI, and what the operators ask of one.
+// An owning wrapper of a torch tensor on top of torch's stable C ABI, and the checks that the operators share.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -19,11 +19,11 @@ using torch::Handle;
 using torch::shim;
 using torch::Value;
 
-inline std::array<int32_t, 4> dtypes;  // torch's numbers, in the order of Type
+inline std::array<int32_t, 4> dtypes;  // torch's dtype codes, in the order of Type
 
 inline int64_t thread_count() {
   uint32_t threads = 1;
-  check(shim.torch_get_num_threads(&threads), "count its threads");
+  check(shim.torch_get_num_threads(&threads), "return the number of threads");
   return threads;
 }
 
@@ -45,11 +45,12 @@ class Tensor {
   static Tensor empty(const std::vector<int64_t>& sizes, Type type) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(sizes[i - 1], 1);
-    Handle made = nullptr;
+    Handle result = nullptr;
     check(shim.aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                        dtypes[static_cast<size_t>(type)], shim.aoti_torch_device_type_cpu(), 0, &made),
+                                        dtypes[static_cast<size_t>(type)], shim.aoti_torch_device_type_cpu(), 0,
+                                        &result),
           "allocate a tensor");
-    return Tensor(made);
+    return Tensor(result);
   }
 
   std::vector<int64_t> sizes() const { return {sizes_pointer(), sizes_pointer() + dim()}; }
@@ -73,7 +74,7 @@ class Tensor {
     for (int64_t i = dim() - 1; i >= 0; --i) {
       const int64_t size = sizes_pointer()[i];
       if (size != 1 && strides()[i] != next) return false;
-      next *= std::max<int64_t>(size, 1);  // as torch counts where there is nothing
+      next *= std::max<int64_t>(size, 1);  // the convention of torch for empty dimensions
     }
     return true;
   }
@@ -91,11 +92,11 @@ class Tensor {
     throw std::invalid_argument(std::string(name) +
                                 " must be float64, float32, bfloat16 or float16; convert it");
   }
-  // a new contiguous tensor of this type
+  // Return a contiguous copy with this dtype.
   Tensor copy(Type type) const {
-    Tensor made = empty(sizes(), type);
-    check(shim.aoti_torch_copy_(made.handle_, handle_, 0), "copy a tensor");
-    return made;
+    Tensor result = empty(sizes(), type);
+    check(shim.aoti_torch_copy_(result.handle_, handle_, 0), "copy a tensor");
+    return result;
   }
   const void* read() const {
     const void* data = nullptr;
@@ -116,20 +117,22 @@ class Tensor {
   }
 };
 
-inline std::string text(const std::vector<int64_t>& sizes) {
+inline std::string format_sizes(const std::vector<int64_t>& sizes) {
   std::string all = "[";
   for (size_t i = 0; i < sizes.size(); ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
   return all + "]";
 }
 
-inline void expect(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes, const char* like) {
-  if (!tensor.on_cpu()) throw std::invalid_argument(std::string(name) + " is not on the CPU");
-  const std::vector<int64_t> found = tensor.sizes();
-  if (found == sizes) return;
-  throw std::invalid_argument(std::string(name) + " is " + text(found) + ", expected " + like + " = " + text(sizes));
+inline void check_size(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes,
+                       const char* description) {
+  if (!tensor.on_cpu()) throw std::invalid_argument(std::string(name) + " must be on the CPU");
+  const std::vector<int64_t> actual = tensor.sizes();
+  if (actual == sizes) return;
+  throw std::invalid_argument(std::string(name) + " is " + format_sizes(actual) + ", expected " + description + " = " +
+                              format_sizes(sizes));
 }
 
-// a small tensor of any strides, as float64
+// Return the values of a small tensor with any strides as float64.
 inline std::vector<double> parameter(const Tensor& tensor, const char* name) {
   int64_t count = 1;
   for (int64_t size : tensor.sizes()) count *= size;
@@ -143,7 +146,7 @@ inline std::vector<double> parameter(const Tensor& tensor, const char* name) {
   return out;
 }
 
-// an error of a thread, the first, is thrown here as it was: torch would only say that there was one
+// Rethrows the first exception of a thread unchanged; torch itself would only report that one occurred.
 inline void parallel_for(int64_t count, int64_t grain, Body body, void* context) {
   struct Loop {
     Body body;

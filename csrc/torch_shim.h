@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of torch's stable C ABI that the operators use, declared here because no torch is there when they are built.
-// One binary serves every torch from 2.11 on: the functions are looked up by name in the libtorch_cpu that is already
+// The part of torch's stable C ABI that the operators use, declared here because the kernel is built without torch. One
+// binary supports every torch from 2.11 on: the functions are looked up by name in the libtorch_cpu that is already
 // loaded. Names and signatures: torch/csrc/stable/c/shim.h and torch/csrc/inductor/aoti_torch/c/shim.h.
 #pragma once
 #include <dlfcn.h>
@@ -11,11 +11,11 @@
 
 namespace sola::torch {
 
-using Value = uint64_t;        // StableIValue: a tensor's is its handle
+using Value = uint64_t;        // StableIValue; that of a tensor is its handle
 using Handle = void*;          // AtenTensorHandle, owned
 using Boxed = void (*)(Value* stack, uint64_t inputs, uint64_t outputs);
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
-constexpr uint64_t abi_version = (uint64_t{2} << 56) | (uint64_t{11} << 48);  // what these declarations were taken from
+constexpr uint64_t abi_version = (uint64_t{2} << 56) | (uint64_t{11} << 48);  // of these declarations
 
 #define SOLA_TORCH_FUNCTIONS(X)                                                                                       \
   X(int32_t, aoti_torch_device_type_cpu, ())                                                                          \
@@ -54,8 +54,8 @@ struct Shim {
 
 inline Shim shim;
 
-// "" or what is missing
-inline std::string find_torch() {
+// Return an empty string, or a description of the missing symbol.
+inline std::string bind_torch() {
 #if defined(__APPLE__)
   void* library = RTLD_DEFAULT;
 #else
@@ -64,7 +64,7 @@ inline std::string find_torch() {
 #endif
 #define SOLA_FIND(result, name, arguments)                               \
   shim.name = reinterpret_cast<result(*) arguments>(dlsym(library, #name)); \
-  if (shim.name == nullptr) return "this torch has no " #name;
+  if (shim.name == nullptr) return "this version of torch does not export " #name;
   SOLA_TORCH_FUNCTIONS(SOLA_FIND)
 #undef SOLA_FIND
   return "";

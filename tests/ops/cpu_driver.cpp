@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the operators of the CPU kernel over ugly shapes in exactly sized memory, without torch: a target for the address
-// and undefined-behaviour sanitizers. Compiled with the kernels as SOLA_ISA=generic.
+// Runs the operators of the CPU kernel on irregular shapes in exactly sized allocations, without torch: a driver for
+// the address and undefined-behaviour sanitizers. Compiled with the kernels as SOLA_ISA=generic.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -15,7 +15,7 @@ namespace {
 
 using namespace sola;
 
-// three uneven pieces, as threads would take them
+// three uneven ranges, as different threads would process them
 void pieces(int64_t count, int64_t, Body body, void* context) {
   const int64_t first = count / 3, second = count - count / 4;
   if (first > 0) body(0, first, context);
@@ -26,7 +26,7 @@ void pieces(int64_t count, int64_t, Body body, void* context) {
 template <class T>
 void run(Type type, int64_t batch, int64_t tokens, int64_t channels, int64_t threads, double range) {
   const size_t count = static_cast<size_t>(batch * tokens * channels), each = static_cast<size_t>(channels);
-  // separate allocations of exactly the right size: one element too far is seen
+  // separate allocations of exactly the right size: the sanitizer reports an access one element beyond the end
   std::vector<T> key(count), value(count), grad(count), output(count), grad_key(count), grad_value(count);
   std::vector<double> decay(each), bonus(each), grad_decay(each * batch), grad_bonus(each * batch);
   std::vector<float> states(static_cast<size_t>((tokens + chunk_tokens - 1) / chunk_tokens * 4) * each * batch);
@@ -51,7 +51,7 @@ void run(Type type, int64_t batch, int64_t tokens, int64_t channels, int64_t thr
   p.key = array(key), p.value = array(value), p.grad = array(grad), p.output = array(output);
   p.grad_key = array(grad_key), p.grad_value = array(grad_value);
   p.grad_decay = grad_decay.data(), p.grad_bonus = grad_bonus.data();
-  generic::kernel.forward(p, type, pieces);  // which keeps no states where nobody asks for them
+  generic::kernel.forward(p, type, pieces);  // states is null: none are stored
   p.states = states.data();
   generic::kernel.forward(p, type, pieces);
   generic::kernel.backward(p, type, pieces);
@@ -73,8 +73,8 @@ void attend(Type type, int64_t batch, int64_t tokens, int64_t heads, int64_t hea
   Attention a;
   a.batch = batch, a.tokens = tokens, a.heads = heads, a.head_dim = head_dim;
   a.qkv = qkv.data(), a.out = out.data(), a.lse = lse.data(), a.grad = grad.data(), a.grad_qkv = grad_qkv.data();
-  generic::attend.forward(a, type, pieces);
-  generic::attend.backward(a, type, pieces);
+  generic::attention_kernels.forward(a, type, pieces);
+  generic::attention_kernels.backward(a, type, pieces);
 }
 
 }  // namespace
@@ -83,7 +83,7 @@ int main() {
   int cases = 0;
   for (int64_t tokens : {1, 2, 7, 16, 33, 64, 65, 300}) {
     for (int64_t head_dim : {1, 4, 16, 33}) {
-      for (float size : {1.0f, 1e30f}) {  // the second is for the plain loops
+      for (float size : {1.0f, 1e30f}) {  // the second one takes the float64 loops
         attend<float>(Type::float32, 2, tokens, 3, head_dim, size);
         attend<generic::bfloat16>(Type::bfloat16, 1, tokens, 2, head_dim, size);
         attend<generic::float16>(Type::float16, 1, tokens, 1, head_dim, 1.0f);

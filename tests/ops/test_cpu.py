@@ -463,7 +463,7 @@ def test_running_out_of_memory_is_an_error_of_the_call(threads):
     command = [sys.executable, "-c", SHORT_OF_MEMORY, str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "sola: no memory for the " in done.stdout
+    assert "sola: could not allocate " in done.stdout
 
 
 def build(folder, **environment):

@@ -307,14 +307,14 @@ def test_the_kernels_reject_invalid_arguments(switch):
     for call, message in (
         (
             lambda: sola.norm_shift_linear(*shift, projections[:1]),
-            "2 mixes and 1 projections, expected as many, 1 to 3",
+            "got 2 mixes and 1 projections, expected equal numbers from 1 to 3",
         ),
         (lambda: sola.norm_shift_linear(*shift, [projections[0], square[1:, 1:]]), r"projection is \[7, 7\], expected"),
-        (lambda: sola.norm_shift_linear(*shift, [p.double() for p in projections]), "another dtype"),
+        (lambda: sola.norm_shift_linear(*shift, [p.double() for p in projections]), "must have the dtype"),
         (lambda: sola.norm_shift_linear(x[0], *shift[1:], projections), r"x is \[4, 3, 8\], expected"),
-        (lambda: sola.gate_linear(half, half, square.bfloat16()), "value must be float32: other types have no kernel"),
+        (lambda: sola.gate_linear(half, half, square.bfloat16()), "value must be float32; no kernel exists"),
         (lambda: sola.gate_linear(x[0], x, square), r"receptance is \[4, 3, 8\], expected"),
-        (lambda: sola.gate_linear(half, x, square), "receptance has another dtype"),
+        (lambda: sola.gate_linear(half, x, square), "receptance must have the dtype"),
         (lambda: sola.spatial_mix(*shift[:4], mixes[:1], square, square, x[..., 1:]), r"readout is \[1, 4, 3, 7\]"),
         (lambda: sola.spatial_mix(*shift, square, square, x), "2 mixes, expected 1"),
         (lambda: sola.squared_relu_linear(x, square[:, 0]), r"projection is \[8\], expected"),
@@ -322,7 +322,7 @@ def test_the_kernels_reject_invalid_arguments(switch):
         (lambda: sola.channel_mix(*shift, square[1:], square, square), r"value is \[8, 8\], expected"),
         (
             lambda: sola.norm_shift_linear_backward(*shift, projections, grads[:1]),
-            "as many mixes, projections and grads",
+            "equal numbers of mixes, projections and grads",
         ),
         (
             lambda: sola.norm_shift_linear_backward(*shift, projections, grads[::-1]),

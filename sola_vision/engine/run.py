@@ -130,7 +130,7 @@ def prepare(
     )
     if saved is not None:
         if changed := resuming.changes(progress, config, images):
-            log.info(f"the run goes on with another configuration: {', '.join(changed)}")
+            log.info(f"the run continues with another configuration: {', '.join(changed)}")
         log.info(f"resuming {folder} at step {progress.step} of {total}")
     elif resume:
         log.info(f"{folder} has no checkpoint yet: starting from the beginning")

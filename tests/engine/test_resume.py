@@ -81,7 +81,7 @@ def test_other_numbers_of_images_are_said_and_forget_which_were_skipped(tmp_path
         train(tmp_path, Classify(term=15), bad=(3,))
     few = Images(48)
     summary = fit(Classify(), Net(), few, Images(31, train=False), settings(), tmp_path, resume=True)
-    assert "goes on with another configuration: 48 training images (was 60)\n" in capfd.readouterr().err
+    assert "continues with another configuration: 48 training images (was 60)\n" in capfd.readouterr().err
     assert summary["images_skipped"]["training"] == 0
     assert module.load_progress(tmp_path).images == {"training": 48, "evaluation": 31}
 
@@ -96,7 +96,7 @@ def test_a_state_of_the_version_before_resumes(whole_run, tmp_path, capfd):
     del progress["images"], progress["metadata"]
     module.save_file(load_file(path), path, said | {"progress": json.dumps(progress)})
     train(tmp_path, resume=True)
-    assert "goes on with another" not in capfd.readouterr().err
+    assert "continues with another" not in capfd.readouterr().err
     assert_same_run(whole_run, tmp_path)
 
 

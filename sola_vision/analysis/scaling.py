@@ -20,13 +20,13 @@ from torch import nn
 
 from sola_vision import sola  # noqa: F401 - registers sola_* where this module is run on its own
 from sola_vision.analysis import memory
-from sola_vision.analysis.cost import build, count
+from sola_vision.analysis.cost import build, count, full_softmax
 from sola_vision.config import tiny
 
 # not in the paper: which sizes of each family; the tiny ones here, all with patches of 4 pixels as its caption says
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "SoLA": ("sola_tiny", {}),
-    "SoLA full softmax": ("sola_tiny", {"schedule": tiny().schedule.replace("L", "S")}),
+    "SoLA full softmax": ("sola_tiny", {"schedule": full_softmax(tiny()).schedule}),
     "Swin": ("swin_tiny_patch4_window7_224", {}),
     "DeiT": ("deit_tiny_patch16_224", {"patch_size": 4}),
 }

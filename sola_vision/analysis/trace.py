@@ -229,6 +229,7 @@ def eigencam(feature: Tensor) -> Tensor:
     if not torch.isfinite(feature).all():
         raise ValueError("features that are not finite have no principal component: has the network diverged?")
     tokens = feature.double().flatten(2).transpose(1, 2)  # [B, N, C]
+    # not in the paper: centring, without which the first component is mostly the mean feature; and the sign, below
     centred = tokens - tokens.mean(1, keepdim=True)
     if centred.shape[1] < centred.shape[2]:
         # fewer tokens than channels: the small side of the decomposition gives the projection itself

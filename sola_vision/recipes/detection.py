@@ -28,6 +28,7 @@ def _coco(name: str, drop_path_rate: float, checkpointing: bool = False) -> Dete
     Table 4 is without bridges, as its parameters and FLOPs say.
     """
     return DetectionRecipe(
+        # not in the paper: stochastic depth, for tiny and small as strong as on ImageNet
         model=ModelConfig(name=name, bridges="", drop_path_rate=drop_path_rate),
         detector=DetectorConfig(checkpointing=checkpointing),
         image=DetectionConfig(keep_empty=False),  # the defaults are 800/1333 and a flip
@@ -42,6 +43,7 @@ def _coco(name: str, drop_path_rate: float, checkpointing: bool = False) -> Dete
             warmup_steps=500,
             warmup_lr=1e-7,
             clip=None,
+            # not in the paper: bfloat16, which needs no loss scaling
             amp="bf16",
         ),
     )

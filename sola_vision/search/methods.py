@@ -103,8 +103,17 @@ def search(problem: Problem, method: str, say: Say) -> Found:
 
 
 def rule(costs: Costs, budget: float) -> str:
-    """The paper's: softmax after two linear layers, then every third; the earliest change where it costs too much."""
-    kinds = ["S" if place.layer % 3 == 2 else "L" for place in costs.space.open_layers]
+    """Return the kinds of the paper's schedule: softmax last in a stage and, from there back, in every third layer.
+
+    The first layer of a stage is linear. This gives stages 3 and 4 of Table 7: LLSLLS, LLLSLLSLLSLLSLLS and LS. Only
+    open layers follow the rule, so the space decides which stages have softmax layers (the paper's stages 1 and 2 have
+    none). Where the schedule costs more than the budget, its earliest layers change first.
+    """
+    depths = [len(stage) for stage in costs.space.template.split("/")]
+    kinds = [
+        "S" if place.layer and (depths[place.stage] - 1 - place.layer) % 3 == 0 else "L"
+        for place in costs.space.open_layers
+    ]
     most = max(costs.of(each) for each in costs.meeting(budget))
     for index, extra in enumerate(costs.extra):
         if costs.of("".join(kinds)) > most:

@@ -167,9 +167,6 @@ class SuperNet(nn.Module):
             low, high = (middle, high) if self._expected(logits, middle) > self.budget else (low, middle)
         return (low + high) / 2
 
-    def expected_cost(self, price: float) -> float:
-        return self._expected(self.logits, price)
-
     def _expected(self, logits: list[dict[str, float]], price: float) -> float:
         total = self.costs.base
         for each, extra in zip(logits, self.costs.extra, strict=True):

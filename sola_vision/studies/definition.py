@@ -52,6 +52,7 @@ class Study:
     epochs, data: the paper's, data "" for a study that it does not have.
     cost_size: pixels a side at which it counts MACs.
     metric: a name in the results, in per cent.
+    over: the horizontal axis of its figure; "depth" adds a panel over the number of layers.
     claims: what its text and numbers say.
     notes: what a reader has to know about it.
     """
@@ -68,6 +69,7 @@ class Study:
     cost_size: int = 224
     task: Literal["classification", "segmentation"] = "classification"
     metric: str = "top1"
+    over: Literal["cost", "depth"] = "cost"
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

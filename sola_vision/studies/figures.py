@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy against cost: a study's arms with their standard errors, the paper's own numbers in a panel beside."""
+"""The figure of a study: accuracy against cost with standard errors, next to the paper's numbers or against depth."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
 
@@ -14,39 +17,71 @@ LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
 
 
 def draw_study(outcome: Outcome, out: Path) -> None:
-    """The metric over MACs; the second panel is there when the paper has numbers."""
-    with_paper = [row for row in outcome.rows if row.paper is not None]
-    figure = Figure(figsize=(11.5 if with_paper else 6.5, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2 if with_paper else 1, squeeze=False)[0]
-    plan = outcome.plan
+    """Draw the metric over MACs; a second panel has the paper's numbers, if it prints any.
+
+    In a study over depth the first panel has the number of layers on its axis, as Figure 5.
+    """
     done = [row for row in outcome.rows if row.mean is not None]
-    for row in done:
-        panels[0].errorbar(
-            row.macs / 1e6, row.mean, yerr=row.error, color=_colour(row), marker="o", capsize=3, linestyle="none"
-        )
-    panels[0].set_xlabel(f"MMACs an image of {plan['cost_size']} pixels")
-    panels[0].set_ylabel(f"{outcome.study.measure}, %")
-    seeds = max((len(row.by_seed) for row in done), default=0)
-    panels[0].set_title(f"here: {plan['data']['name']}, up to {seeds} seeds, bars are standard errors", fontsize=9)
+    over_depth = outcome.study.over == "depth"
+    with_paper = [] if over_depth else [row for row in outcome.rows if row.paper is not None]
+    two = over_depth or bool(with_paper)
+    figure = Figure(figsize=(11.5 if two else 6.5, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2 if two else 1, squeeze=False)[0]
+    costs = panels[1 if over_depth else 0]
+    _draw_costs(outcome, done, costs)
+    if over_depth:
+        _draw_depths(done, panels[0])
+        panels[0].set_ylabel(f"{outcome.study.measure}, %")
     if with_paper:
         for row in with_paper:
             panels[1].plot(row.macs / 1e6, row.paper, color=_colour(row), marker="s", linestyle="none")
-        panels[1].set_xlabel(f"MMACs of the network here, an image of {plan['cost_size']} pixels")
+        panels[1].set_xlabel(f"MMACs of the network here, an image of {outcome.plan['cost_size']} pixels")
         panels[1].set_title(f"the paper's {outcome.study.measure} ({outcome.study.data})", fontsize=9)
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.1)
-    shown = {_colour(row) for row in done}
-    for colour, text in ((LINEAR, "linear only"), (MIXED, "both kinds"), (SOFTMAX, "softmax only in what varies")):
-        if colour in shown:
-            panels[0].plot([], [], color=colour, marker="o", linestyle="none", label=text)
-    if shown:
-        panels[0].legend(fontsize=8, loc="lower right")  # "best" takes seconds on a busy machine, and warns then
     figure.set_dpi(110)
-    label_points(figure, panels[0], [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
+    label_points(figure, costs, [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
     if with_paper:
         label_points(figure, panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
     figure.savefig(out)
+
+
+def _draw_costs(outcome: Outcome, done: Sequence[Row], axes: Axes) -> None:
+    for row in done:
+        axes.errorbar(
+            row.macs / 1e6, row.mean or 0.0, yerr=row.error, color=_colour(row), marker="o", capsize=3, linestyle="none"
+        )
+    axes.set_xlabel(f"MMACs an image of {outcome.plan['cost_size']} pixels")
+    axes.set_ylabel(f"{outcome.study.measure}, %")
+    seeds = max((len(row.by_seed) for row in done), default=0)
+    axes.set_title(f"here: {outcome.plan['data']['name']}, up to {seeds} seeds, bars are standard errors", fontsize=9)
+    shown = {_colour(row) for row in done}
+    for colour, text in ((LINEAR, "linear only"), (MIXED, "both kinds"), (SOFTMAX, "softmax only in what varies")):
+        if colour in shown:
+            axes.plot([], [], color=colour, marker="o", linestyle="none", label=text)
+    if shown:
+        axes.legend(fontsize=8, loc="lower right")  # "best" takes seconds on a busy machine, and warns then
+
+
+def _draw_depths(done: Sequence[Row], axes: Axes) -> None:
+    """Accuracy over the number K of layers: a line of the stacks that end linear, and one of those that end softmax."""
+    for kind, colour, text in (("L", LINEAR, "K x L"), ("S", MIXED, "(K - 1) x L + S")):
+        rows = sorted((row for row in done if row.schedule.endswith(kind)), key=lambda row: len(row.schedule))
+        if rows:
+            axes.errorbar(
+                [len(row.schedule) for row in rows],
+                [row.mean or 0.0 for row in rows],
+                yerr=[row.error for row in rows],
+                color=colour,
+                marker="o",
+                capsize=3,
+                label=text,
+            )
+            axes.legend(fontsize=8, loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("K, layers")
+    axes.set_title("accuracy over depth, as in the paper's Figure 5", fontsize=9)
 
 
 def _colour(row: Row) -> str:

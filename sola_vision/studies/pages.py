@@ -105,7 +105,7 @@ def _blocks(outcome: Outcome) -> list[Block]:
             "without the head, parameters with it. Images a second are of training, the median over the run; other "
             "programs may have run beside."
         ),
-        Picture(PLOT, "accuracy against cost"),
+        Picture(PLOT, "accuracy against depth and cost" if study.over == "depth" else "accuracy against cost"),
         Heading(2, "Does the order hold here?"),
         *_claims(outcome),
         Heading(2, "Every run"),

@@ -69,7 +69,7 @@ PAPER = Scale(
     name="paper",
     what="the paper's recipe: SoLA-T, or 192 channels at patch 16 in stacks of one stage; 224 pixels, batches of 1024",
     hierarchical=config.tiny(),
-    # the paper does not print the stack's width and patch; these fit its costs (docs/reconstruction.md)
+    # not in the paper: the stack's width and patch; these fit its costs (docs/reconstruction.md). Its drop path is T's
     isotropic=SolaConfig(schedule="LLLLLL", dims=(192,), patch_size=16, drop_path_rate=0.1),
     images=ImageConfig(),
     limit=None,
@@ -107,7 +107,8 @@ PAPER = Scale(
 
 MEDIUM = Scale(
     name="medium",
-    what="networks of 1.7 M parameters at 32 pixels, up to 50,000 training images, 30 epochs",
+    what="four stages of 48, 64, 96 and 128 channels, or stacks of 128 channels at patch 4; 32 pixels, up to 50,000 "
+    "training images, 30 epochs",
     hierarchical=SolaConfig(
         schedule="LL/LL/LLSLLS/LS", dims=(48, 64, 96, 128), patch_size=1, img_size=32, drop_path_rate=0.05
     ),
@@ -121,8 +122,8 @@ MEDIUM = Scale(
     seeds=5,
     # the recipe few_masks
     segmentation=SegmentationScale(
-        what="sola_nano under a UPerNet of 128 channels, 2.8 M parameters, from scratch; crops of 288 pixels from "
-        "images of 360, 1,800 steps",
+        what="sola_nano under a UPerNet of 128 channels, from scratch; crops of 288 pixels from images of 360, 1,800 "
+        "steps",
         networks={"tiny": config.nano(drop_path_rate=0.05)},
         head=UPerNetConfig(channels=128, auxiliary_channels=64),
         images=SegmentationConfig(size=360, crop=288),
@@ -143,7 +144,8 @@ MEDIUM = Scale(
 # stem patch 1, so that stage 3 has 8 x 8 tokens; sized for minutes a run on one core
 SMALL = Scale(
     name="small",
-    what="networks of 0.3 to 0.7 M parameters at 32 pixels, up to 20,000 training images, 2 or 3 epochs",
+    what="four stages of 16, 32, 64 and 96 channels, or stacks of 64 channels at patch 4; 32 pixels, up to 20,000 "
+    "training images, 2 or 3 epochs",
     hierarchical=SolaConfig(schedule="LL/LL/LLSLLS/LS", dims=(16, 32, 64, 96), patch_size=1, img_size=32, head_dim=16),
     isotropic=SolaConfig(schedule="LLLLLL", dims=(64,), patch_size=4, img_size=32, head_dim=16),
     images=None,
@@ -161,8 +163,8 @@ SMALL = Scale(
         log_every=100,
     ),
     segmentation=SegmentationScale(
-        what="a network of 32 to 96 channels under a UPerNet of 32 channels, 0.9 M parameters, from scratch; crops of "
-        "128 pixels from images of 128, 800 steps",
+        what="four stages of 32, 48, 64 and 96 channels under a UPerNet of 32 channels, from scratch; crops of 128 "
+        "pixels from images of 128, 800 steps",
         networks={"tiny": config.nano(dims=(32, 48, 64, 96))},
         head=UPerNetConfig(channels=32, auxiliary_channels=32),
         # crops of about the whole image: parts of it would take longer to learn from

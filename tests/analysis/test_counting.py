@@ -256,6 +256,14 @@ def test_paper_rows_of_sola_are_within_ten_per_cent():
     assert sum(abs(row.gmacs_difference) > 5 for row in compared) == 2  # S at 224, in Tables 3 and 7
 
 
+def test_paper_rows_of_vision_rwkv_are_met():
+    compared = list(compare_with_paper(row for row in ROWS if row.model.startswith("vrwkv_")))
+    assert [row.paper.method for row in compared] == ["VRWKV-T", "VRWKV-S", "VRWKV-B"]
+    assert [round(row.gmacs, 2) for row in compared] == [1.16, 4.58, 18.18]
+    assert [round(row.params, 1) for row in compared] == [6.2, 23.8, 93.6]
+    assert max(abs(row.gmacs_difference) for row in compared) < 3.1
+
+
 def test_rows_without_a_network_stay_blank():
     (row,) = compare_with_paper([PaperRow("3", "Vim-T", (224, 224), None, 7.0)])
     assert (row.gmacs, row.params, row.gmacs_difference, row.params_difference) == (None, None, None, None)

@@ -7,6 +7,7 @@ import pytest
 
 from sola_vision import SolaConfig, SolaVision
 from sola_vision.analysis.cost import count
+from sola_vision.config import base, tiny
 from sola_vision.search import Costs, Space, latency_costs, mac_costs, rule
 
 CONFIG = SolaConfig(schedule="L/LLLL/L", dims=(8, 16, 16), patch_size=1, img_size=16, head_dim=8, num_classes=4)
@@ -109,6 +110,23 @@ def test_the_papers_rule():
     assert rule(costs, 110.0) == "LLLLLS"
     assert rule(costs, 100.0) == "LLLLLL"
     assert rule(costs, 160.0) == "LLSLLS"
+
+
+def test_the_papers_rule_gives_table_7_for_its_budgets():
+    space = Space("LL/LL/??????/L?")
+    costs = mac_costs(tiny(), space, (224, 224))
+    assert space.schedule(rule(costs, costs.of(space.kinds(tiny().schedule)))) == tiny().schedule
+    space = Space("LL/LL/????????????????/LS")
+    # layers of a stage cost the same
+    costs = Costs(space, 100.0, ({"S": 3.0},) * space.size, "MACs")
+    assert space.schedule(rule(costs, costs.of(space.kinds(base().schedule)))) == base().schedule
+
+
+def test_the_papers_rule_counts_from_the_end_of_each_stage():
+    space = Space("??/?/???/?L??")
+    costs = Costs(space, 100.0, ({"S": 10.0},) * space.size, "MACs")
+    assert space.schedule(rule(costs, 190.0)) == "LS/L/LLS/LLLS"
+    assert space.schedule(rule(costs, 120.0)) == "LL/L/LLS/LLLS"
 
 
 def test_the_papers_rule_where_softmax_is_the_cheaper_kind():

@@ -3,16 +3,22 @@
 
 import json
 import math
+import shlex
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from little import LITTLE
+from matplotlib.figure import Figure
 
 from sola_vision.analysis.paper import ROWS
 from sola_vision.engine import write_json
 from sola_vision.studies import STUDIES, plan, write_report
-from sola_vision.studies.fig1a import ACCURACY, write_fig1a
+from sola_vision.studies.fig1a import ACCURACY, MASK_AP, write_fig1a
+from sola_vision.studies.figures import _draw_depths
 from sola_vision.studies.outcome import RESULTS, begin, gather
+from sola_vision.studies.scales import MEDIUM, SMALL
 
 
 def invent(folder, name, data, values):
@@ -32,10 +38,6 @@ def invent(folder, name, data, values):
 
 
 def _four_stages():
-    from dataclasses import replace
-
-    from sola_vision.studies.scales import SMALL
-
     network = SMALL.hierarchical.with_changes(dims=(8, 8, 16, 16), img_size=8, head_dim=8)
     return replace(SMALL, hierarchical=network, train=LITTLE.train, limit=36)
 
@@ -147,8 +149,51 @@ def test_figure_1a_has_every_accuracy_once(tmp_path):
     assert {(row.table, row.method) for row in ROWS if row.table in ACCURACY} == {
         (table, method) for table, methods in ACCURACY.items() for method in methods
     }
+    assert MASK_AP.keys() == ACCURACY["4"].keys()
     write_fig1a(tmp_path)
-    assert "No study has been run" in (tmp_path / "fig1a" / "report.md").read_text()
+    page = (tmp_path / "fig1a" / "report.md").read_text()
+    assert "No study has been run" in page
+    assert "| Table 4 | SoLA-B | 403 | 47.5 | 42.3 |" in page
+
+
+STORED = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("path", STORED, ids=[path.parent.name for path in STORED])
+def test_a_stored_study_is_complete_and_names_no_folder(path, tmp_path):
+    name = path.parent.name
+    shutil.copytree(path.parent, tmp_path / name)
+    outcome = gather(tmp_path, name)
+    assert (outcome.missing, outcome.without_number) == (0, 0)
+    for command in {result["command"] for result in outcome.results}:
+        assert not any(Path(word).is_absolute() for word in shlex.split(command))
+
+
+def test_the_tables_of_classification_are_stored():
+    assert {"table1", "fig5", "table2", "table6", "table9"} <= {path.parent.name for path in STORED}
+
+
+def test_a_study_over_depth_draws_the_number_of_layers(data, tmp_path):
+    arms = [arm.name for arm in STUDIES["fig5"].arms]
+    invent(tmp_path, "fig5", data, {name: [50.0 + len(name), 51.0 + len(name)] for name in arms})
+    write_report(tmp_path, "fig5")
+    assert "![accuracy against depth and cost](accuracy.png)" in (tmp_path / "fig5" / "report.md").read_text()
+    axes = Figure().subplots()
+    _draw_depths(gather(tmp_path, "fig5").rows, axes)
+    assert axes.get_xlabel() == "K, layers"
+    assert [
+        line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) and line.get_linestyle() == "-"
+    ] == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+@pytest.mark.parametrize("scale", [SMALL, MEDIUM])
+def test_a_scale_names_the_widths_of_its_networks(scale):
+    """Not their parameters, which differ from arm to arm; the table of a page counts those."""
+    *most, last = scale.hierarchical.dims
+    (stack,) = scale.isotropic.dims
+    assert f"{', '.join(map(str, most))} and {last} channels, or stacks of {stack} channels" in scale.what
+    for text in (scale.what, scale.segmentation.what):
+        assert "parameters" not in text
 
 
 def test_the_papers_own_differences():

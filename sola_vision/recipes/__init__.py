@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs: one function each, whose docstring says source, command, expected result and cost.
+"""Recipes: one function per run, whose docstring states the source, the command, the expected result and the cost.
 
-A recipe is a whole configuration; `sola train NAME --data FOLDER` runs it, any field can be given beside it.
+A recipe is a complete configuration. `sola train NAME --data FOLDER` runs it, and options override single fields.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def get_recipe(name: str) -> AnyRecipe:
-    """A recipe by name; ValueError lists the names if there is none."""
+    """Return the recipe called `name`. Raise ValueError, which lists the names, for an unknown one."""
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is unknown; the recipes are {', '.join(RECIPES)}")
     return RECIPES[name]()

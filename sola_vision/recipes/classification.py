@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification: the paper's training on ImageNet-1K, and runs for small data."""
+"""Classification: the paper's training on ImageNet-1K, and recipes for small datasets."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,9 +11,9 @@ from sola_vision.tasks import ModelConfig
 
 @dataclass(kw_only=True)
 class Recipe:
-    """Everything that a classification run is, apart from its data and its folder.
+    """The whole configuration of a classification run, except its data and its output folder.
 
-    Every task has a class of recipes: its fields that are dataclasses are the sections of options on the command line.
+    Each task has its own recipe class, whose fields of dataclass type are the groups of options on the command line.
     """
 
     task: ClassVar[str] = "classification"
@@ -21,12 +21,12 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     image: ImageConfig = field(default_factory=ImageConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    init: str | None = None  # checkpoint whose weights the network starts from; its head is replaced if classes differ
+    init: str | None = None  # checkpoint of the initial weights; the head is replaced if the classes differ
 
 
 def _imagenet(name: str, drop_path_rate: float) -> Recipe:
     """Section 5.1: "the training strategy and data augmentation of Swin", batch 1024, AdamW, 1e-3, cosine to 1e-5, 300
-    epochs. With bridges: Table 3's 79.8 for T is Table 6's 79.83, "SoLA Pattern + HSB".
+    epochs. With bridges: Table 3's 79.8 for T is the 79.83 of Table 6, "SoLA Pattern + HSB".
     """
     return Recipe(
         model=ModelConfig(name=name, bridges="paper", drop_path_rate=drop_path_rate),
@@ -49,7 +49,7 @@ def imagenet_tiny() -> Recipe:
     """SoLA-T on ImageNet-1K, Table 3.
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train imagenet_tiny --data IMAGENET
-    Expected: 79.8 % top-1 is the paper's; not yet run with this code.
+    Expected: 79.8 % top-1 in the paper; not yet run with this code.
     Cost: 300 epochs of 1.28 million images at 1.9 GMACs each.
     """
     return _imagenet("sola_tiny", 0.1)
@@ -59,7 +59,7 @@ def imagenet_small() -> Recipe:
     """SoLA-S on ImageNet-1K, Table 3.
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train imagenet_small --data IMAGENET
-    Expected: 82.9 % top-1 is the paper's; not yet run with this code.
+    Expected: 82.9 % top-1 in the paper; not yet run with this code.
     Cost: 300 epochs of 1.28 million images at 4.9 GMACs each.
     """
     return _imagenet("sola_small", 0.2)
@@ -69,7 +69,7 @@ def imagenet_base() -> Recipe:
     """SoLA-B on ImageNet-1K, Table 3.
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train imagenet_base --data IMAGENET
-    Expected: 84.1 % top-1 is the paper's; not yet run with this code.
+    Expected: 84.1 % top-1 in the paper; not yet run with this code.
     Cost: 300 epochs of 1.28 million images at 15.4 GMACs each.
     """
     return _imagenet("sola_base", 0.5)
@@ -88,7 +88,7 @@ def digits() -> Recipe:
             size=32,
             scale=(0.6, 1.0),
             ratio=(0.8, 1.25),
-            # a mirrored digit is another sign or none; strong augmentation would hide 8x8 pixels
+            # a mirrored digit is not the same digit; strong augmentation would destroy 8x8 pixels
             hflip=0.0,
             auto_augment=None,
             color_jitter=0.0,
@@ -114,7 +114,7 @@ def cifar10() -> Recipe:
 
     Command: sola train cifar10 --data cifar10.tar
     Expected: see docs/results.md.
-    Cost: minutes an epoch of 50,000 images on two cores.
+    Cost: minutes per epoch of 50,000 images on two cores.
     """
     return Recipe(
         model=ModelConfig(name="sola_nano", patch_size=2, drop_path_rate=0.05),
@@ -124,7 +124,7 @@ def cifar10() -> Recipe:
 
 
 def few_images() -> Recipe:
-    """SoLA-nano from scratch on your own folder of some hundreds to thousands of photographs; not in the paper.
+    """SoLA-nano from scratch on a folder of a few hundred to a few thousand photographs; not in the paper.
 
     Command: sola train few_images --data FOLDER
     Expected: 83 % top-1 on caltech16's 16 classes with 512 training images (docs/results.md).

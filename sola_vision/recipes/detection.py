@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection: the paper's training on COCO, and a run for small data."""
+"""Detection: the paper's training on COCO, and a recipe for small datasets."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,7 +11,10 @@ from sola_vision.tasks import DetectorConfig, ModelConfig
 
 @dataclass(kw_only=True)
 class DetectionRecipe:
-    """Everything that a detection run is, apart from its data and its folder; with masks if the data has them."""
+    """The whole configuration of a detection run, except its data and its output folder.
+
+    Masks are predicted if the data has them.
+    """
 
     task: ClassVar[str] = "detection"
     data: ClassVar[str] = "a folder with annotations/instances_SPLIT.json and images in SPLIT/, SPLIT train and val"
@@ -19,13 +22,13 @@ class DetectionRecipe:
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     image: DetectionConfig = field(default_factory=DetectionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    init: str | None = None  # a classifier's checkpoint for the backbone, or a detector's for everything
+    init: str | None = None  # checkpoint of a classifier (initialises the backbone) or of a detector (everything)
 
 
 def _coco(name: str, drop_path_rate: float, checkpointing: bool = False) -> DetectionRecipe:
     """Section 5.2: Mask R-CNN, 1x schedule, AdamW 1e-4, weight decay 0.05, batch 16, from ImageNet, at 1333x800.
 
-    Table 4 is without bridges, as its parameters and FLOPs say.
+    Without bridges, as the parameters and FLOPs of Table 4 show.
     """
     return DetectionRecipe(
         # not in the paper: stochastic depth, for tiny and small as strong as on ImageNet
@@ -54,7 +57,7 @@ def coco_tiny() -> DetectionRecipe:
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train coco_tiny --data COCO --init IMAGENET_RUN
         --detector.drop_bridges true
-    Expected: 43.8 box AP and 40.0 mask AP are the paper's; not yet run with this code.
+    Expected: 43.8 box AP and 40.0 mask AP in the paper; not yet run with this code.
     Cost: 12 epochs of 117,266 images at 55 GMACs each in the backbone.
     """
     return _coco("sola_tiny", 0.1)
@@ -65,7 +68,7 @@ def coco_small() -> DetectionRecipe:
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train coco_small --data COCO --init IMAGENET_RUN
         --detector.drop_bridges true
-    Expected: 46.6 box AP and 42.0 mask AP are the paper's; not yet run with this code.
+    Expected: 46.6 box AP and 42.0 mask AP in the paper; not yet run with this code.
     Cost: 12 epochs of 117,266 images at 133 GMACs each in the backbone.
     """
     return _coco("sola_small", 0.2)
@@ -76,19 +79,19 @@ def coco_base() -> DetectionRecipe:
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train coco_base --data COCO --init IMAGENET_RUN
         --detector.drop_bridges true
-    Expected: 47.5 box AP and 42.3 mask AP are the paper's; not yet run with this code.
+    Expected: 47.5 box AP and 42.3 mask AP in the paper; not yet run with this code.
     Cost: 12 epochs of 117,266 images at 418 GMACs each in the backbone.
     """
-    # not in the paper: less stochastic depth than on ImageNet in so few epochs
+    # not in the paper: less stochastic depth than on ImageNet, because training is so short
     return _coco("sola_base", 0.3, checkpointing=True)
 
 
 def few_objects() -> DetectionRecipe:
-    """SoLA-nano in a small Mask R-CNN from scratch on your own folder in COCO's format; not in the paper.
+    """SoLA-nano in a small Mask R-CNN, from scratch on a folder in COCO's format; not in the paper.
 
     Command: sola train few_objects --data FOLDER
     Expected: see docs/results.md.
-    Cost: within an hour on two cores for some hundreds of images.
+    Cost: within an hour on two cores for a few hundred images.
     """
     return DetectionRecipe(
         model=ModelConfig(name="sola_nano", drop_path_rate=0.0),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation: the classification runs with a teacher, which the user has; nothing here is in the paper.
+"""Distillation: the classification recipes with a teacher that the user provides; nothing here is in the paper.
 
-The teacher is a run of `sola train` or any network of timm with its weights: --teacher.checkpoint, --teacher.name.
+The teacher is a run of `sola train` or any timm network with its weights: --teacher.checkpoint, --teacher.name.
 """
 
 from dataclasses import dataclass, field
@@ -19,22 +19,23 @@ from sola_vision.tasks import DistillConfig, TeacherConfig
 
 @dataclass(kw_only=True)
 class DistillationRecipe(Recipe):
-    """A classification run, who teaches it, and how."""
+    """A classification recipe with a teacher and the settings of distillation."""
 
     task: ClassVar[str] = "distillation"
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
-def _taught(recipe: Recipe, distill: DistillConfig) -> DistillationRecipe:
+def _with_teacher(recipe: Recipe, distill: DistillConfig) -> DistillationRecipe:
     return DistillationRecipe(model=recipe.model, image=recipe.image, train=recipe.train, distill=distill)
 
 
 def _imagenet(recipe: Recipe) -> DistillationRecipe:
-    """The paper's recipe, in which the teacher's probabilities at temperature 1 count as much as the labels, and its
-    maps are left alone: timm's distillation of answers begins so too.
+    """The paper's recipe; the teacher's probabilities, at temperature 1, weigh as much as the labels.
+
+    Feature maps are not distilled. timm's logit distillation has the same defaults.
     """
-    return _taught(recipe, DistillConfig(target_weight=0.5, temperature=1.0, feature_weight=0.0))
+    return _with_teacher(recipe, DistillConfig(target_weight=0.5, temperature=1.0, feature_weight=0.0))
 
 
 def distill_imagenet_tiny() -> DistillationRecipe:
@@ -43,7 +44,7 @@ def distill_imagenet_tiny() -> DistillationRecipe:
     Command: torchrun --nproc-per-node 8 -m sola_vision train distill_imagenet_tiny --data IMAGENET
         --teacher.name convnext_base --teacher.checkpoint convnext_base.safetensors
     Expected: not yet run.
-    Cost: that of imagenet_tiny and a forward pass of the teacher.
+    Cost: that of imagenet_tiny plus a forward pass of the teacher per image.
     """
     return _imagenet(imagenet_tiny())
 
@@ -54,7 +55,7 @@ def distill_imagenet_small() -> DistillationRecipe:
     Command: torchrun --nproc-per-node 8 -m sola_vision train distill_imagenet_small --data IMAGENET
         --teacher.name convnext_base --teacher.checkpoint convnext_base.safetensors
     Expected: not yet run.
-    Cost: that of imagenet_small and a forward pass of the teacher.
+    Cost: that of imagenet_small plus a forward pass of the teacher per image.
     """
     return _imagenet(imagenet_small())
 
@@ -65,16 +66,16 @@ def distill_imagenet_base() -> DistillationRecipe:
     Command: torchrun --nproc-per-node 8 -m sola_vision train distill_imagenet_base --data IMAGENET
         --teacher.name convnext_large --teacher.checkpoint convnext_large.safetensors
     Expected: not yet run.
-    Cost: that of imagenet_base and a forward pass of the teacher.
+    Cost: that of imagenet_base plus a forward pass of the teacher per image.
     """
     return _imagenet(imagenet_base())
 
 
 def distill_few_images() -> DistillationRecipe:
-    """SoLA-nano on your own folder of photographs, with a teacher; not in the paper.
+    """SoLA-nano on a folder of photographs, with a teacher; not in the paper.
 
     Command: sola train distill_few_images --data FOLDER --teacher.checkpoint RUN
     Expected: no gain after 20 epochs at 64 pixels on caltech16 (docs/distillation.md, section 4); longer not yet run.
-    Cost: that of few_images and a forward pass of the teacher.
+    Cost: that of few_images plus a forward pass of the teacher per image.
     """
-    return _taught(few_images(), DistillConfig())
+    return _with_teacher(few_images(), DistillConfig())

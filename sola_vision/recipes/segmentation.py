@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation: the paper's training on ADE20K, and a run for small data."""
+"""Segmentation: the paper's training on ADE20K, and a recipe for small datasets."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,7 +11,7 @@ from sola_vision.tasks import ModelConfig, UPerNetConfig
 
 @dataclass(kw_only=True)
 class SegmentationRecipe:
-    """Everything that a segmentation run is, apart from its data and its folder."""
+    """The whole configuration of a segmentation run, except its data and its output folder."""
 
     task: ClassVar[str] = "segmentation"
     data: ClassVar[str] = "a folder with images/SPLIT and annotations/SPLIT, SPLIT training and validation"
@@ -19,12 +19,12 @@ class SegmentationRecipe:
     segmenter: UPerNetConfig = field(default_factory=UPerNetConfig)
     image: SegmentationConfig = field(default_factory=SegmentationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    init: str | None = None  # a classifier's checkpoint for the backbone, or a segmentation one for everything
+    init: str | None = None  # checkpoint of a classifier (initialises the backbone) or of a segmenter (everything)
 
 
 def _ade20k(name: str, drop_path_rate: float) -> SegmentationRecipe:
     """Section 5.2: UPerNet, AdamW, 6e-5, weight decay 0.01, batch 16, crop 512, 160,000 iterations, from ImageNet
-    weights. Without bridges, as Table 5; Table 8's other rows are --model.bridges paper.
+    weights. Without bridges, as in Table 5; for the other rows of Table 8 add --model.bridges paper.
     """
     return SegmentationRecipe(
         # not in the paper: stochastic depth, here as strong as on ImageNet
@@ -53,7 +53,7 @@ def ade20k_tiny() -> SegmentationRecipe:
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train ade20k_tiny --data ADEChallengeData2016
         --init runs/imagenet_tiny --segmenter.drop_bridges true
-    Expected: 44.7 mIoU is the paper's, 45.0 with bridges; not yet run with this code.
+    Expected: 44.7 mIoU in the paper, 45.0 with bridges; not yet run with this code.
     Cost: 160,000 steps of 16 crops at 10.8 GMACs each in the backbone.
     """
     return _ade20k("sola_tiny", 0.1)
@@ -64,7 +64,7 @@ def ade20k_small() -> SegmentationRecipe:
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train ade20k_small --data ADEChallengeData2016
         --init runs/imagenet_small --segmenter.drop_bridges true
-    Expected: 48.1 mIoU is the paper's, 48.6 with bridges; not yet run with this code.
+    Expected: 48.1 mIoU in the paper, 48.6 with bridges; not yet run with this code.
     Cost: 160,000 steps of 16 crops at 27.2 GMACs each in the backbone.
     """
     return _ade20k("sola_small", 0.2)
@@ -75,14 +75,14 @@ def ade20k_base() -> SegmentationRecipe:
 
     Command: torchrun --nproc-per-node 8 -m sola_vision train ade20k_base --data ADEChallengeData2016
         --init runs/imagenet_base --segmenter.drop_bridges true
-    Expected: 50.5 mIoU is the paper's, 51.4 with bridges; not yet run with this code.
+    Expected: 50.5 mIoU in the paper, 51.4 with bridges; not yet run with this code.
     Cost: 160,000 steps of 16 crops at 84.9 GMACs each in the backbone.
     """
     return _ade20k("sola_base", 0.5)
 
 
 def few_masks() -> SegmentationRecipe:
-    """SoLA-nano with a narrow UPerNet, from scratch on your own folder of some dozens to hundreds of labelled images.
+    """SoLA-nano with a narrow UPerNet, from scratch on a folder of dozens to hundreds of labelled images.
 
     Command: sola train few_masks --data FOLDER
     Expected: see docs/results.md; not in the paper.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules that are learned under a budget: `space` says which and what they cost, `methods` finds one.
+"""Search for schedules under a budget: `space` defines the candidates, `costs` prices them, `methods` selects one.
 
-The method of choice trains one network whose open layers hold everything that they may be (`supernet`); random search,
-evolution and the paper's rule are there to be compared with.
+The default method trains a supernet whose open layers contain every alternative (`supernet`). Random search, evolution
+and the paper's rule serve as baselines.
 """
 
 from .costs import Costs, latency_costs, mac_costs

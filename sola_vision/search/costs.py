@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What schedules cost, in MACs or in measured time, and which of them meet a budget.
+"""The cost of schedules, in MACs or in measured time, and the schedules that meet a budget.
 
-Layers add up: a network costs what it costs with every open layer linear, and more for each that is softmax, and again
-for each bridge.
+Costs are additive: that of the network with every open layer linear, plus a difference for each softmax layer and each
+bridge.
 """
 
 import statistics
@@ -17,14 +17,15 @@ from sola_vision.config import SolaConfig
 
 from .space import Space
 
-TOLERANCE = 0.02  # by how much a schedule may miss the budget
+TOLERANCE = 0.02  # relative distance from the budget up to which a schedule meets it
 
 
 @dataclass(frozen=True)
 class Costs:
-    """base: with all open layers linear; extra: what else costs more, by letter, an entry an open layer.
+    """Additive costs of the schedules of a space.
 
-    What is cheaper than linear has an extra below zero.
+    base: the cost with all open layers linear. extra: for each open layer, the additional cost of every other letter;
+    negative for a layer cheaper than the linear one. unit: "MACs" or "seconds".
     """
 
     space: Space
@@ -33,18 +34,24 @@ class Costs:
     unit: str
 
     def of(self, kinds: str) -> float:
+        """Return the cost of the network with these kinds of open layers."""
         return self.base + sum(extra[kind] for kind, extra in zip(kinds, self.extra, strict=True) if kind != "L")
 
     @property
     def cheapest(self) -> str:
+        """The kinds of the network that costs least."""
         return min(self.space, key=self.of)
 
     @property
     def dearest(self) -> str:
+        """The kinds of the network that costs most."""
         return max(self.space, key=self.of)
 
     def meeting(self, budget: float) -> list[str]:
-        """The kinds that cost the budget, give or take 2 %; where levels lie further apart, the level below it."""
+        """Return the kinds of all networks within 2 % of the budget; if there are none, those of the next lower level.
+
+        Raise ValueError if the budget lies outside the range of the space.
+        """
         low, high = self.of(self.cheapest), self.of(self.dearest)
         if not low <= budget * (1 + TOLERANCE) or not high >= budget * (1 - TOLERANCE):
             raise ValueError(
@@ -59,11 +66,12 @@ class Costs:
         return [kinds for kinds in self.space if abs(self.of(kinds) / below - 1) <= TOLERANCE / 2]
 
     def text(self, cost: float) -> str:
+        """Format a cost with its unit."""
         return f"{cost / 1e6:,.2f} MMACs" if self.unit == "MACs" else f"{1e3 * cost:.3f} ms"
 
 
 def mac_costs(config: SolaConfig, space: Space, size: tuple[int, int]) -> Costs:
-    """MACs of one image of `size` (height, width), head included; exact."""
+    """Return the exact MACs for one image of `size` (height, width), including the head."""
 
     def macs(kinds: str) -> int:
         return count(SolaVision(space.config(config, kinds), device="meta").eval(), size).macs
@@ -79,9 +87,9 @@ def mac_costs(config: SolaConfig, space: Space, size: tuple[int, int]) -> Costs:
 def latency_costs(
     config: SolaConfig, space: Space, size: tuple[int, int], device: torch.device | str = "cpu", rounds: int = 15
 ) -> Costs:
-    """Seconds of one forward of one image on this machine, medians of interleaved rounds.
+    """Return the seconds of a forward pass of one image on this machine, as medians over interleaved rounds.
 
-    Layers of a stage are alike, so one of each stage is measured, with each of its letters.
+    Layers of a stage cost the same, so only one per stage is measured, once for each of its letters.
     """
     first = {layer.stage: index for index, layer in reversed(list(enumerate(space.open_layers)))}
     networks = {(0, "L"): "L" * space.size}
@@ -94,7 +102,7 @@ def latency_costs(
         for round_ in range(rounds + 2):
             for name, model in models.items():
                 seconds = _seconds(model, image)
-                if round_ >= 2:  # the first ones warm up
+                if round_ >= 2:  # the first two rounds warm up
                     times[name].append(seconds)
     median = {name: statistics.median(values) for name, values in times.items()}
     base = median[0, "L"]
@@ -106,7 +114,7 @@ def latency_costs(
 
 
 def _only(space: Space, index: int, letter: str) -> str:
-    """All linear but for one layer."""
+    """Return kinds that are linear except for one layer."""
     return "L" * index + letter + "L" * (space.size - index - 1)
 
 

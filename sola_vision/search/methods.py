@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four ways to a schedule under a budget: learned gates, random search, evolution, and the paper's rule.
+"""Four methods to select a schedule under a budget: learned gates, random search, evolution, and the paper's rule.
 
-All of them choose by a part of the training images that they do not train on; held-out images stay untouched. Cost is
-counted in trainings of one network: the gates' comes from their supernet, random search and evolution get the same,
-divided among short trainings.
+All of them select by accuracy on a validation split of the training images; held-out images are never used. The cost of
+a search is counted in trainings of one network. Random search and evolution get the cost of the gates' supernet as
+their budget, divided among short trainings.
 """
 
 import json
@@ -30,18 +30,18 @@ from .costs import Costs, mac_costs
 from .supernet import SuperNet
 
 METHODS = ("gates", "random", "evolution", "rule")
-_TRIALS = 6  # short trainings of random search and of evolution
-_JUDGED = 24  # networks that the supernet is evaluated on: the gates' favourites, and as many at random
-_FINALISTS = 4  # of these that are trained on
-_FINAL = 0.25  # of a training, each
-_FORWARD = 1 / 3  # of a training step's cost
+_TRIALS = 6  # the number of short trainings in random search and in evolution
+_JUDGED = 24  # networks evaluated with shared weights: half ranked best by the gates, half random
+_FINALISTS = 4  # of these, the number that is trained further
+_FINAL = 0.25  # the length of each such training, as a fraction of a full one
+_FORWARD = 1 / 3  # the cost of a forward pass as a fraction of a training step's
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched, on which images, how long one training is, and where files go."""
+    """A search problem: the base network, the costs and the budget, the images, one training's settings, the folder."""
 
     config: SolaConfig
     costs: Costs
@@ -54,21 +54,23 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """Of one training."""
+        """The number of steps of one training."""
         return self.train.epochs * max(1, self.num_train // self.train.batch_size)
 
     @property
     def num_train(self) -> int:
-        return len(self.train_set)  # type: ignore[arg-type]  # torch does not promise a length
+        """The number of images to train on."""
+        return len(self.train_set)  # type: ignore[arg-type]  # torch's Dataset type does not declare __len__
 
     @property
     def num_choose(self) -> int:
-        return len(self.choose_set)  # type: ignore[arg-type]  # torch does not promise a length
+        """The number of images to select by."""
+        return len(self.choose_set)  # type: ignore[arg-type]  # torch's Dataset type does not declare __len__
 
 
 @dataclass(frozen=True)
 class Point:
-    """A network that was tried: its cost, its accuracy on the images to choose by, and how that was found."""
+    """An evaluated network: its cost, its accuracy on the validation split, and how its weights were trained."""
 
     schedule: str
     bridges: str
@@ -79,7 +81,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ends with; `trainings` is what it cost, in trainings of one network."""
+    """The result of a search; `trainings` is the cost of the search in trainings of one network."""
 
     method: str
     schedule: str
@@ -90,16 +92,16 @@ class Found:
     gates: tuple[dict[str, float], ...] = ()
 
 
-def search(problem: Problem, method: str, say: Say) -> Found:
-    """Runs one of METHODS; what an interrupted search had finished is not done again."""
+def search(problem: Problem, method: str, log: Log) -> Found:
+    """Run one of METHODS. An interrupted search reuses every training and evaluation that it had finished."""
     candidates = problem.costs.meeting(problem.budget)
     budget = problem.costs.text(problem.budget)
-    say(f"{len(candidates):,} of {len(list(problem.costs.space)):,} networks meet the budget of {budget}")
+    log(f"{len(candidates):,} of {len(list(problem.costs.space)):,} networks meet the budget of {budget}")
     if method == "rule":
         return _found(problem, method, rule(problem.costs, problem.budget), 0.0, [])
     if method == "gates":
-        return _gates(problem, say)
-    return _evolution(problem, say) if method == "evolution" else _random(problem, say)
+        return _gates(problem, log)
+    return _evolution(problem, log) if method == "evolution" else _random(problem, log)
 
 
 def rule(costs: Costs, budget: float) -> str:
@@ -121,7 +123,7 @@ def rule(costs: Costs, budget: float) -> str:
     return "".join(kinds)
 
 
-def _gates(problem: Problem, say: Say) -> Found:
+def _gates(problem: Problem, log: Log) -> Found:
     steps, costs = problem.steps, problem.costs
     folder = problem.out / "supernet"
     model = SuperNet(problem.config, costs, problem.budget, steps, problem.train.seed)
@@ -137,40 +139,40 @@ def _gates(problem: Problem, say: Say) -> Found:
         resume=(folder / "metrics.jsonl").exists(),
     )
     gates = ("/".join(f"{letter}{logit:+.2f}" for letter, logit in each.items()) for each in model.logits)
-    say("gates " + " ".join(gates) + " (beside L at 0)")
+    log("gates " + " ".join(gates) + " (logits relative to L)")
     ranked = model.ranked(model.candidates)
     favourites, others = ranked[: _JUDGED // 2], ranked[_JUDGED // 2 :]
     drawn = random.Random(problem.train.seed).sample(others, min(_JUDGED // 2, len(others)))
-    elsewhere = _elsewhere(model)
-    for kinds in favourites + drawn + elsewhere:
+    curve = _other_levels(model)
+    for kinds in favourites + drawn + curve:
         if kinds not in done:
             model.choose(kinds)
             done[kinds] = _top1(problem, task, model)
             write_json(folder / "points.json", done)
-    points = [_point(problem, kinds, done[kinds], "shared weights") for kinds in favourites + drawn + elsewhere]
+    points = [_point(problem, kinds, done[kinds], "shared weights") for kinds in favourites + drawn + curve]
     best_first = sorted(favourites + drawn, key=lambda kinds: done[kinds], reverse=True)
     shared = {name: value.clone() for name, value in model.state_dict().items()}
-    final = {kinds: _trained_on(problem, model, shared, kinds, say) for kinds in best_first[:_FINALISTS]}
+    final = {kinds: _finetuned(problem, model, shared, kinds, log) for kinds in best_first[:_FINALISTS]}
     points += [_point(problem, kinds, top1, f"{_FINAL:.2f} of a training more") for kinds, top1 in final.items()]
     best = max(final, key=lambda kinds: final[kinds])
     found = _found(problem, "gates", best, _gates_trainings(problem), points)
     return replace(found, gates=tuple(model.logits))
 
 
-def _trained_on(problem: Problem, model: SuperNet, shared: dict[str, Tensor], kinds: str, say: Say) -> float:
-    """Accuracy of one network that goes on from the shared weights, by itself."""
+def _finetuned(problem: Problem, model: SuperNet, shared: dict[str, Tensor], kinds: str, log: Log) -> float:
+    """Train one network further from the shared weights and return its accuracy."""
     folder = problem.out / "finalists" / kinds
     done = _stored(folder / "point.json")
     if kinds not in done:
         model.load_state_dict(shared)
         model.settle(kinds)
         done = {kinds: _short(problem, model, _FINAL, folder)}
-    say(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after {_FINAL:.2f} of a training more")
+    log(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after {_FINAL:.2f} of a training more")
     return done[kinds]
 
 
-def _elsewhere(model: SuperNet) -> list[str]:
-    """The gates' favourite with each number of softmax layers that costs something else: for the curve."""
+def _other_levels(model: SuperNet) -> list[str]:
+    """Return the gates' best network for every number of softmax layers that no candidate has; for the curve only."""
     numbers = {_softmax_layers(kinds) for kinds in model.candidates}
     favourites: dict[int, str] = {}
     for kinds in model.ranked([kinds for kinds in model.costs.space if _softmax_layers(kinds) not in numbers]):
@@ -183,15 +185,17 @@ def _softmax_layers(kinds: str) -> int:
 
 
 def _gates_trainings(problem: Problem) -> float:
-    """Half of the supernet's steps take one path, the other half everything that open layers may be; then the
-    evaluations, and the finalists' trainings. In MACs at the size that is trained at, whatever the budget counts.
+    """Return the cost of the gates' search, in trainings of one network.
+
+    Half of the supernet's steps run one path, the other half every alternative of the open layers; the evaluations and
+    the finalists' trainings are added. Counted in MACs at the training resolution, whatever the budget counts.
     """
     config, space = problem.config, problem.costs.space
     costs = mac_costs(config, space, (config.img_size, config.img_size))
     candidates = problem.costs.meeting(problem.budget)
     single = statistics.fmean(costs.of(kinds) for kinds in candidates)
     drawn = costs.base + sum(sum(extra.values()) / (1 + len(extra)) for extra in costs.extra)
-    # what both kinds cost together follows from the two extremes and what lies outside of the open layers
+    # the cost of both kinds together, from the two extremes; the layers that are not open would count twice
     both = costs.of("L" * space.size) + costs.of("S" * space.size) - _rest(problem)
     both += sum(cost - extra["S"] for extra in costs.extra for letter, cost in extra.items() if letter != "S")
     elsewhere = space.size + 1 - len({_softmax_layers(kinds) for kinds in candidates})
@@ -202,7 +206,7 @@ def _gates_trainings(problem: Problem) -> float:
 
 
 def _rest(problem: Problem) -> float:
-    """MACs of everything but the open layers."""
+    """Return the MACs of everything except the open layers."""
     config, space = problem.config, problem.costs.space
     model = SolaVision(space.config(config, "L" * space.size), device="meta").eval()
     cost = count(model, (config.img_size, config.img_size))
@@ -210,26 +214,26 @@ def _rest(problem: Problem) -> float:
     return cost.macs - sum(group.macs for group in cost.layers if group.name in places)
 
 
-def _random(problem: Problem, say: Say) -> Found:
+def _random(problem: Problem, log: Log) -> Found:
     draw = random.Random(problem.train.seed)
     candidates = problem.costs.meeting(problem.budget)
     share = _share(problem)
     tried = draw.sample(candidates, min(_TRIALS, len(candidates)))
-    return _best_of(problem, "random", share, {kinds: _trial(problem, kinds, share, say) for kinds in tried})
+    return _best_of(problem, "random", share, {kinds: _trial(problem, kinds, share, log) for kinds in tried})
 
 
-def _evolution(problem: Problem, say: Say) -> Found:
-    """Half of the trials at random; then each is the best so far with one layer changed, or a pair exchanged."""
+def _evolution(problem: Problem, log: Log) -> Found:
+    """Draw half of the trials at random; each later one is the best so far with a layer changed or a pair swapped."""
     draw = random.Random(problem.train.seed)
     candidates = problem.costs.meeting(problem.budget)
     share = _share(problem)
-    tried = {k: _trial(problem, k, share, say) for k in draw.sample(candidates, min(_TRIALS // 2, len(candidates)))}
+    tried = {k: _trial(problem, k, share, log) for k in draw.sample(candidates, min(_TRIALS // 2, len(candidates)))}
     while len(tried) < min(_TRIALS, len(candidates)):
         best = max(tried, key=lambda kinds: tried[kinds])
         distance = {k: sum(a != b for a, b in zip(k, best, strict=True)) for k in candidates if k not in tried}
         nearest = max(2, min(distance.values()))
         kinds = draw.choice([k for k, far in distance.items() if far <= nearest])
-        tried[kinds] = _trial(problem, kinds, share, say)
+        tried[kinds] = _trial(problem, kinds, share, log)
     return _best_of(problem, "evolution", share, tried)
 
 
@@ -240,29 +244,29 @@ def _best_of(problem: Problem, method: str, share: float, tried: dict[str, float
 
 
 def _share(problem: Problem) -> float:
-    """Of a training, for each of the trials, so that all of them with their evaluations cost what the gates do."""
+    """Return the fraction of a training for each trial with which all trials together cost as much as the gates."""
     return _gates_trainings(problem) / _TRIALS - _evaluation(problem)
 
 
 def _evaluation(problem: Problem) -> float:
-    """One look at the images to choose by, in trainings."""
+    """Return the cost of one evaluation on the validation split, in trainings."""
     return problem.num_choose * _FORWARD / (problem.steps * problem.train.batch_size)
 
 
-def _trial(problem: Problem, kinds: str, share: float, say: Say) -> float:
-    """Accuracy after a short training of its own."""
+def _trial(problem: Problem, kinds: str, share: float, log: Log) -> float:
+    """Train one network from scratch for a short time and return its accuracy."""
     folder = problem.out / "trials" / kinds
     done = _stored(folder / "point.json")
     if kinds not in done:
         torch.manual_seed(problem.train.seed)
         model = SolaVision(problem.costs.space.config(problem.config, kinds))
         done = {kinds: _short(problem, model, share, folder)}
-    say(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after a short training")
+    log(f"{problem.costs.space.text(kinds)}: {done[kinds]:.2f} after a short training")
     return done[kinds]
 
 
 def _short(problem: Problem, model: nn.Module, share: float, folder: Path) -> float:
-    """Trains for a share of a training; leaves the accuracy in the folder too."""
+    """Train for a fraction of a training, write the accuracy to point.json in `folder` and return it."""
     steps = max(2, round(problem.steps * share))
     warmup = min(steps // 4, round(problem.train.warmup_epochs * problem.steps / problem.train.epochs))
     task = Classification(problem.config.num_classes, problem.image)

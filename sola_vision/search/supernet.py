@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network whose open layers hold everything that they may be, and gates that learn what to keep.
+"""The supernet: a network whose open layers contain every alternative, and gates that learn which one to keep.
 
-First half of the training: every step takes one network at random, so that all layers and bridges learn, and each kind
-in company of the others. Second half: every step takes one network by the gates, which are straight-through
-Gumbel-softmax variables: the layer computes everything that it may be, lets one of it through, and the gate's gradient
-is that of shares around the choice. What is trained is a network of the space at every step. Blended outputs, as in
-most relaxed searches, made bridges look worse than none, where from scratch they are worth two points.
+In the first half of the training each step runs one random network, so that all layers and bridges are trained, each
+kind in combination with the others. In the second half each step runs one network drawn by the gates, which are
+straight-through Gumbel-softmax variables: an open layer computes all alternatives and outputs the one drawn, and the
+gate receives the gradient of the soft weights at that choice. So every step trains a network of the space. Blended
+outputs, as in most relaxed searches, ranked bridges below no bridges, although trained from scratch they are worth two
+points.
 
-Cost enters as a price. What a letter costs, times the price, is taken off its logit, and the price is the one at which
-the expected cost is the budget. So gates are free to learn what serves accuracy: a penalty that is added to the loss
-has a gradient without noise, which drowned the loss's own in Adam's steps.
+Cost enters as a price: each letter's logit is reduced by its cost times the price, and the price is the one for which
+the expected cost equals the budget. The gates are thus free to optimise accuracy. A penalty added to the loss has a
+gradient without noise, which dominated that of the loss in Adam's steps.
 """
 
 import math
@@ -25,15 +26,15 @@ from sola_vision.schedule import Bridge
 
 from .costs import Costs
 
-_RANDOM_PART = 0.5  # of the training, before gates are learned
-_TEMPERATURES = (1.0, 0.25)  # of the gates, at the beginning and at the end of the second half
-_GATE_SPEED = 20.0  # a gate's logits are its parameters times this: the optimiser moves parameters by the learning rate
+_RANDOM_PART = 0.5  # the fraction of the training before gates are learned
+_TEMPERATURES = (1.0, 0.25)  # Gumbel-softmax temperature at the start and the end of the second half
+_GATE_SPEED = 20.0  # logits per unit of a gate's parameters, whose steps are about the learning rate
 
 
 class MixedLayer(nn.Module):
-    """A linear and a softmax layer in one place, of which `chosen`, a letter, counts.
+    """A linear and a softmax layer at the same position, of which the one selected by the letter `chosen` is used.
 
-    shares: 1 for that letter and 0 for the others, with the gate's gradient; None while nobody asks for it.
+    shares: 1 for that letter and 0 for the others, carrying the gate's gradient; None when no gradient is needed.
     """
 
     def __init__(self, linear: nn.Module, softmax: nn.Module, letters: str) -> None:
@@ -45,13 +46,15 @@ class MixedLayer(nn.Module):
 
     @property
     def logits(self) -> Tensor:
+        """The gate's logits [letters]."""
         return _GATE_SPEED * self.gate
 
     def choose(self, letter: str) -> None:
+        """Select a letter, without a gradient to the gate."""
         self.chosen, self.shares = letter, None
 
     def draw(self, toll: Tensor, temperature: float) -> None:
-        """Chooses by the gate less a toll on each letter."""
+        """Draw a letter by the gate's logits minus a toll per letter."""
         uniform = torch.rand(len(self.letters)).clamp(1e-6, 1 - 1e-6)
         gumbel = -torch.log(-torch.log(uniform)).to(self.gate.device)
         soft = torch.softmax((self.logits - toll + gumbel) / temperature, dim=0)
@@ -61,6 +64,7 @@ class MixedLayer(nn.Module):
         self.chosen, self.shares = self.letters[index], hard + soft - soft.detach()
 
     def share(self, letter: str) -> Tensor:
+        """Return the weight of a letter: 1 or 0, with the gate's gradient."""
         assert self.shares is not None
         return self.shares[self.letters.index(letter)]
 
@@ -73,12 +77,12 @@ class MixedLayer(nn.Module):
 
 
 class GatedBridge(nn.Module):
-    """A bridge that counts as far as the mixed layer that it ends at is of its letter."""
+    """A bridge that is active if the mixed layer at its end is set to the bridge's letter."""
 
     def __init__(self, bridge: nn.Module, layer: MixedLayer, letter: str) -> None:
         super().__init__()
         self.bridge, self.letter = bridge, letter
-        self.ends_at = (layer,)  # in a tuple, so that it is no submodule a second time
+        self.ends_at = (layer,)  # in a tuple, so that it is not registered as a submodule twice
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
         layer = self.ends_at[0]
@@ -88,7 +92,7 @@ class GatedBridge(nn.Module):
 
 
 class SuperNet(nn.Module):
-    """All networks of a space in one. In training it draws its own gates; `choose` sets them otherwise."""
+    """All networks of a space in one. Training draws a network in every step; `choose` selects one for evaluation."""
 
     step: Tensor
 
@@ -110,8 +114,8 @@ class SuperNet(nn.Module):
         self.mixed: list[MixedLayer] = []
         for place, letters in zip(space.open_layers, space.letters, strict=True):
             layers: Any = self.network.stages[place.stage].get_submodule("layers")
-            theirs: Any = linear.stages[place.stage].get_submodule("layers")
-            layers[place.layer] = MixedLayer(theirs[place.layer], layers[place.layer], letters)
+            linear_layers: Any = linear.stages[place.stage].get_submodule("layers")
+            layers[place.layer] = MixedLayer(linear_layers[place.layer], layers[place.layer], letters)
             self.mixed.append(layers[place.layer])
         at = dict(zip(space.open_layers, self.mixed, strict=True))
         for stage in self.network.stages:
@@ -123,6 +127,7 @@ class SuperNet(nn.Module):
         self.choose(self.candidates[0])
 
     def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that the optimiser does not decay."""
         return {f"network.{name}" for name in self.network.no_weight_decay()}
 
     def forward(self, image: Tensor) -> Tensor:
@@ -145,29 +150,32 @@ class SuperNet(nn.Module):
             mixed.draw(toll, hot * (cold / hot) ** progress)
 
     def choose(self, kinds: str) -> None:
-        """One network, a letter for every open layer."""
+        """Select one network, by a letter for every open layer."""
         for mixed, kind in zip(self.mixed, kinds, strict=True):
             mixed.choose(kind)
 
     def settle(self, kinds: str) -> None:
-        """From now on that network only, in training too; it keeps what it has learned as one of all."""
+        """Select one network for good, in training too. It keeps its shared weights."""
         self.choose(kinds)
         self.settled = True
 
     def price(self) -> float:
-        """Of a unit of cost, at which the gates expect to cost the budget; by bisection, for that falls with it."""
+        """Return the price per unit of cost at which the gates' expected cost equals the budget.
+
+        The expected cost falls as the price rises, so bisection converges to it.
+        """
         logits = self.logits
         steepest = min((abs(cost) for extra in self.costs.extra for cost in extra.values() if cost), default=1.0)
         strongest = max(abs(logit) for each in logits for logit in each.values())
-        # at the ends all gates but choose by cost alone; a budget beyond is met as nearly as can be
+        # at either end almost only cost decides; a budget out of reach is approximated as closely as possible
         high = (30 + 2 * strongest) / steepest
         low = -high
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._expected(logits, middle) > self.budget else (low, middle)
+            low, high = (middle, high) if self._expected_cost(logits, middle) > self.budget else (low, middle)
         return (low + high) / 2
 
-    def _expected(self, logits: list[dict[str, float]], price: float) -> float:
+    def _expected_cost(self, logits: list[dict[str, float]], price: float) -> float:
         total = self.costs.base
         for each, extra in zip(logits, self.costs.extra, strict=True):
             tolled = {letter: each[letter] - price * cost for letter, cost in extra.items()}
@@ -180,14 +188,14 @@ class SuperNet(nn.Module):
 
     @property
     def logits(self) -> list[dict[str, float]]:
-        """Of what else each open layer may be, beside linear's zero."""
-        found = [mixed.logits.tolist() for mixed in self.mixed]
+        """The logits of each open layer's letters relative to L."""
+        values = [mixed.logits.tolist() for mixed in self.mixed]
         return [
             {letter: logit - logits[0] for letter, logit in zip(mixed.letters[1:], logits[1:], strict=True)}
-            for mixed, logits in zip(self.mixed, found, strict=True)
+            for mixed, logits in zip(self.mixed, values, strict=True)
         ]
 
     def ranked(self, candidates: Sequence[str]) -> list[str]:
-        """Those first whose gates sum up to most, without their price: candidates meet the budget anyway."""
+        """Sort by the sum of the gates' logits, largest first; without the price, since candidates meet the budget."""
         logits = [{"L": 0.0} | each for each in self.logits]
         return sorted(candidates, key=lambda kinds: -sum(each[kind] for each, kind in zip(logits, kinds, strict=True)))

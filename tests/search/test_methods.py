@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method finds a schedule that meets the budget, says what it cost, and finds the same again."""
+"""Every method selects a schedule that meets the budget, reports its cost, and is reproducible."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -51,11 +51,11 @@ def test_a_method_meets_the_budget_and_says_its_cost(method, bridges, tmp_path):
     network = SolaVision(CONFIG.with_changes(schedule=found.schedule, bridges=found.bridges), device="meta")
     assert found.cost == count(network.eval(), (64, 64)).macs
     assert abs(found.cost / given.budget - 1) <= 0.02
-    assert 0 <= found.trainings <= 5  # evaluations cost next to nothing where trainings are longer
+    assert 0 <= found.trainings <= 5  # evaluations are negligible in longer trainings
     assert all(0 <= point.top1 <= 100 for point in found.points)
     if method in ("random", "evolution"):
         gates = search(problem(tmp_path / "gates", bridges=bridges), "gates", quiet)
-        # six trials cost what the gates do; here there may be fewer networks
+        # six trials cost as much as the gates; this space may have fewer networks
         assert found.trainings == pytest.approx(gates.trainings * len(found.points) / 6, abs=2e-3)
     if method == "gates":
         assert {point.how for point in found.points} == {"shared weights", "0.25 of a training more"}
@@ -71,7 +71,7 @@ def test_the_curve_of_the_gates_has_other_costs_too(tmp_path):
 def test_a_search_repeats_by_its_seed_and_goes_on_after_a_stop(tmp_path):
     first = search(problem(tmp_path / "a", bridges=True), "gates", quiet)
     assert search(problem(tmp_path / "b", bridges=True), "gates", quiet) == first
-    # as a kill between the training and the evaluations leaves it
+    # the state after a kill between the training and the evaluations
     (tmp_path / "b" / "supernet" / "points.json").unlink()
     (tmp_path / "b" / "supernet" / "summary.json").unlink()
     assert search(problem(tmp_path / "b", bridges=True), "gates", quiet) == first
@@ -83,7 +83,7 @@ def test_what_a_search_costs_follows_from_the_training_not_from_the_budgets_size
         costs = mac_costs(CONFIG, given.costs.space, (size, size))
         return methods._gates_trainings(replace(given, costs=costs, budget=costs.of("LSL")))
 
-    # one number of softmax layers meets the budget at both
+    # the same number of softmax layers meets the budget at both sizes
     assert cost(64) == pytest.approx(cost(256))
     assert 1.0 < cost(64) - 3 * 0.25 < 4.0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spaces, what schedules cost, and which of them meet a budget."""
+"""Spaces, the cost of schedules, and the schedules that meet a budget."""
 
 import itertools
 

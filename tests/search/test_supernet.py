@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The supernet is each of its schedules in turn, and its gates learn what is rewarded."""
+"""The supernet equals each of its networks when that one is selected, and its gates learn what lowers the loss."""
 
 import re
 
@@ -94,10 +94,10 @@ def test_the_price_holds_the_gates_at_the_budget_whatever_they_prefer(bridges):
         for _ in range(5):
             for mixed in model.mixed:
                 mixed.gate.data.normal_()
-            assert model._expected(model.logits, model.price()) == pytest.approx(model.budget)
-            assert model._expected(model.logits, 2 * abs(model.price()) + 1e-6) < model.budget
+            assert model._expected_cost(model.logits, model.price()) == pytest.approx(model.budget)
+            assert model._expected_cost(model.logits, 2 * abs(model.price()) + 1e-6) < model.budget
     cheapest = supernet(budget="LLL", bridges=bridges)
-    assert cheapest._expected(cheapest.logits, cheapest.price()) == pytest.approx(cheapest.budget, rel=1e-6)
+    assert cheapest._expected_cost(cheapest.logits, cheapest.price()) == pytest.approx(cheapest.budget, rel=1e-6)
 
 
 def test_layers_of_one_cost_keep_the_order_of_their_gates():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seeing what a network does: cost, interaction range, receptive fields, feature maps, EigenCAM, attention.
+"""Analysis of networks: cost, interaction range, receptive fields, feature maps, EigenCAM, attention.
 
-Arrays come first (dictionaries for `numpy.savez`), pictures are drawn from them, so that anybody can draw their own.
+Every result is available as arrays (dictionaries for `numpy.savez`), from which the figures are drawn.
 """

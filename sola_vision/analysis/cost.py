@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network costs before it is trained: parameters, multiply-adds and activation memory, on meta tensors.
+"""The cost of a network: parameters, multiply-adds (MACs) and activation memory, counted on meta tensors.
 
-Nothing is allocated and nothing is computed, so that any size costs about the same fraction of a second. MACs are half
-of what torch's `FlopCounterMode` counts: matrix products, convolutions, attention, and 29 N C for Bi-WKV (Vision-RWKV's
-convention). Element-wise work, norms, softmax and interpolation are not counted, as in all published tables.
+Nothing is allocated or computed, so counting takes a fraction of a second at any image size. MACs are half of the count
+of torch's `FlopCounterMode`: matrix products, convolutions, attention, and 29 N C for Bi-WKV (Vision-RWKV's
+convention). Element-wise operations, norms, softmax and interpolation are not counted, as in published tables.
 """
 
 import threading
@@ -26,25 +26,25 @@ from sola_vision.backbone import SolaVision
 from sola_vision.config import SolaConfig
 
 _OPERATORS = {"mm": "linear", "addmm": "linear", "bmm": "matrix product", "baddbmm": "matrix product"}
-_ONE = threading.Lock()  # of counts at a time: their hooks are on all modules, and layers give more memory for hooks
+_LOCK = threading.Lock()  # one count at a time: global module hooks change the memory that our layers use
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module's own share, that of the modules inside it left out."""
+    """The cost of one module, without its submodules."""
 
-    module: str  # "stages.0.layers.1.mixer.key"; "" for what the network does outside of all its modules
+    module: str  # "stages.0.layers.1.mixer.key"; "" for operations of the network outside its submodules
     stage: str
     layer: str
-    operator: str  # "linear", "convolution", "wkv", "attention", "matrix product", or "" where nothing is counted
+    operator: str  # "linear", "convolution", "wkv", "attention", "matrix product", or "" if nothing is counted
     parameters: int
     macs: int
-    saved_bytes: int  # activations that a backward needs
+    saved_bytes: int  # activations saved for the backward pass
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows added up."""
+    """The sum of several rows."""
 
     name: str
     parameters: int
@@ -54,10 +54,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward costs; activation memory is that of `batch` images.
+    """The cost of one forward pass; activation memory is that of `batch` images.
 
-    peak_bytes: the most that activations take at once in inference, saved_bytes: what training keeps for the backward.
-    Both leave out the weights, the image and the workspace inside kernels.
+    peak_bytes: the peak size of the activations in inference. saved_bytes: the activations that training saves for the
+    backward pass. Neither includes weights, the image or workspace inside kernels.
     """
 
     model: str
@@ -72,18 +72,22 @@ class Cost:
 
     @property
     def gmacs(self) -> float:
+        """MACs in units of 10^9."""
         return self.macs / 1e9
 
     @property
     def stages(self) -> list[Group]:
+        """Cost by stage."""
         return self._grouped(lambda row: row.stage)
 
     @property
     def layers(self) -> list[Group]:
+        """Cost by layer, including bridges and patch merging."""
         return self._grouped(lambda row: row.layer)
 
     @property
     def operators(self) -> list[Group]:
+        """Cost by operator; "other" for modules without counted operations."""
         return self._grouped(lambda row: row.operator or "other")
 
     def _grouped(self, key: Callable[[Row], str]) -> list[Group]:
@@ -99,27 +103,28 @@ class Cost:
 def build(
     name: str, size: tuple[int, int], num_classes: int = 1000, *, device: str = "meta", **changes: Any
 ) -> nn.Module:
-    """A network of timm's registry, on the meta device if no other is named, for images of `size` (height, width).
+    """Create a network of timm's registry, in evaluation mode, for images of `size` (height, width).
 
-    changes: fields of SolaConfig for sola_* names, otherwise arguments of timm's.
+    device: "meta" (default) allocates no weights. changes: fields of SolaConfig for sola_* names, otherwise arguments
+    of the timm model. Raise ValueError for an unknown name.
     """
     if not timm.is_model(name):
-        raise ValueError(f"model {name!r} is unknown: sola_nano, sola_tiny, sola_small, sola_base or a timm name")
+        raise ValueError(f"model {name!r} is unknown: use sola_nano, sola_tiny, sola_small, sola_base or a timm name")
     changes["num_classes"] = num_classes
     with torch.device(device):
         if name.startswith("sola_"):
             return timm.create_model(name, **changes).eval()
         try:
-            # transformers with windows or learned positions are laid out for one size
+            # transformers with windows or learned positions are built for one size
             return timm.create_model(name, img_size=size, **changes).eval()
         except TypeError:
             return timm.create_model(name, **changes).eval()
 
 
 def count(model: nn.Module, size: tuple[int, int], batch: int = 1, *, name: str = "", in_chans: int = 3) -> Cost:
-    """Cost of one forward for images of `size` (height, width). The model must be on the meta device (see `build`).
+    """Return the cost of one forward pass for images of `size` (height, width).
 
-    Raises ValueError if it is not, or if the network refuses the size.
+    Raise ValueError if the model is not on the meta device (see `build`), or if it does not support the size.
     """
     height, width = size
     if min(height, width, batch) < 1:
@@ -133,11 +138,11 @@ def count(model: nn.Module, size: tuple[int, int], batch: int = 1, *, name: str 
     flops, peak = FlopCounterMode(display=False), _PeakMemory(weights | {_storage(image)})
     flops.mod_tracker = _Modules()
     try:
-        with _ONE:
+        with _LOCK:
             with torch.no_grad(), FusedAttention():
                 with flops:
                     model(image)
-                with peak:  # by itself: the counter's hooks are on all modules, which layers give more memory for
+                with peak:  # separately: with the counter's global hooks, our layers use more memory
                     model(image)
             saved = _saved_bytes(model, image, weights | {_storage(image)})
     except (AssertionError, RuntimeError) as error:
@@ -159,14 +164,14 @@ def count(model: nn.Module, size: tuple[int, int], batch: int = 1, *, name: str 
 
 
 def full_softmax(config: SolaConfig) -> SolaConfig:
-    """The same network with every layer softmax: "SoLA-FullSoftmax" of Figure 1(b)."""
+    """Return the configuration with every layer softmax: the "SoLA-FullSoftmax" of Figure 1(b)."""
     return config.with_changes(schedule=config.schedule.replace("L", "S"), bridges="")
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention without a mask as the fused kernels do it: no N x N matrix in memory, the same MACs.
+    """Count attention without a mask as fused kernels compute it: the same MACs, no N x N matrix in memory.
 
-    On meta tensors torch would take its plain form, whose matrix no device materialises in practice.
+    On meta tensors torch decomposes attention into its unfused form, whose N x N matrix no device materialises.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -184,8 +189,10 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Modules(ModuleTracker):
-    """Which modules this thread is in. torch's tracker takes those of other threads for its own, and wants to hook the
-    gradient of what a module is given, which a parameter's view has not where no gradient is recorded.
+    """Track the modules whose forward is running in this thread.
+
+    torch's own tracker includes modules of other threads, and hooks the gradients of module inputs, which fails for
+    views of parameters when no gradient is recorded.
     """
 
     def __enter__(self) -> "_Modules":
@@ -205,7 +212,7 @@ class _Modules(ModuleTracker):
 
 
 class _PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors take at once, those of `known` storages left out."""
+    """Track the peak number of bytes in live tensors, except those with storages in `known`."""
 
     def __init__(self, known: frozenset[int]) -> None:
         super().__init__()
@@ -240,7 +247,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _saved_bytes(model: nn.Module, image: Tensor, known: Iterable[int]) -> dict[str, int]:
-    """Bytes that the backward needs, by the module that saved them first."""
+    """Return the bytes saved for the backward pass, by the module that saved them first."""
     tracker = _Modules()
     seen = set(known)
     saved: dict[str, int] = {}
@@ -256,13 +263,13 @@ def _saved_bytes(model: nn.Module, image: Tensor, known: Iterable[int]) -> dict[
         return tensor
 
     with torch.enable_grad(), FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), tracker:
-        kept = model(image)  # holds the graph, and with it the storages, until all are seen
+        kept = model(image)  # keeps the graph and its storages alive until all are recorded
     del kept
     return saved
 
 
 def _own_macs(counts: dict[str, dict[Any, int]], root: str) -> dict[str, dict[str, int]]:
-    """FlopCounterMode's inclusive counts -> {module: {operator: MACs of its own}}."""
+    """Convert FlopCounterMode's inclusive counts to {module: {operator: MACs without submodules}}."""
     own: dict[str, dict[str, int]] = {}
     totals = {"": counts["Global"]} | {
         n.removeprefix(root + "."): c for n, c in counts.items() if n not in ("Global", root)
@@ -296,11 +303,11 @@ def _rows(model: nn.Module, macs: dict[str, dict[str, int]], saved: dict[str, in
         stage, layer = _place(model, name)
         for operator, number in operators.items():
             yield Row(name, stage, layer, operator, parameters, number, kept)
-            parameters = kept = 0  # they belong to the module, not to each of its operators
+            parameters = kept = 0  # count them once per module, not once per operator
 
 
 def _place(model: nn.Module, module: str) -> tuple[str, str]:
-    """Stage and layer as people call them."""
+    """Return the names of the stage and the layer that a module belongs to."""
     parts = module.split(".")
     if isinstance(model, SolaVision):
         if parts[0] != "stages":

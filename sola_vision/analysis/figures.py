@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Line pictures: cost over image size, range over depth; each is drawn from numbers that a file can hold."""
+"""Figures of cost over image size and of receptive fields over depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ from sola_vision.analysis.cost import Cost
 from sola_vision.analysis.receptive import FieldMap, field_statistics
 from sola_vision.analysis.scaling import Point
 
-# Okabe and Ito's colours, and a mark each: told apart by colour-blind readers and in print
+# Okabe and Ito's colours, each with its own marker: distinguishable for colour-blind readers and in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_scaling(points: Sequence[Point], out: Path) -> None:
-    """Figure 1(b): MACs over the side of the image; beside it seconds and memory where they were measured."""
+    """Draw Figure 1(b), MACs over the side of the image, with panels for time and memory if they were measured."""
     with_time = any(point.seconds is not None for point in points)
     figure = Figure(figsize=(15 if with_time else 6.4, 4.6), layout="constrained")
     panels = figure.subplots(1, 3 if with_time else 1, squeeze=False)[0]
-    quantities = [("gmacs", "GMACs"), ("seconds", "seconds an image"), ("mebibytes", "MiB above the idle process")]
+    quantities = [("gmacs", "GMACs"), ("seconds", "seconds per image"), ("mebibytes", "MiB above the idle process")]
     for axes, (field, label) in zip(panels, quantities, strict=False):
         for number, network in enumerate(dict.fromkeys(point.network for point in points)):
             pairs = [
@@ -44,7 +44,7 @@ def draw_scaling(points: Sequence[Point], out: Path) -> None:
 
 
 def draw_costs(costs: Sequence[Cost], out: Path) -> None:
-    """MACs and activation memory of each network over the number of pixels, or as bars at one size."""
+    """Draw MACs and activation memory of each network over the number of pixels, or as bars for a single size."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     names = list(dict.fromkeys(cost.model for cost in costs))
     quantities = (
@@ -62,8 +62,8 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
             axes.set_xlabel(f"{label} at {costs[0].height}x{costs[0].width}")
         else:
             for number, name in enumerate(names):
-                mine = sorted((c.height * c.width, value(c)) for c in costs if c.model == name)
-                axes.plot(*zip(*mine, strict=True), label=name, **style(number))
+                pairs = sorted((c.height * c.width, value(c)) for c in costs if c.model == name)
+                axes.plot(*zip(*pairs, strict=True), label=name, **style(number))
             axes.set_xlabel("pixels of the image")
             axes.set_ylabel(label)
             axes.set_xscale("log")
@@ -75,14 +75,14 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
 
 
 def style(number: int) -> dict[str, str]:
-    """Colour and mark of the n-th line."""
+    """Return colour and marker of the n-th line."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
 
 
 def draw_fields(networks: Sequence[tuple[str, dict[str, FieldMap]]], out: Path) -> None:
-    """Receptive fields: a row a network, a column a layer, and below how the area that holds 90 % grows with depth."""
+    """Draw receptive fields, a row per network and a column per layer, and below their size over depth."""
     layers = list(networks[0][1])
-    # every layer would be too small to see in deep networks
+    # at most 12 columns, which stay large enough to read
     shown = layers if len(layers) <= 12 else [layers[round(i * (len(layers) - 1) / 11)] for i in range(12)]
     figure = Figure(figsize=(1.25 * len(shown) + 0.4, 1.55 * len(networks) + 4.0), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.55 * len(networks), 3.8])
@@ -98,13 +98,13 @@ def draw_fields(networks: Sequence[tuple[str, dict[str, FieldMap]]], out: Path) 
             axes.set_yticks([])
             axes.set_title(name, fontsize=8)
         text = row[0].text(0, -0.06, label, transform=row[0].transAxes, fontsize=8, va="top")
-        text.set_in_layout(False)  # it may run below the row's other panels
+        text.set_in_layout(False)  # the label may extend below the other panels of the row
     colours = figure.axes[0].images[0]
-    top.colorbar(colours, ax=panels, label="of its largest", shrink=0.8, pad=0.01)
+    top.colorbar(colours, ax=panels, label="relative to the maximum", shrink=0.8, pad=0.01)
     for axes, (title, value) in zip(
         bottom.subplots(1, 2),
         (
-            ("% of the image that holds 90 % of the field", lambda s: 100 * s.areas[0.9]),
+            ("% of the image that contains 90 % of the field", lambda s: 100 * s.areas[0.9]),
             ("rms distance, pixels (solid: up/down, dashed: left/right)", None),
         ),
         strict=True,

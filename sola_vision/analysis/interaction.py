@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far stacked linear layers see: the theory of sections 3.2, 4.1 and 9, exact on the lattice and as approximated.
+"""The interaction range of stacked linear layers: sections 3.2, 4.1 and 9, exactly on the lattice or as printed.
 
 The idealised layer of eqs. 6 and 11 is a convolution along the tokens with K(d) proportional to exp(-w |d|), w > 0 per
-token. Eq. 9 divides the decay by the number of tokens N, so its rate per token is w / N: `per_token` says which.
+token. Eq. 9 divides the decay by the number of tokens N, so its rate per token is w / N (`per_token`).
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-_DIRECT = 8000  # offsets up to which a direct convolution is quicker than a pause
+_DIRECT = 8000  # kernel length up to which direct convolution takes negligible time
 
 
 def decay_range(decay: float, tolerance: float) -> float:
-    """Eq. 5: the distance xi, in tokens, at which exp(-w xi) falls to the tolerance: ln(1/eps) / w."""
+    """Return eq. 5, the distance xi in tokens at which exp(-w xi) falls to the tolerance: ln(1/eps) / w."""
     _check(decay, tolerance)
     return float(np.log(1 / tolerance) / decay)
 
 
 def per_token(decay: float, num_tokens: int) -> float:
-    """The rate w of eqs. 5 to 8 that a decay of eq. 9 amounts to: w / N.
+    """Return w / N, the rate per token in eqs. 5 to 8 that corresponds to a decay w in eq. 9.
 
-    So the range of eq. 5 is N ln(1/eps) / w tokens: a fixed share ln(1/eps) / w of the image, whatever its size.
+    The range of eq. 5 is thus N ln(1/eps) / w tokens: a fixed fraction ln(1/eps) / w of the image at any size.
     """
     return decay / num_tokens
 
 
 def lattice_kernel(decay: float, radius: int) -> Array:
-    """K(d) of eq. 11 for d = -radius..radius, normalised on the integers: tanh(w/2) exp(-w |d|).
+    """Return K(d) of eq. 11 for d = -radius..radius, normalised on the integers: tanh(w/2) exp(-w |d|).
 
     Eq. 12's factor w/2 normalises the continuous kernel; on tokens its sum is (w/2) coth(w/2), not 1.
     """
@@ -40,26 +40,29 @@ def lattice_kernel(decay: float, radius: int) -> Array:
 
 
 def lattice_variance(decay: float) -> float:
-    """Variance of one layer's kernel on the integers, exactly: 1 / (2 sinh^2(w/2))."""
+    """Return the exact variance of one layer's kernel on the integers: 1 / (2 sinh^2(w/2))."""
     _check(decay)
     return float(0.5 / np.sinh(decay / 2) ** 2)
 
 
 def continuous_variance(decay: float) -> float:
-    """Eq. 13: 2 / w^2 of the continuous kernel; the lattice's limit for small w, 8.6 % above it at w = 1."""
+    """Return eq. 13, the variance 2 / w^2 of the continuous kernel.
+
+    It is the limit of `lattice_variance` for small w, and 8.6 % larger at w = 1.
+    """
     _check(decay)
     return 2 / decay**2
 
 
 def stacked_variance(decays: Sequence[float], *, lattice: bool = True) -> float:
-    """Eqs. 7 and 14: variances add over the layers; with lattice=False the paper's 2 / w^2 each."""
+    """Return eqs. 7 and 14, the sum of the layers' variances; with lattice=False the paper's 2 / w^2 for each."""
     return float(sum(map(lattice_variance if lattice else continuous_variance, decays)))
 
 
 def stacked_kernel(decays: Sequence[float]) -> Array:
-    """Eq. 6: K1 * ... * KM on the integers, its middle at offset 0.
+    """Return eq. 6, K1 * ... * KM on the integers; the middle element is offset 0.
 
-    Each layer's kernel is kept until it has fallen by e^-40.
+    Each layer's kernel is truncated where it has fallen by e^-40.
     """
     kernels = [lattice_kernel(decay, int(np.ceil(40 / decay)) + 1) for decay in decays]
     length = sum(len(kernel) - 1 for kernel in kernels) + 1
@@ -68,7 +71,7 @@ def stacked_kernel(decays: Sequence[float]) -> Array:
         for kernel in kernels:
             stacked = np.asarray(np.convolve(stacked, kernel), float)
         return stacked
-    # slow decays make long kernels: by Fourier transform, right to 1e-16 of the centre
+    # slow decays give long kernels: use the Fourier transform, accurate to 1e-16 of the centre
     transform = np.ones(length // 2 + 1, dtype=complex)
     for kernel in kernels:
         transform *= np.fft.rfft(kernel, length)
@@ -76,24 +79,25 @@ def stacked_kernel(decays: Sequence[float]) -> Array:
 
 
 def gaussian_kernel(variance: float, radius: int) -> Array:
-    """Eqs. 7 and 15 with the constant that they omit: the normal density on the integers -radius..radius."""
+    """Return eqs. 7 and 15 with the constant they omit: the normal density on the integers -radius..radius."""
     offset = np.arange(-radius, radius + 1)
     return np.exp(-(offset**2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
 
 
 def interaction_radius(decays: Sequence[float], tolerance: float, *, lattice: bool = True) -> float:
-    """Eqs. 8 and 17: sigma_M sqrt(2 ln(1/eps)), the distance at which the Gaussian has fallen to the tolerance.
+    """Return eqs. 8 and 17, sigma_M sqrt(2 ln(1/eps)): the distance at which the Gaussian falls to the tolerance.
 
-    For identical layers and lattice=False this is eq. 19, sqrt(4 M ln(1/eps)) / w: it grows with the root of depth.
+    For identical layers and lattice=False this is eq. 19, sqrt(4 M ln(1/eps)) / w, which grows with the square root of
+    depth.
     """
     _check(1.0, tolerance)
     return float(np.sqrt(2 * np.log(1 / tolerance) * stacked_variance(decays, lattice=lattice)))
 
 
 def exact_radius(kernel: Array, tolerance: float) -> float:
-    """The distance at which a symmetric kernel has fallen to `tolerance` of its centre: eq. 16 without the Gaussian.
+    """Return the distance at which a symmetric kernel falls to `tolerance` of its centre: eq. 16 without the Gaussian.
 
-    Between two tokens it follows the kernel's logarithm.
+    The logarithm of the kernel is interpolated between tokens. Raise ValueError if the kernel is too short.
     """
     half = kernel[len(kernel) // 2 :] / kernel[len(kernel) // 2]
     below = np.flatnonzero(half < tolerance)
@@ -105,7 +109,7 @@ def exact_radius(kernel: Array, tolerance: float) -> float:
 
 
 def lobe_error(decays: Sequence[float]) -> float:
-    """How wrong eq. 15 is in the central lobe |d| <= sigma: the largest |K / Gauss - 1|, both scaled to 1 at 0."""
+    """Return the largest error |K / Gauss - 1| of eq. 15 in the central lobe |d| <= sigma, both scaled to 1 at 0."""
     kernel = stacked_kernel(decays)
     variance = stacked_variance(decays)
     middle = len(kernel) // 2
@@ -115,11 +119,11 @@ def lobe_error(decays: Sequence[float]) -> float:
 
 
 def raster_kernel(decays: Sequence[float], height: int, width: int, row: int, column: int) -> Array:
-    """What a stack of idealised layers reads at a pixel, as a map [height, width].
+    """Return the weights with which a stack of idealised layers reads every pixel, a map [height, width].
 
-    Tokens are the pixels in raster order, so the pixel (dy, dx) away is dy * width + dx tokens away. The lobe is
-    therefore a run of tokens, not a disc: the vertical neighbour is `width` tokens off, while the last pixel of one row
-    and the first of the next are neighbours. Decays are per token; the borders cut the kernel off.
+    Tokens are pixels in raster order, so the pixel at offset (dy, dx) is dy * width + dx tokens away. The lobe is
+    therefore a run of tokens, not a disc: the vertical neighbour is `width` tokens away, while the last pixel of a row
+    and the first of the next are neighbours. Decays are per token; the kernel is cut off at the borders.
     """
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"point ({row}, {column}) lies outside the {height}x{width} grid")
@@ -134,7 +138,7 @@ def raster_kernel(decays: Sequence[float], height: int, width: int, row: int, co
 
 
 def spread(weights: Array, row: float, column: float) -> tuple[float, float]:
-    """Root mean square distance from a point, in rows and in columns, of a non-negative map [height, width]."""
+    """Return the root mean square distances of a non-negative map [height, width] from a point: (rows, columns)."""
     share = weights / weights.sum()
     rows, columns = np.arange(weights.shape[0]) - row, np.arange(weights.shape[1]) - column
     return float(np.sqrt(share.sum(1) @ rows**2)), float(np.sqrt(share.sum(0) @ columns**2))
@@ -142,6 +146,6 @@ def spread(weights: Array, row: float, column: float) -> tuple[float, float]:
 
 def _check(decay: float, tolerance: float = 0.5) -> None:
     if not decay > 0:
-        raise ValueError(f"decay {decay:g} must be above 0: the analysis assumes that weights fall with distance")
+        raise ValueError(f"decay {decay:g} must be above 0: the analysis assumes weights that fall with distance")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance {tolerance:g} must lie between 0 and 1")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory this process took at most since a moment; a figure that means something needs a process of its own.
+"""Peak memory of this process since a given moment; for a meaningful number measure in a separate process.
 
-Linux can forget an earlier peak; elsewhere the peak since the start of the process has to do.
+Linux can reset the peak; elsewhere the peak since the start of the process is used.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def start() -> int:
-    """Bytes of this process now; from here on its peak counts."""
+    """Return the bytes in use by this process, and reset its peak."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
@@ -18,7 +18,7 @@ def start() -> int:
 
 
 def peak() -> int:
-    """The most bytes of this process since `start`."""
+    """Return the peak number of bytes since `start`."""
     try:
         return _status("VmHWM")
     except OSError:
@@ -26,7 +26,7 @@ def peak() -> int:
 
 
 def _since_start() -> int:
-    import resource  # Windows has none, where only who asks for memory shall fail
+    import resource  # not on Windows, where only measuring memory should fail
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

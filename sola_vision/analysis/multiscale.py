@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The multi-scale test image of Fig. 6(a): the same object at several scales, where each is, and a number.
+"""The multi-scale test image of Fig. 6(a): one object at several scales, with masks, boxes and a measure.
 
-The number is the share of a map's energy that falls on each object, beside the share of the area that the object has:
-a map that sees an object puts more energy there than its area would get by chance, at every scale.
+The measure is the fraction of a map's energy that falls on each object, compared with the object's fraction of the
+area: a map that detects an object has more energy there than a uniform map would, at every scale.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from sola_vision.analysis.trace import Patch, overlaps
 
-# not in the paper: its scene is not published. Centre x, y and height of each owl, as parts of the image's side
+# not in the paper: its scene is not published. Centre x, y and height of each owl, as fractions of the image's side
 _OWLS = ((0.30, 0.38, 0.56), (0.74, 0.24, 0.34), (0.66, 0.68, 0.20), (0.88, 0.56, 0.12), (0.86, 0.86, 0.07))
 
 
 @dataclass(frozen=True)
 class MultiScale:
-    """Image [H, W, 3] of bytes, masks [n, H, W] and boxes [n, 4] (x0 y0 x1 y1, the last two outside), largest first."""
+    """Image [H, W, 3] of bytes, masks [n, H, W] and boxes [n, 4] (x0 y0 x1 y1, exclusive ends), largest first."""
 
     image: NDArray[np.uint8]
     masks: NDArray[np.bool_]
@@ -28,7 +28,7 @@ class MultiScale:
 
 
 def multiscale_image(side: int = 1024, seed: int = 0) -> MultiScale:
-    """Five owls before a cloudy ground, from 56 to 7 % of the image's height. The same seed gives the same image."""
+    """Return an image of five owls on a cloudy background, 56 to 7 % of its height; deterministic for a seed."""
     if side < 64:
         raise ValueError(f"side {side}: the smallest object needs an image of at least 64 pixels")
     rng = np.random.default_rng(seed)
@@ -42,21 +42,21 @@ def multiscale_image(side: int = 1024, seed: int = 0) -> MultiScale:
 
 
 def energy_shares(energy: Tensor, masks: NDArray[np.bool_], patch: Patch) -> list[tuple[float, float]]:
-    """For each object: (share of the energy of a map [h, w] that falls on it, share of the image's area it has).
+    """Return for each object (its fraction of the energy of a map [h, w], its fraction of the image's area).
 
-    masks: [n, H, W], as fine as the image. patch: of a token, in pixels (rows, columns). A token's energy lies evenly
-    on what the image has of its patch; what the network pads has none.
+    masks: [n, H, W], at the resolution of the image. patch: a token's patch in pixels (rows, columns). A token's energy
+    is spread evenly over the part of its patch within the image; padding gets none.
     """
     if energy.ndim != 2 or bool((energy < 0).any()):
         raise ValueError(f"energy must be a map [h, w] without negative values, got {list(energy.shape)}")
     down, across = (overlaps(*sides) for sides in zip(masks.shape[1:], energy.shape, patch, strict=True))
-    lies = down.T @ energy.double().cpu().numpy() @ across  # [H, W], by pixel
-    total = max(float(lies.sum()), np.finfo(float).tiny)
-    return [(float(lies[mask].sum()) / total, float(mask.mean())) for mask in masks]
+    spread = down.T @ energy.double().cpu().numpy() @ across  # [H, W], by pixel
+    total = max(float(spread.sum()), np.finfo(float).tiny)
+    return [(float(spread[mask].sum()) / total, float(mask.mean())) for mask in masks]
 
 
 def _ground(rng: np.random.Generator, side: int) -> NDArray[np.float64]:
-    """Clouds: smooth noise at three scales, dull green and brown."""
+    """Return a background of clouds: smooth noise at three scales, dull green and brown."""
     ground = np.zeros((side, side))
     for cells, height in ((4, 1.0), (16, 0.5), (64, 0.25)):
         coarse = torch.from_numpy(rng.uniform(-1, 1, (1, 1, cells, cells)))
@@ -66,7 +66,7 @@ def _ground(rng: np.random.Generator, side: int) -> NDArray[np.float64]:
 
 
 def _paint_owl(pixels: NDArray[np.float64], mask: NDArray[np.bool_], x: float, y: float, height: float) -> None:
-    """One owl, its body `height` pixels high, into the picture and its silhouette into the mask."""
+    """Paint an owl of this height in pixels into `pixels`, and its silhouette into `mask`."""
     side = len(pixels)
     column, row = (np.arange(side) + 0.5 - x) / height, (np.arange(side) + 0.5 - y) / height
     u, v = np.meshgrid(column, row)  # owl units: its height is 1

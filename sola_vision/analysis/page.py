@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of `sola explain`: one HTML file, nothing to load, on which a click on the image moves the chosen point.
+"""The page of `sola explain`: one self-contained HTML file in which a click on the image moves the chosen point.
 
-The maps of a grid of points lie in the page as bytes; `page.html` beside this file is its template.
+The maps of a grid of points are embedded as bytes; `page.html` next to this file is the template.
 """
 
 import base64
@@ -21,8 +21,8 @@ from PIL import Image
 
 from sola_vision.analysis.explain import LayerView
 
-_PICTURE = 900  # pixels of the longer side that the page's copy of the image keeps
-_STILL = 64  # tokens a side that its activation maps keep
+_PICTURE = 900  # the longer side, in pixels, of the page's copy of the image
+_STATIC = 64  # the largest side, in tokens, of its activation and EigenCAM maps
 
 
 def write_page(
@@ -32,7 +32,10 @@ def write_page(
     out: Path,
     title: str,
 ) -> None:
-    """networks: (label, views) each; the views of SoLA networks made with `explain(..., elsewhere=True)`."""
+    """Write the page for an image [H, W, 3] and a point (y, x).
+
+    networks: (label, views) of each; views of SoLA networks must come from `explain(..., elsewhere=True)`.
+    """
     height, width = image.shape[:2]
     known = [max(map(len, view.known)) for _, views in networks for view in views]
     data = {
@@ -48,9 +51,9 @@ def write_page(
         ],
     }
     template = resources.files("sola_vision.analysis").joinpath("page.html").read_text(encoding="utf-8")
-    # "</" would end the script element that holds the data
+    # "</" would end the script element that contains the data
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    # title first: the data may hold the word that stands for it
+    # title first, since the data may contain its placeholder
     head, _, tail = template.replace("__TITLE__", html.escape(title)).partition("__DATA__")
     out.write_text(head + text + tail, encoding="utf-8")
 
@@ -61,11 +64,11 @@ def _layer(view: LayerView, image: tuple[int, int]) -> dict[str, Any]:
     layer: dict[str, Any] = {
         "name": view.name,
         "kind": "WKV weights" if view.name.endswith("L") else "attention",
-        # x, then y, as the page has its points; a patch in parts of the image
+        # x before y, as in the page; patches as fractions of the image
         "tokens": view.activation.shape[::-1],
         "patch": [view.patch[1] / image[1], view.patch[0] / image[0]],
-        "activation": _still(view.activation, low, high) | {"range": f"{low:.3g} to {high:.3g}"},
-        "eigencam": _still(view.eigencam, -reach, reach) | {"range": f"-{reach:.3g} to {reach:.3g}"},
+        "activation": _static_map(view.activation, low, high) | {"range": f"{low:.3g} to {high:.3g}"},
+        "eigencam": _static_map(view.eigencam, -reach, reach) | {"range": f"-{reach:.3g} to {reach:.3g}"},
     }
     if view.elsewhere is not None:
         _, rows, columns = view.elsewhere.shape
@@ -74,8 +77,8 @@ def _layer(view: LayerView, image: tuple[int, int]) -> dict[str, Any]:
     return layer
 
 
-def _still(values: NDArray[np.float64], low: float, high: float) -> dict[str, Any]:
-    rows, columns = (min(_STILL, side) for side in values.shape)
+def _static_map(values: NDArray[np.float64], low: float, high: float) -> dict[str, Any]:
+    rows, columns = (min(_STATIC, side) for side in values.shape)
     pooled = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(values)[None], (rows, columns))[0].numpy()
     scaled = np.rint(255 * (pooled - low) / max(high - low, 1e-12)).clip(0, 255).astype(np.uint8)
     return {"height": rows, "width": columns, "data": base64.b64encode(scaled.tobytes()).decode()}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost columns of the paper's Tables 1, 3, 4, 5, 7 and 8, and ours beside them.
+"""The cost columns of the paper's Tables 1, 3, 4, 5, 7 and 8, compared with counted costs.
 
-The paper says "FLOPs" and counts multiply-adds, of the backbone only. Rows of networks that timm has are counted too,
-and Vision-RWKV's of Table 3. Rows of networks that neither timm nor this package has are left blank, as are those of
-ViT and Vision-RWKV in Tables 4 and 5, which carry an adapter.
+The paper's "FLOPs" are multiply-adds of the backbone only. Rows of networks in timm, and of Vision-RWKV in Table 3, are
+counted too. Networks that neither timm nor this package provides stay blank, as do ViT and Vision-RWKV in Tables 4 and
+5, which include an adapter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ from sola_vision.config import SolaConfig
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A line of one of the paper's tables; `model` is a timm name, or for Table 1 a schedule of its six layers."""
+    """A row of one of the paper's tables; `model` is a timm name, or for Table 1 the schedule of its six layers."""
 
     table: str
     method: str
@@ -32,7 +32,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Compared:
-    """The paper's numbers and ours; None where one side has none."""
+    """A row with the counted numbers; None if there is no network to count."""
 
     paper: PaperRow
     gmacs: float | None
@@ -40,11 +40,12 @@ class Compared:
 
     @property
     def gmacs_difference(self) -> float | None:
-        """Ours over the paper's, in per cent above it."""
+        """The relative difference from the paper's number, in per cent."""
         return _percent(self.gmacs, self.paper.gmacs)
 
     @property
     def params_difference(self) -> float | None:
+        """The relative difference from the paper's number, in per cent."""
         return _percent(self.params, self.paper.params)
 
 
@@ -119,9 +120,7 @@ ROWS = (
 
 
 def compare_with_paper(rows: Iterable[PaperRow] = ROWS) -> Iterator[Compared]:
-    """Counts every row that has a network here. SoLA without its head, as the paper says; timm's with theirs, as
-    published.
-    """
+    """Yield every row with its counted cost: SoLA without the head, as in the paper, other networks with it."""
     for row in rows:
         if not row.model:
             yield Compared(row, None, None)

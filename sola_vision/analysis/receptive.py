@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effective receptive field: how strongly each pixel moves a layer's output at one point, by gradients.
+"""The effective receptive field: the gradient of a layer's output at one point with respect to each pixel.
 
-After Luo et al. (the paper's [22]): the gradient of the channels at a point, added up with a fixed sign each, in
-absolute value, summed over the colours and averaged over images. It sees the whole network: decay, keys, shifts and
-residuals. The theory sees decay alone.
+After Luo et al. (the paper's [22]): the absolute gradient of the sum of the channels at a point, each with a fixed
+sign, summed over colours and averaged over images. It covers the whole network (decay, keys, shifts, residuals), the
+theory of `interaction` only the decay.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,8 +27,9 @@ _SHARES = (0.2, 0.5, 0.9, 0.99)
 
 @dataclass(frozen=True)
 class FieldMap:
-    """The receptive field of one token: a map [H, W] that sums to 1. centre: (y, x) of that token's patch in pixels,
-    which may lie outside the image where the network pads it.
+    """The receptive field of one token: a map [H, W] that sums to 1, and the centre (y, x) of its patch in pixels.
+
+    The centre may lie outside the image if the network pads it.
     """
 
     map: Array
@@ -37,7 +38,7 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class Field:
-    """Numbers of one receptive field. areas: for each share, the smallest part of the image that holds that share."""
+    """Summary of a field. areas: by fraction of the field, the smallest fraction of the image that contains it."""
 
     areas: dict[float, float]
     rows: float  # root mean square distance from the token's centre, in pixels
@@ -51,10 +52,11 @@ def effective_receptive_field(
     *,
     without_softmax: bool = False,
 ) -> dict[str, FieldMap]:
-    """Fields by layer, averaged over `images` [3, H, W] of one size: of the token whose patch the point lies in.
+    """Return the field of every layer, averaged over `images` [3, H, W] of one size, at the token that covers a point.
 
-    point: (y, x) in pixels, the centre by default. without_softmax: leave the attention of softmax layers out.
-    A SoLA network gives every layer; any other, its maps by timm's contract.
+    point: (y, x) in pixels, the centre by default. without_softmax: skip the attention of softmax layers.
+    For networks other than SolaVision, the layers are the maps of timm's `forward_intermediates`. Raise ValueError for
+    no images, images of different sizes, or a point outside them.
     """
     was_training = model.training
     model.eval()
@@ -84,7 +86,7 @@ def effective_receptive_field(
 def _gradients(
     model: nn.Module, image: Tensor, at: tuple[float, float], without_softmax: bool
 ) -> Iterable[tuple[str, Array, tuple[float, float]]]:
-    """Name, field and centre of the token that is read, of every layer."""
+    """Yield the name, the field and the centre of the token of every layer."""
     image = image.clone().requires_grad_()
     size = (image.shape[-2], image.shape[-1])
     with torch.enable_grad():
@@ -93,7 +95,7 @@ def _gradients(
             maps = {step.name: step.output.permute(0, 3, 1, 2) for step in walk(model, image, skip=skip)}
         else:
             if without_softmax:
-                raise ValueError(f"{type(model).__name__} is not a SoLA network: its softmax layers cannot be left out")
+                raise ValueError(f"{type(model).__name__} is not a SoLA network: its softmax layers cannot be skipped")
             maps = feature_maps(model, image)
         for name, patch in patches(model, size, maps).items():
             output = maps[name]
@@ -106,13 +108,13 @@ def _gradients(
 
 
 def _signs(channels: int, device: torch.device) -> Tensor:
-    """A sign a channel, always the same: the plain sum of channels that a LayerNorm has centred is zero everywhere."""
+    """Return a fixed random sign per channel; without signs, channels centred by a LayerNorm would sum to zero."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(0, 2, (channels,), generator=generator) * 2.0 - 1).to(device)
 
 
 def field_statistics(field: FieldMap) -> Field:
-    """Its areas, and how far it reaches from its token's centre."""
+    """Return the areas of a field and its extent around the token's centre."""
     ordered = np.sort(field.map, axis=None)[::-1].cumsum()
     areas = {share: float((np.searchsorted(ordered, share * ordered[-1]) + 1) / field.map.size) for share in _SHARES}
     row, column = field.centre
@@ -122,29 +124,29 @@ def field_statistics(field: FieldMap) -> Field:
 
 @dataclass(frozen=True)
 class DecayRange:
-    """Decay of one linear layer at one image size. Ranges are of the channel at each quantile, in tokens of eq. 5."""
+    """The decay of one linear layer at one image size; `tokens` is eq. 5 for the channel at each quantile."""
 
     layer: str
     num_tokens: int
     width: int  # tokens in a row of the image
     stride: int  # pixels between tokens
     decays: dict[float, float]  # quantile -> w
-    growing: float  # share of channels with w <= 0: their weight never falls, and has no range
+    growing: float  # fraction of channels with w <= 0, whose weight never falls: no range
     tokens: dict[float, float]  # quantile -> N ln(1/eps) / w, infinite for w <= 0
 
     def rows(self, quantile: float) -> float:
-        """The range in rows of tokens: raster order makes a vertical neighbour `width` tokens away."""
+        """Return the range in rows of tokens; in raster order a vertical neighbour is `width` tokens away."""
         return self.tokens[quantile] / self.width
 
     def pixels(self, quantile: float) -> float:
-        """The range as a vertical distance in pixels of the image."""
+        """Return the range as a vertical distance in pixels of the image."""
         return self.rows(quantile) * self.stride
 
 
 def decay_ranges(
     model: SolaVision, size: tuple[int, int], tolerance: float = 0.01, quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
 ) -> list[DecayRange]:
-    """Eq. 5 for every linear layer of a network as it is, at an image of `size` (height, width)."""
+    """Return eq. 5 for every linear layer with its current decay, for images of `size` (height, width)."""
     ranges = []
     for place in model.config.parsed_schedule.layers:
         stage: Any = model.stages[place.stage]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figure 1(b): how cost grows with the side of a square image, for SoLA, its full-softmax variant, Swin and DeiT.
+"""Figure 1(b): cost over the side of a square image, for SoLA, its full-softmax variant, Swin and DeiT.
 
-MACs are counted on meta tensors; time and memory are measured, each point in a process of its own, so that its peak
-is its own. `python -m sola_vision.analysis.scaling NETWORK SIZE` measures one point and prints it as JSON.
+MACs are counted on meta tensors. Time and memory are measured in a separate process for each point, so that the peaks
+are independent. `python -m sola_vision.analysis.scaling NETWORK SIZE THREADS` measures one point and prints it as JSON.
 """
 
 import json
@@ -18,12 +18,12 @@ import timm
 import torch
 from torch import nn
 
-from sola_vision import sola  # noqa: F401 - registers sola_* where this module is run on its own
+from sola_vision import sola  # noqa: F401 - registers sola_* when this module is run as a script
 from sola_vision.analysis import memory
 from sola_vision.analysis.cost import build, count, full_softmax
 from sola_vision.config import tiny
 
-# not in the paper: which sizes of each family; the tiny ones here, all with patches of 4 pixels as its caption says
+# not in the paper: the sizes of each family; here the tiny ones, all with patches of 4 pixels as its caption says
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "SoLA": ("sola_tiny", {}),
     "SoLA full softmax": ("sola_tiny", {"schedule": full_softmax(tiny()).schedule}),
@@ -32,13 +32,13 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SIZES = (16, 32, 64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280)
 ALWAYS = 640  # pixels a side up to which every point is measured
-LIMIT = 20.0  # seconds that a larger one may take
-_PATIENCE = 900.0  # seconds after which a point counts as not measured
+LIMIT = 20.0  # seconds: a larger point is skipped if it would take longer
+_TIMEOUT = 900.0  # seconds after which a measurement is abandoned
 
 
 @dataclass(frozen=True)
 class Point:
-    """One network at one size. seconds and mebibytes are measured or None."""
+    """One network at one size; seconds and mebibytes are None if not measured."""
 
     network: str
     size: int
@@ -48,7 +48,7 @@ class Point:
 
 
 def counted(sizes: Sequence[int] = SIZES) -> Iterator[Point]:
-    """MACs of every network at square images, without their heads."""
+    """Yield the MACs of every network for square images, without heads."""
     for network, (name, changes) in NETWORKS.items():
         for size in sizes:
             square = (size, size)
@@ -57,16 +57,16 @@ def counted(sizes: Sequence[int] = SIZES) -> Iterator[Point]:
 
 
 def measured(points: list[Point], threads: int, report: Callable[[Point], None] = lambda point: None) -> list[Point]:
-    """The same points with the median seconds of a forward of one image, and the most memory above the idle process.
+    """Return the points with the median seconds of a forward pass of one image and the peak memory above idle.
 
-    Beyond 640 pixels a point is left out if it would take more than LIMIT, judged by MACs and the size before.
+    Beyond 640 pixels a point is skipped if its expected time, from its MACs and the previous size, exceeds LIMIT.
     """
     done = []
-    pace: dict[str, float] = {}  # seconds a GMAC at the largest size so far
+    pace: dict[str, float] = {}  # seconds per GMAC at the largest size so far
     for point in points:
         expected = pace.get(point.network, 0.0) * point.gmacs
         if point.size <= ALWAYS or expected <= LIMIT:
-            seconds, mebibytes = _in_a_process(point, threads)
+            seconds, mebibytes = _measure_in_process(point, threads)
             point = Point(point.network, point.size, point.gmacs, seconds, mebibytes)
             if seconds is not None:
                 pace[point.network] = seconds / point.gmacs
@@ -77,14 +77,14 @@ def measured(points: list[Point], threads: int, report: Callable[[Point], None] 
     return done
 
 
-def _in_a_process(point: Point, threads: int) -> tuple[float | None, float | None]:
+def _measure_in_process(point: Point, threads: int) -> tuple[float | None, float | None]:
     command = [sys.executable, "-m", "sola_vision.analysis.scaling", point.network, str(point.size), str(threads)]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
-        print(f"{point.network} at {point.size}: not measured, it took over {_PATIENCE:.0f} s", file=sys.stderr)
+        print(f"{point.network} at {point.size}: not measured, it took over {_TIMEOUT:.0f} s", file=sys.stderr)
         return None, None
-    if finished.returncode:  # out of memory, as a rule
+    if finished.returncode:  # usually out of memory
         last = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
         print(f"{point.network} at {point.size}: not measured: {last}", file=sys.stderr)
         return None, None
@@ -94,8 +94,9 @@ def _in_a_process(point: Point, threads: int) -> tuple[float | None, float | Non
 
 @torch.inference_mode()
 def measure(network: str, size: int, threads: int) -> tuple[float, float]:
-    """One point in this process: median seconds of at least three forwards after one to warm up (that one alone if it
-    is slow), and the mebibytes that the process grew by at most.
+    """Measure one point in this process: median seconds and peak growth in mebibytes.
+
+    The median is over at least three forward passes after a warm-up; if that is slow, its time alone is returned.
     """
     torch.set_num_threads(threads)
     name, changes = NETWORKS[network]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contact sheet of `sola explain`: a row a layer, a column a question, a name and a colour bar at every map."""
+"""The contact sheet of `sola explain`: a row per layer, a column per kind of map, each with title and colour bar."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sola_vision.analysis.explain import LayerView
 from sola_vision.analysis.trace import Patch
 
-# told apart by colour-blind readers: one ramp of rising lightness, and a pair of hues about zero
+# readable for the colour-blind: a ramp of rising lightness, and two hues diverging from zero
 _RISING, _TWO_SIDED = "cividis", "PuOr_r"
-_READS = (1e-2, 1e2)  # times the uniform weight: one scale for all layers, so that they can be compared
+_READS = (1e-2, 1e2)  # times the uniform weight; the same scale for all layers makes them comparable
 _DPI = 100
 _PANEL, _BAR, _GAP, _TITLE = 1.75, 0.08, 0.55, 0.24  # inches
 _LEFT, _TOP = 0.15, 2.9
@@ -40,9 +40,9 @@ def draw_sheet(
     out: Path,
     title: str,
 ) -> None:
-    """Draw one network's views, or two side by side, below the image [H, W, 3] with its point (y, x).
+    """Draw the views of one network, or of two side by side, below the image [H, W, 3] with its point (y, x).
 
-    columns: (label, views) of each network. With two, single channels and heads are left out.
+    columns: (label, views) of each network. With two, single channels and heads are omitted.
     """
     alone = len(columns) == 1
     height, width = image.shape[:2]
@@ -82,8 +82,8 @@ def _panels(views: Sequence[LayerView], number: int, alone: bool, image: tuple[i
     ]
     if view.reads is not None:
         mark = view.middle(image)
-        what = "WKV, mean of channels" if view.name.endswith("L") else "attention, mean of heads"
-        panels.append(_reads(f"{view.name}  {what}", view.reads, view.patch, mark))
+        kind = "WKV, mean of channels" if view.name.endswith("L") else "attention, mean of heads"
+        panels.append(_reads(f"{view.name}  {kind}", view.reads, view.patch, mark))
         if alone:
             panels += [_reads(name, one, view.patch, mark) for name, one in view.examples.items()]
     if alone:
@@ -116,9 +116,9 @@ def _head(
     notes = [
         "activation: root mean square over channels of the layer's output",
         "EigenCAM: first principal component; orange where features are strong, purple below their mean",
-        "WKV, attention: what the token at the point reads, in times the uniform weight;",
-        "one scale for all, from 0.01 to 100. Channels by their decay w.",
-        "gate: how far a bridge is open, mean of channels",
+        "WKV, attention: the weights with which the token at the point reads, relative to uniform weights;",
+        "all on one scale, from 0.01 to 100. Channels are named by their decay w.",
+        "gate: the gate of a bridge, mean of channels",
     ]
     if len(columns) > 1:
         labels = " | ".join(label for label, _ in columns)
@@ -144,7 +144,7 @@ def _draw(
 ) -> None:
     left, bottom, width, height = box
     axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
-    # every token on its pixels; what lies beyond the image is cut off
+    # align tokens with their pixels; parts beyond the image are cut off
     extent = (0, panel.values.shape[1] * panel.patch[1], panel.values.shape[0] * panel.patch[0], 0)
     drawn = axes.imshow(
         panel.values, cmap=panel.colours, norm=panel.norm, interpolation="nearest", aspect="auto", extent=extent
@@ -176,7 +176,7 @@ def _ticks(norm: Normalize) -> tuple[list[float], list[str]]:
 
 
 def _mark(axes: Axes, x: float, y: float, size: float) -> None:
-    """A ring that shows on light and on dark."""
+    """Draw a ring that is visible on light and dark backgrounds."""
     both: dict[str, Any] = {"marker": "o", "markersize": size, "markerfacecolor": "none", "clip_on": False}
     axes.plot([x], [y], markeredgecolor="black", markeredgewidth=3, **both)
     axes.plot([x], [y], markeredgecolor="white", markeredgewidth=1.3, **both)

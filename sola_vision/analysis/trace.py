@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walk through a SoLA network layer by layer, and look at what each layer does: no hooks, nothing is patched.
+"""Run a SoLA network layer by layer and inspect each layer, without hooks or patching.
 
-`walk` runs the network through its public parts and yields each layer with its input and output as it goes; the
-functions below take a layer and its input and say what a token reads there. For any other network,
-`feature_maps` gives the maps of timm's contract under names.
+`walk` runs the network through its public modules and yields each layer with its input and output; `wkv_weights` and
+`attention` return the weights with which a token reads the others in such a layer. For any other network,
+`feature_maps` returns the maps of timm's `forward_intermediates` by name.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,35 +23,36 @@ from sola_vision.schedule import Bridge, Layer
 
 Patch = tuple[float, float]  # height and width of a token's patch in pixels
 
-_AT_ONCE = 2**22  # weights in float64 at a time
+_CHUNK = 2**22  # float64 weights computed at a time
 
 
 @dataclass(frozen=True)
 class Step:
-    """One layer of a network at work; tensors are [B, H, W, C]."""
+    """One layer of a network with its input and output, [B, H, W, C]."""
 
     place: Layer
     layer: LinearLayer | SoftmaxLayer
-    input: Tensor  # with what bridges added
+    input: Tensor  # including the outputs of bridges
     output: Tensor
     gates: tuple[tuple[Bridge, Tensor], ...]  # the gates sigmoid(x W_g) of the bridges that end here
     stride: int  # pixels between neighbouring tokens
 
     @property
     def kind(self) -> str:
+        """ "L" for a linear layer, "S" for a softmax layer."""
         return "L" if isinstance(self.layer, LinearLayer) else "S"
 
     @property
     def name(self) -> str:
-        """ "3.3 S": place as in a schedule, and letter."""
+        """The position and the letter, such as "3.3 S"."""
         return f"{self.place} {self.kind}"
 
 
 def walk(model: SolaVision, image: Tensor, *, skip: Callable[[Layer], bool] = lambda place: False) -> Iterator[Step]:
-    """Run `model` on `image` [B, 3, H, W] and yield every layer in turn.
+    """Run `model` on `image` [B, 3, H, W] and yield every layer in order.
 
-    skip: softmax layers whose attention is left out (their MLP stays), to see what they are for.
-    Gradients flow through, so that receptive fields can be taken of any layer.
+    skip: returns True for softmax layers whose attention is skipped (their MLP is kept), to measure its effect.
+    Gradients are recorded, so that receptive fields of any layer can be computed.
     """
     x = model.position(model.stem(image))
     states: dict[Layer, Tensor] = {}
@@ -77,7 +78,7 @@ def walk(model: SolaVision, image: Tensor, *, skip: Callable[[Layer], bool] = la
 
 
 def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """Maps [B, C, H, W] by name: every layer of a SoLA network, otherwise what the model gives by timm's contract."""
+    """Return maps [B, C, H, W] by name: of every layer of a SoLA network, else those of `forward_intermediates`."""
     if isinstance(model, SolaVision):
         return {step.name: step.output.permute(0, 3, 1, 2) for step in walk(model, image)}
     if not hasattr(model, "forward_intermediates"):
@@ -89,15 +90,15 @@ def feature_maps(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def patches(model: nn.Module, image: tuple[int, int], maps: dict[str, Tensor]) -> dict[str, Patch]:
-    """The patch, in pixels (rows, columns), that a token of each of `feature_maps`' maps stands for.
+    """Return the size of a token's patch in pixels (rows, columns) for each map of `feature_maps`.
 
-    image: its (height, width). With a patch of s pixels, token t stands for the pixels from s t to s (t + 1).
-    A SoLA network pads on the right and below alone: the stem with zeros up to its patch, and merging, whose 3 x 3
-    windows are centred on every second token from the first, has a token for an odd last one as well. So s is the
-    stride of the stage, and the last patches may reach beyond the image. (A window also reads a row above and a
+    image: (height, width). With a patch of s pixels, token t represents the pixels from s t to s (t + 1).
+    A SoLA network pads only on the right and at the bottom: the stem with zeros to a multiple of its patch; merging,
+    whose 3 x 3 windows are centred on every second token from the first, also has a token for an odd last one. So s is
+    the stride of the stage, and the last patches may extend beyond the image. (A window also reads a row above and a
     column to the left of its patch.)
-    Any other network of timm's: the reduction that feature_info has for the map, if the map has as many tokens as it
-    makes of the image, rounded up or down; rounded down, the last pixels lie in no patch. For other maps, and without
+    For other timm networks s is the reduction in feature_info, if the map has the number of tokens that follows from
+    it, rounded up or down; if rounded down, the last pixels belong to no patch. For other maps, and without
     feature_info, the image is divided evenly.
     """
     strides: list[int | None]
@@ -105,7 +106,7 @@ def patches(model: nn.Module, image: tuple[int, int], maps: dict[str, Tensor]) -
         strides = [model.config.strides[place.stage] for place in model.config.parsed_schedule.layers]
     else:
         strides = [entry.get("reduction") for entry in getattr(model, "feature_info", None) or ()]
-    if len(strides) < len(maps):  # more are left of a network that was cut
+    if len(strides) < len(maps):  # more entries than maps are valid: a pruned network keeps all of them
         strides = [None] * len(maps)
     return {
         name: _patch(image, feature.shape[2:], s) for (name, feature), s in zip(maps.items(), strides, strict=False)
@@ -119,19 +120,19 @@ def _patch(image: tuple[int, int], grid: Sequence[int], stride: int | None) -> P
 
 
 def nearest_token(point: tuple[float, float], patch: Patch, grid: tuple[int, int]) -> tuple[int, int]:
-    """The token (row, column) of a grid whose patch a point (y, x) of the image, in pixels, lies in: see `patches`."""
+    """Return the token (row, column) of a grid whose patch (see `patches`) contains a point (y, x) in pixels."""
     row, column = (min(max(int(p / s), 0), g - 1) for p, s, g in zip(point, patch, grid, strict=True))
     return row, column
 
 
 def overlaps(pixels: int, tokens: int, patch: float) -> NDArray[np.float64]:
-    """[tokens, pixels]: the part of every pixel of a row (or column) that lies in each token's patch."""
+    """Return [tokens, pixels], the fraction of every pixel of a row (or column) that lies in each token's patch."""
     starts, pixel = patch * np.arange(tokens)[:, None], np.arange(pixels)
     return (np.minimum(starts + patch, pixel + 1) - np.maximum(starts, pixel)).clip(0, 1)
 
 
 def keys(step: Step) -> Tensor:
-    """The keys k_i of a linear layer [B, N, C]."""
+    """Return the keys k_i of a linear layer [B, N, C]."""
     assert isinstance(step.layer, LinearLayer)
     mixer, norm = step.layer.mixer, step.layer.norm1
     if mixer.token_shift:
@@ -142,10 +143,10 @@ def keys(step: Step) -> Tensor:
 
 
 def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None = None) -> Tensor:
-    """What a linear layer really looks at: the weights of eq. 9 with which `token` (row, column) reads every token.
+    """Return the weights of eq. 9 with which `token` (row, column) of a linear layer reads every token.
 
-    [B, H, W] averaged over all channels, or [B, K, H, W] for `channels`; float64, each map sums to 1. ValueError for a
-    token that the layer has not.
+    [B, H, W] averaged over all channels, or [B, K, H, W] for `channels`; float64, each map sums to 1. Raise ValueError
+    for a token outside the layer's grid.
     """
     assert isinstance(step.layer, LinearLayer)
     height, width = step.input.shape[1:3]
@@ -158,8 +159,8 @@ def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None =
         picked = torch.tensor(channels, device=key.device)
         read = reference.weights(mixer.decay[picked], mixer.bonus[picked], key[..., picked], row)
         return read[:, 0].transpose(1, 2).unflatten(-1, (height, width))
-    # channels in chunks, so that a photograph's hundred thousand tokens fit
-    step_size = max(1, _AT_ONCE // (key.shape[0] * key.shape[1]))
+    # in chunks of channels, to bound memory for the hundred thousand tokens of a photograph
+    step_size = max(1, _CHUNK // (key.shape[0] * key.shape[1]))
     mean = torch.zeros(key.shape[:2], dtype=torch.float64, device=key.device)
     for start in range(0, key.shape[-1], step_size):
         some = slice(start, start + step_size)
@@ -168,9 +169,9 @@ def wkv_weights(step: Step, token: tuple[int, int], channels: list[int] | None =
 
 
 class Reader:
-    """`wkv_weights` averaged over channels, for many tokens of one image: the exponentials are taken once.
+    """`wkv_weights` averaged over channels, for many tokens of one image: exponentials are computed only once.
 
-    Single precision, because a page of maps needs no more; without gradients, for which `wkv_weights` is.
+    In single precision, which is enough for maps, and without gradients (use `wkv_weights` for these).
     """
 
     @torch.no_grad()
@@ -179,7 +180,7 @@ class Reader:
         key = keys(step)[0].double()  # [N, C]
         num_tokens = key.shape[0]
         rate = step.layer.mixer.decay.double() / num_tokens
-        # the largest exponent of each channel is 0, also where the weight grows with distance (w < 0)
+        # shift the largest exponent of each channel to 0, also if the weight grows with distance (w < 0)
         fall = torch.arange(num_tokens, device=key.device)[:, None] * -rate
         self.falls = (fall - fall.amax(0)).exp().float()  # [N, C] by distance - 1
         self.content = (key - key.amax(0)).exp().float()
@@ -188,7 +189,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, token: tuple[int, int]) -> Tensor:
-        """[H, W], sums to 1."""
+        """Return the weights [H, W] with which `token` (row, column) reads every token; they sum to 1."""
         here = token[0] * self.grid[1] + token[1]
         weights = torch.empty_like(self.content)
         torch.mul(self.content[:here], self.falls[:here].flip(0), out=weights[:here])
@@ -200,7 +201,7 @@ class Reader:
 
 
 def attention(step: Step, token: tuple[int, int]) -> Tensor:
-    """The softmax attention of `token` (row, column) over all tokens, a map a head [B, heads, H, W] that sums to 1."""
+    """Return the softmax attention of `token` (row, column), [B, heads, H, W]; the map of each head sums to 1."""
     assert isinstance(step.layer, SoftmaxLayer)
     mixer = step.layer.mixer
     height, width = step.input.shape[1:3]
@@ -211,20 +212,22 @@ def attention(step: Step, token: tuple[int, int]) -> Tensor:
 
 
 def activation(feature: Tensor) -> Tensor:
-    """Feature activation map: root mean square over the channels, [B, C, H, W] -> [B, H, W]; its square is energy.
+    """Return the feature activation map, the root mean square over channels: [B, C, H, W] -> [B, H, W].
 
-    # not in the paper: Figs. 3, 6 and 7 do not say how channels become one number. This one has no sign to lose, and
-    # does not depend on how a map is scaled for display.
+    Its square is called energy.
+
+    # not in the paper: how Figs. 3, 6 and 7 reduce channels to one number. The root mean square has no sign to lose
+    # and does not depend on how a map is scaled for display.
     """
     return feature.double().pow(2).mean(1).sqrt()
 
 
 def eigencam(feature: Tensor) -> Tensor:
-    """EigenCAM with a defined sign: the first principal component over the tokens, [B, C, H, W] -> [B, H, W].
+    """Return EigenCAM, the first principal component over the tokens, with a defined sign: [B, C, H, W] -> [B, H, W].
 
-    A principal component has no sign of its own, and common tools leave it to the solver, which inverts half of the
-    maps. Here it is positive where the features are strong: where it correlates with their energy. If the two do not
-    correlate at all, its largest value is positive. ValueError for features that are not finite.
+    The sign of a principal component is arbitrary; common implementations leave it to the solver, which inverts half of
+    the maps. Here the map correlates positively with the energy of the features; if there is no correlation, its
+    largest absolute value is positive. Raise ValueError for features that are not finite.
     """
     if not torch.isfinite(feature).all():
         raise ValueError("features that are not finite have no principal component: has the network diverged?")
@@ -232,7 +235,7 @@ def eigencam(feature: Tensor) -> Tensor:
     # not in the paper: centring, without which the first component is mostly the mean feature; and the sign, below
     centred = tokens - tokens.mean(1, keepdim=True)
     if centred.shape[1] < centred.shape[2]:
-        # fewer tokens than channels: the small side of the decomposition gives the projection itself
+        # fewer tokens than channels: the smaller Gram matrix gives the projection directly
         values, vectors = torch.linalg.eigh(centred @ centred.mT)
         component = vectors[..., -1] * values[..., -1:].clamp(min=0).sqrt()
     else:

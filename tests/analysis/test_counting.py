@@ -144,7 +144,7 @@ def test_two_counts_at_once_are_those_of_one():
 
 
 def test_a_module_may_be_given_a_view_of_a_parameter():
-    """timm's cait hands its class token to its blocks, and SigLIP's pooling its query."""
+    """timm's cait passes its class token to its blocks, and SigLIP's pooling its query."""
 
     class Sum(nn.Module):
         def forward(self, x, token):
@@ -163,7 +163,7 @@ def test_a_module_may_be_given_a_view_of_a_parameter():
 
 
 def test_inference_memory_of_a_linear_chain_is_two_maps():
-    """Each layer's input is dropped when its output exists, so that at most two maps live."""
+    """Each layer's input is freed once its output exists, so at most two maps are alive."""
     chain = nn.Sequential(*(nn.Conv2d(3, 3, 1, device="meta") for _ in range(5)))
     assert count(chain, (32, 32)).peak_bytes == 2 * 3 * 32 * 32 * 4
 
@@ -203,7 +203,7 @@ def test_the_page_of_costs_says_what_the_command_prints():
 def test_memory_grows_with_the_batch_and_macs_too():
     one, three = (count(meta(nano()), (64, 64), batch=b) for b in (1, 3))
     assert three.macs == 3 * one.macs
-    # what belongs to parameters, such as stacked interpolations, does not grow
+    # tensors derived from parameters, such as stacked interpolations, do not grow
     assert three.peak_bytes == pytest.approx(3 * one.peak_bytes, rel=0.01)
 
 
@@ -248,7 +248,7 @@ def test_a_network_that_refuses_the_size_says_so_in_one_line():
 
 
 def test_paper_rows_of_sola_are_within_ten_per_cent():
-    """The reconstruction's known distances: S at 224 is the farthest, and contradicts the paper's own 512 row."""
+    """Known differences of the reconstruction: the largest is S at 224, which contradicts the paper's row at 512."""
     rows = [row for row in ROWS if row.model.startswith("sola_")]
     compared = list(compare_with_paper(rows))
     assert len(compared) == 15

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backbone's cost at the sizes of dense tasks, beside Tables 4 and 5, and what bridges add to it."""
+"""The backbone's cost at the sizes of dense tasks, compared with Tables 4 and 5, and the cost of bridges."""
 
 import pytest
 

@@ -118,7 +118,7 @@ def test_slow_decay_in_raster_order_reads_whole_rows():
     read = raster_kernel([per_token(30.0, 56 * 56)] * 2, 56, 56, 28, 28)
     share_of_columns = read.sum(0)
     assert share_of_columns.max() / share_of_columns.min() < 1.1
-    # its width in rows is that in tokens over the tokens of a row
+    # its width in rows is its width in tokens divided by the tokens per row
     rows, _ = spread(read, 28, 28)
     assert rows == pytest.approx(np.sqrt(stacked_variance([30.0 / 3136] * 2)) / 56, rel=0.05)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps of a network at work: the walk is the forward, weights are the definition's, signs are defined."""
+"""Maps of a network: the walk equals the forward pass, weights equal the definition's, signs are defined."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_leaving_attention_out_changes_softmax_layers_alone():
     model = build()
     with torch.no_grad():
         whole, without = (list(walk(model, IMAGE, skip=skip)) for skip in (lambda p: False, lambda p: True))
-        # an attention whose output projection is zero is the same as none
+        # attention with an output projection of zero equals no attention
         for stage in model.stages:
             for layer in stage.layers:
                 if hasattr(layer, "mlp"):
@@ -101,7 +101,7 @@ def test_a_reader_needs_no_gradients_and_takes_none():
 
 
 def test_readout_is_the_weights_times_the_values():
-    """What a layer hands to bridges is what its weights say it reads."""
+    """The state that a layer passes to bridges is the read-out by its weights."""
     with torch.no_grad():
         step = next(iter(walk(build(token_shift=False), IMAGE)))
         mixer = step.layer.mixer

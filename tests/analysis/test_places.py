@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tokens of a map lie in the image, also where the network pads it: points, numbers, sheet and page agree."""
+"""The position of tokens in the image, including padding: points, numbers, sheet and page agree."""
 
 import base64
 import json
@@ -47,7 +47,7 @@ def test_a_point_of_a_padded_image_lies_in_the_patch_of_its_stride():
 
 
 def test_a_pixel_moves_the_token_that_it_lies_in():
-    """Layers that are the identity leave stem and merging: what they make of one pixel is their geometry."""
+    """With identity layers only stem and merging remain: their response to one pixel shows their geometry."""
     model = build()
     size = (75, 97)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_patches_of_peers_are_those_of_timm_s_reductions_where_these_fit():
 
 
 def view(token=(2, 1), patch=(32, 32), **more):
-    """A map of 4 x 5 tokens, for an image of 97 x 131 pixels, that is hot at one token."""
+    """A map of 4 x 5 tokens, for an image of 97 x 131 pixels, that is nonzero at one token."""
     hot = np.full((4, 5), 1e-3)
     hot[token] = 1
     return LayerView("1.1 L", hot, hot, token, patch, reads=hot / hot.sum(), **more)
@@ -98,9 +98,9 @@ def test_what_lies_beyond_the_image_counts_for_nothing():
     single = np.zeros((4, 5))
     single[3, 4] = 1
     assert effective_area(single, corner.covers(image)) == pytest.approx(3 / (97 * 131))
-    # where a network leaves the last pixels out, nothing is said of them
+    # pixels that the network does not cover belong to no token
     assert effective_area(np.ones((3, 4)), view().covers(image)[:3, :4]) == pytest.approx(96 * 128 / (97 * 131))
-    # marked where it can be seen
+    # marked within the image
     assert corner.middle(image) == (96.5, 129.5)
     assert view((2, 1)).middle(image) == (80, 48)
 
@@ -128,7 +128,7 @@ def test_the_sheet_has_every_token_on_its_pixels(tmp_path, monkeypatch):
     assert set(marked) == {(129.5, 96.5)}
 
 
-# what page.html needs of a browser
+# the parts of a browser that page.html needs
 DOM = """
 const made = [];
 function element(tag) {
@@ -193,7 +193,7 @@ def test_a_page_holds_every_token_of_small_layers_and_some_of_large_ones():
 
 def test_energy_lies_where_the_pixels_of_its_token_are():
     masks = np.zeros((2, 100, 100), bool)
-    masks[0, 96:, 96:] = True  # all that an image of 100 pixels has of the last patch of 32
+    masks[0, 96:, 96:] = True  # the part of the last patch of 32 pixels within an image of 100
     masks[1, :25, :25] = True
     for share, area in energy_shares(torch.ones(4, 4), masks, (32, 32)):
         assert share == pytest.approx(area)
@@ -203,5 +203,5 @@ def test_energy_lies_where_the_pixels_of_its_token_are():
     energy = torch.zeros(4, 4)
     energy[0, 0] = 2
     assert energy_shares(energy, masks, (32, 32))[1] == (pytest.approx((25 / 32) ** 2), 0.0625)
-    # patches that are no whole pixels
+    # patches that are not a whole number of pixels
     assert energy_shares(torch.ones(3, 3), masks, (100 / 3, 100 / 3))[1][0] == pytest.approx(0.0625)

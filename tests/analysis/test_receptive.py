@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Receptive fields: against convolutions whose field is known, and laws of ours."""
+"""Receptive fields: against convolutions with known fields, and properties of our networks."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_fields_of_all_layers_sum_to_one_and_leave_the_model_as_it_was(model):
 
 
 def test_softmax_layers_widen_the_field(model):
-    """Attention reads everywhere alike, the linear layers before it do not: its share reaches farther up and down."""
+    """Attention reads uniformly, the linear layers before it do not: it extends the field up and down."""
     images = [torch.randn(3, 128, 128, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with torch.no_grad():
         for stage in model.stages:
@@ -71,7 +71,7 @@ def test_softmax_layers_widen_the_field(model):
 
 
 class Patches(nn.Module):
-    """Patches of 32 x 32 pixels that see nothing else."""
+    """Patches of 32 x 32 pixels, independent of each other."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figure 1(b): what grows how, and that a point can be measured."""
+"""Figure 1(b): growth of the costs, and measuring a point."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_a_point_is_measured_in_its_own_process():
 
 
 def test_large_points_that_would_take_too_long_are_left_out():
-    """The first is larger than 640 and nothing is known of its pace; the second would take forever at any pace."""
+    """The first is larger than 640 but no pace is known yet; the second is too expensive at any pace."""
     first, second = measured([Point("SoLA", 641, 1e-9), Point("SoLA", 642, 1e9)], threads=1)
     assert first.seconds is not None
     assert second.seconds is None

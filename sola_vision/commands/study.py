@@ -17,7 +17,7 @@ from sola_vision.commands.arguments import Arguments
 from sola_vision.engine.log import json_text
 from sola_vision.studies import SCALES, STUDIES, Study, custom, get_study, plan, run_plan, write_report
 from sola_vision.studies.fig1a import write_fig1a
-from sola_vision.studies.outcome import RESULTS, Outcome, begin
+from sola_vision.studies.outcome import RESULTS, Outcome, write_plan
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -117,7 +117,7 @@ def _run(options: Namespace, folder: Path) -> int:
         return 0
     main = os.environ.get("RANK", "0") == "0"  # one of torchrun's processes, which train together, reports
     if main:
-        begin(folder, planned.description)
+        write_plan(folder, planned.description)
     busy = run_plan(planned, folder, lambda text: print(text, file=sys.stderr))
     if not main:
         return 0

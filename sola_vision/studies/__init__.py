@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's tables and figures as runs, and ours in the same way: one definition each, in `catalogue`.
+"""Studies: the paper's tables and figures, and further questions, as sets of runs; one definition each in `catalogue`.
 
-A study is run into one folder by any number of processes (`runner`), and its page is written from what lies there
-(`report`). `catalogue` is the file to read first.
+Any number of processes can run a study into one folder (`runner`), from which its page is written (`pages`). Read
+`catalogue` first.
 """
 
 from .catalogue import STUDIES, custom, get_study

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The studies: the paper's Tables 1, 2, 6, 8, 9 and Figure 5, and what it leaves open (`ours`). One definition each.
+"""The studies: the paper's Tables 1, 2, 6, 8, 9 and Figure 5, and questions that it leaves open (`_ours`).
 
-Schedules of stage 3 stand in `LL/LL/xxxxxx/LL` (Table 2) or `LL/LL/xxxxxx/LS` (Tables 6 and 9). Numbers are the
-paper's, top-1 in per cent. Figure 5 is a drawing: its text names three of its orders and one difference.
+Schedules of stage 3 are those of `LL/LL/xxxxxx/LL` (Table 2) or `LL/LL/xxxxxx/LS` (Tables 6 and 9). Numbers are the
+paper's, top-1 in per cent. Figure 5 prints no numbers; the text states three of its orders and one difference.
 """
 
 from collections.abc import Sequence
@@ -38,14 +38,14 @@ _SOLA_BASE, _BASE_BRIDGES = "LL/LL/LLLSLLSLLSLLSLLS/LS", "1.2>3.4 1.2>3.7 2.2>3.
 
 
 def _table1() -> Study:
-    ways = (("", ""), ("same_ffn", ", same FFN"))
+    variants = (("", ""), ("same_ffn", ", same FFN"))
     arms = [
         Arm(name=schedule + text, schedule=schedule, change=change, paper=accuracy, paper_gmacs=gmacs)
-        for change, text in ways
+        for change, text in variants
         for schedule, accuracy, gmacs in _TABLE_1
     ]
     claims = []
-    for _, t in ways:
+    for _, t in variants:
         claims += [
             _claim(f"pure linear > pure softmax{t}", "LLLLLL" + t, "SSSSSS" + t, "Table 1 and section 4.1"),
             Claim(
@@ -60,7 +60,7 @@ def _table1() -> Study:
     return Study(
         name="table1",
         title="Table 1: six layers, linear and softmax",
-        varies="which of the six layers are softmax; and whether all layers share one kind of feed-forward half",
+        varies="which of the six layers are softmax, and whether all layers have the same kind of feed-forward network",
         fixed="an isotropic stack of six layers",
         network="isotropic",
         arms=tuple(arms),
@@ -68,7 +68,7 @@ def _table1() -> Study:
         cost_size=512,
         notes=(
             'The caption says "with identical FFN modules", while section 4.4 gives linear layers a channel mix and '
-            "softmax layers an MLP with a depth-wise convolution. Both ways are run: each layer with its own, and "
+            "softmax layers an MLP with a depth-wise convolution. Both variants are run: each layer with its own, and "
             '("same FFN") every layer with the softmax layer\'s. The paper prints one number for each stack.',
         ),
     )
@@ -96,7 +96,7 @@ def _fig5() -> Study:
         claims=tuple(claims),
         cost_size=512,
         over="depth",
-        notes=("The figure's points carry no numbers; those printed for K = 6 are Table 1's.",),
+        notes=("The figure prints no numbers; those given here for K = 6 are from Table 1.",),
     )
 
 
@@ -195,11 +195,11 @@ def _table8() -> Study:
         arms=tuple(arms),
         claims=tuple(claims),
         notes=(
-            "The paper trains from ImageNet weights and does not say whether its row without bridges comes from a "
-            "classifier without them. Scale paper takes the checkpoint that fits; one with bridges serves the row "
-            "without as well, which leaves them out. Smaller scales train from scratch unless weights are given.",
+            "The paper starts from ImageNet weights and does not say whether its row without bridges comes from a "
+            "classifier without them. Scale paper uses the checkpoint that fits; one with bridges also serves the row "
+            "without, with its bridges dropped. Smaller scales train from scratch unless weights are given.",
             "The paper has three sizes: T 44.7 and 45.0 with bridges, S 48.1 and 48.6, B 50.5 and 51.4. Smaller scales "
-            "have T's schedule alone.",
+            "have only T's schedule.",
         ),
     )
 
@@ -221,18 +221,16 @@ def _token_shift() -> Study:
             _claim("shift > none in the pure linear network", "linear", "linear, no shift"),
             _claim("without shift: SoLA > pure linear", "SoLA, no shift", "linear, no shift"),
         ),
-        notes=(
-            "The paper never names the shift; Vision-RWKV's layers begin with it and report 71.5 without, 75.1 with.",
-        ),
+        notes=("The paper does not mention the shift. Vision-RWKV's layers begin with it: 71.5 without, 75.1 with.",),
     )
 
 
 def _decay_init() -> Study:
     return _ours(
         name="decay_init",
-        title="How the decay begins",
+        title="The initial decay",
         varies="the initial w of eq. 9, in particular its sign; it is learned afterwards",
-        fixed="the pure linear network, where nothing else reaches far",
+        fixed="the pure linear network, in which nothing else has a long range",
         arms=(
             Arm(name="1 to 64", schedule=_LINEAR),
             Arm(name="Vision-RWKV", schedule=_LINEAR, change="decay_vision_rwkv"),
@@ -244,16 +242,16 @@ def _decay_init() -> Study:
             _claim("positive > Vision-RWKV's mixed signs", "1 to 64", "Vision-RWKV"),
             _claim("positive > zero", "1 to 64", "zero"),
         ),
-        notes=("The paper's analysis needs w > 0; Vision-RWKV starts at -5 to 3; below 0 weight grows with distance.",),
+        notes=("The paper's analysis needs w > 0; Vision-RWKV starts at -5 to 3; w < 0 grows with distance.",),
     )
 
 
 def _raster() -> Study:
     return _ours(
         name="raster",
-        title="In which order the pixels become a sequence",
-        varies="whether the operator reads the tokens row by row, column by column, or in turn from layer to layer",
-        fixed="everything else; softmax layers know no order",
+        title="The order of pixels in the sequence",
+        varies="whether the operator reads the tokens row by row, column by column, or alternately from layer to layer",
+        fixed="everything else; softmax layers do not depend on the order",
         arms=(
             Arm(name="rows", schedule=_LINEAR),
             Arm(name="columns", schedule=_LINEAR, change="order_columns"),
@@ -272,7 +270,7 @@ def _raster() -> Study:
 def _bridge_source() -> Study:
     return _ours(
         name="bridge_source",
-        title="What a bridge carries, and from where",
+        title="The source of a bridge",
         varies="where bridges start, and whether they carry the state's read-out or the layer's output",
         fixed="LL/LL/LLSLLS/LS",
         arms=(
@@ -308,7 +306,7 @@ def _ours(
         network="hierarchical",
         arms=arms,
         claims=claims,
-        notes=(*notes, "Not in the paper: a question of this project's own."),
+        notes=(*notes, "Not in the paper: an additional question."),
     )
 
 
@@ -317,9 +315,10 @@ def _claim(text: str, better: str, worse: str, source: str = "") -> Claim:
 
 
 def custom(schedules: Sequence[str]) -> Study:
-    """Any networks of one depth, each compared with the first: schedules, with bridges behind them if there are any.
+    """Return a study of networks of equal depths, each compared with the first.
 
-    "LL/LL/LLSLLS/LS" or "LL/LL/LLSLLS/LS 1.2>3.3 2.2>3.6", as `sola search` prints what it finds.
+    schedules: each optionally followed by bridges, as `sola search` prints its result: "LL/LL/LLSLLS/LS" or
+    "LL/LL/LLSLLS/LS 1.2>3.3 2.2>3.6". Raise ValueError for fewer than two, duplicates, or different depths.
     """
     if len(schedules) < 2:
         raise ValueError(
@@ -332,15 +331,15 @@ def custom(schedules: Sequence[str]) -> Study:
         bridges = str(parse_bridges(bridges, parsed))
         arms.append(Arm(name=f"{schedule} {bridges}".rstrip(), schedule=schedule, bridges=bridges))
     depths = [parse_schedule(arm.schedule).depths for arm in arms]
-    for arm, theirs in zip(arms, depths, strict=True):
-        if theirs != depths[0]:
+    for arm, depth in zip(arms, depths, strict=True):
+        if depth != depths[0]:
             raise ValueError(
-                f"schedule {arm.schedule!r} has {_depths(theirs)} layers a stage but {arms[0].schedule!r} has "
-                f"{_depths(depths[0])}: give schedules of one depth"
+                f"schedule {arm.schedule!r} has {_depths(depth)} layers per stage but {arms[0].schedule!r} has "
+                f"{_depths(depths[0])}: give schedules of equal depths"
             )
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
-        raise ValueError(f"schedule {max(names, key=names.count)!r} is there twice: name each once")
+        raise ValueError(f"duplicate schedule {max(names, key=names.count)!r}: name each once")
     bridged = any(arm.bridges for arm in arms)
     return Study(
         name="custom",
@@ -376,7 +375,7 @@ STUDIES: dict[str, Study] = {
 
 
 def get_study(name: str) -> Study:
-    """A study by name; ValueError lists the names if there is none."""
+    """Return the study called `name`. Raise ValueError, which lists the names, for an unknown one."""
     if name not in STUDIES:
         raise ValueError(f"study {name!r} is unknown; the studies are {', '.join(STUDIES)}, fig1a, custom and all")
     return STUDIES[name]

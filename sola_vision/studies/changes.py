@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes that a study makes to a network after it was built, so that the layers need no option for them.
+"""Modifications of a built network for studies, so that the layers need no options for them.
 
-Each takes a SolaVision, on any device, and changes it in place; the weights it brings are drawn as the network's own.
+Each function modifies a SolaVision in place, on any device; new weights are initialised like those of the network.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from sola_vision.layers import LinearLayer, LinearMixer, SoftmaxLayer
 
 
 def same_ffn(model: SolaVision) -> None:
-    """Every layer's second half is the softmax layer's MLP: linear and softmax layers differ in attention alone."""
+    """Give every layer the MLP of the softmax layer, so that linear and softmax layers differ only in attention."""
     device = next(model.parameters()).device
-    # a network of softmax layers alone has one for every place, initialised as it has to be
+    # a network of softmax layers only has an initialised MLP for every position
     kinds = "/".join("S" * depth for depth in model.config.parsed_schedule.depths)
     donor = SolaVision(model.config.with_changes(schedule=kinds, bridges=""), device=device)
     lenders = [layer for stage in donor.stages for layer in _layers(stage)]
@@ -27,7 +27,7 @@ def same_ffn(model: SolaVision) -> None:
 
 
 def decay_vision_rwkv(model: SolaVision) -> None:
-    """Vision-RWKV's "fancy" start: -5 to 3 over the channels, steeper in deeper layers."""
+    """Set Vision-RWKV's "fancy" initial decay: -5 to 3 over the channels, steeper in deeper layers."""
     mixers = list(_mixers(model))
     for number, mixer in enumerate(mixers):
         depth = number / max(1, len(mixers) - 1)
@@ -36,29 +36,29 @@ def decay_vision_rwkv(model: SolaVision) -> None:
 
 
 def decay_zero(model: SolaVision) -> None:
-    """No decay at the start: all tokens weigh by their keys alone."""
+    """Set the initial decay to zero: weights depend only on the keys."""
     for mixer in _mixers(model):
         _set(mixer.decay, torch.zeros_like(mixer.decay))
 
 
 def decay_negative(model: SolaVision) -> None:
-    """The network's own rates with the other sign: weight grows with distance."""
+    """Negate the initial decay: weights grow with distance."""
     for mixer in _mixers(model):
         _set(mixer.decay, -mixer.decay)
 
 
 def order_columns(model: SolaVision) -> None:
-    """Linear layers read the tokens column by column."""
+    """Make all linear layers read the tokens column by column."""
     _transpose_every(model, 1)
 
 
 def order_in_turn(model: SolaVision) -> None:
-    """Of the linear layers, every second one reads the tokens column by column."""
+    """Make every second linear layer read the tokens column by column."""
     _transpose_every(model, 2)
 
 
 def bridge_outputs(model: SolaVision) -> None:
-    """Bridges carry the output of the layer they start at instead of its state's read-out."""
+    """Make bridges carry the output of their source layer instead of its state's read-out."""
     sources = {bridge.source for bridge in model.config.parsed_bridges.bridges}
     for place, (name, layer) in enumerate(zip(model.config.parsed_schedule.layers, _all_layers(model), strict=True)):
         if name in sources:
@@ -80,11 +80,11 @@ CHANGES: dict[str, Callable[[SolaVision], None]] = {
 
 
 class _WithMlp(nn.Module):
-    """A linear layer whose channel mix gives way to an MLP."""
+    """A linear layer with an MLP instead of its channel mix."""
 
     def __init__(self, layer: LinearLayer, mlp: nn.Module) -> None:
         super().__init__()
-        layer.channel_mix = _Nothing()  # type: ignore[assignment]
+        layer.channel_mix = _ZeroMix()  # type: ignore[assignment]
         self.layer, self.mlp = layer, mlp
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +92,8 @@ class _WithMlp(nn.Module):
         return x + self.layer.drop_path(self.mlp(self.layer.norm2(x))), readout
 
 
-class _Nothing(nn.Module):
-    """A channel mix that adds nothing."""
+class _ZeroMix(nn.Module):
+    """A channel mix that outputs zero."""
 
     def forward(self, x: Tensor, *_: nn.Module) -> Tensor:
         return torch.zeros_like(x)
@@ -103,9 +103,9 @@ class _Nothing(nn.Module):
 
 
 class _Transposed(nn.Module):
-    """A linear layer that sees the image with rows and columns exchanged.
+    """A linear layer applied to the image with rows and columns exchanged.
 
-    The token shift's left and right become above and below, which renames groups of channels and changes nothing else.
+    Left and right in the token shift become up and down, which only permutes groups of channels.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -118,7 +118,7 @@ class _Transposed(nn.Module):
 
 
 class _OutputAsState(nn.Module):
-    """A layer that hands its output to bridges."""
+    """A layer whose output is the state that bridges read."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _OutputAsState(nn.Module):
 
 
 def _transpose_every(model: SolaVision, step: int) -> None:
-    """The last of every `step` linear layers."""
+    """Transpose the last of every `step` linear layers."""
     linear = [place for place, layer in enumerate(_all_layers(model)) if isinstance(layer, LinearLayer)]
     for place in linear[step - 1 :: step]:
         _replace(model, place, _Transposed(_all_layers(model)[place]))
@@ -145,7 +145,7 @@ def _all_layers(model: SolaVision) -> list[nn.Module]:
 
 
 def _replace(model: SolaVision, place: int, layer: nn.Module) -> None:
-    """`place` counts the layers of the whole network."""
+    """Replace a layer; `place` is its index in the whole network."""
     where = model.config.parsed_schedule.layers[place]
     setattr(model.stages[where.stage].get_submodule("layers"), str(where.layer), layer)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process does a run: a claim is a file that only one can create, and the file says whether its owner lives.
+"""Claims: files that assign a run to one process, and from which others see whether that process is alive.
 
-A claim has a number. Whoever finds the last one's owner dead creates the next; of two that find it at once one
-succeeds, and nothing is ever renamed or removed. On one machine an owner lives while its process does; from another (or
-another container, after a copy of the folder, or on Windows) while the time in the file is fresh, which a thread of the
-owner renews until somebody has taken the next claim.
+Claims are numbered. A process that sees that the owner of the last claim is dead creates the next; if two try at once,
+only one succeeds, and nothing is ever renamed or removed. On the same machine an owner is alive while its process
+exists. From elsewhere (another machine or container, after the folder was copied, or on Windows) it is alive while the
+time in the file is recent; a thread of the owner renews it until a later claim exists.
 """
 
 import errno
@@ -18,13 +18,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_RENEW = 30.0  # seconds between signs of life
-_STALE = 600.0  # seconds after which an owner elsewhere counts as dead
+_RENEW = 30.0  # seconds between updates of the time in a claim
+_STALE = 600.0  # seconds without an update after which an owner elsewhere is considered dead
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """True within the block if this process now owns `folder`, False if a living one does."""
+    """Context manager: claim `folder`. Yields True if this process owns it now, False if another living one does."""
     path = _take(folder)
     if path is None:
         yield False
@@ -37,12 +37,12 @@ def claimed(folder: Path) -> Iterator[bool]:
     finally:
         done.set()
         thread.join()
-        with suppress(OSError):  # what was done is there, and nobody needs the claim of a process that ends
+        with suppress(OSError):  # the results are stored; a claim that is not released only expires later
             _write(path, {**_myself(), "released": True})
 
 
 def owner(folder: Path) -> str | None:
-    """Who has the folder now, for people; None if nobody living."""
+    """Return a description of the process that owns the folder, or None if no living process does."""
     last = _last(folder)
     return None if last is None or not _alive(last[1]) else f"process {last[1]['process']} on {last[1]['host']}"
 
@@ -53,21 +53,21 @@ def _take(folder: Path) -> Path | None:
     if last is not None and _alive(last[1]):
         return None
     path = folder / f"claim.{0 if last is None else last[0] + 1}"
-    # complete before it has its name, so that nobody ever reads half a claim
-    mine = folder / f".claim-{platform.node()}-{os.getpid()}-{time.time_ns()}"
-    _write(mine, _myself())
+    # written before it gets its name, so that no process reads an incomplete claim
+    temporary = folder / f".claim-{platform.node()}-{os.getpid()}-{time.time_ns()}"
+    _write(temporary, _myself())
     try:
-        os.link(mine, path)
+        os.link(temporary, path)
     except FileExistsError:
         return None
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
         raise OSError(
-            f"{folder}: its file system has no hard links, which tell processes whose a run is; choose another --out"
+            f"{folder}: its file system has no hard links, which claims of runs require; choose another --out"
         ) from None
     finally:
-        mine.unlink()
+        temporary.unlink()
     return path
 
 
@@ -78,7 +78,7 @@ def _last(folder: Path) -> tuple[int, dict[str, Any]] | None:
     try:
         return max(numbers), json.loads((folder / f"claim.{max(numbers)}").read_text())
     except ValueError:
-        # written in full by whoever took it; only a broken disk or copy leaves less
+        # claims are written atomically; an invalid one comes from a damaged disk or copy
         return max(numbers), {"released": True}
 
 
@@ -95,24 +95,28 @@ def _myself() -> dict[str, Any]:
 
 
 def _host() -> str:
-    """The machine since it was switched on, since after a restart no process of before is alive; and the container,
-    since in another one a number is another process.
+    """Return an identifier of this boot of the machine and of the container.
+
+    Process numbers have no meaning after a reboot or in another container.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     names = [platform.node(), *([boot.read_text().strip()[:8]] if boot.exists() else [])]
-    with suppress(OSError):  # Linux alone has it
+    with suppress(OSError):  # exists only on Linux
         names.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(names)
 
 
 def _started(process: int) -> str | None:
-    """When a process began, in the system's own unit; None if there is none: numbers of processes come again."""
-    if os.name == "nt":  # there signal 0 is Ctrl-C; the time in the file has to do
+    """Return the start time of a process, in the system's unit, or None if it does not exist.
+
+    With it a reused process number is told apart.
+    """
+    if os.name == "nt":  # signal 0 is Ctrl-C on Windows; the time in the file is used instead
         return None
     stat = Path(f"/proc/{process}/stat")
     if stat.parent.parent.joinpath("self").exists():
         try:
-            # the name in brackets may hold anything; state is the first field behind it, the start the twentieth
+            # the name in brackets may contain anything; after it, field 1 is the state and field 20 the start time
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             return None
@@ -129,13 +133,13 @@ def _started(process: int) -> str | None:
 def _stay_alive(path: Path, done: threading.Event) -> None:
     after = path.with_suffix(f".{int(path.suffix[1:]) + 1}")
     while not done.wait(_RENEW):
-        with suppress(OSError):  # a file system may fail for a moment, and the next sign comes in time too
-            if after.exists():  # this machine slept, and another has taken the run for left
+        with suppress(OSError):  # a transient failure of the file system; the next update comes in time too
+            if after.exists():  # this machine was suspended, and another process took over the run
                 return
             _write(path, _myself())
 
 
 def _write(path: Path, claim: dict[str, Any]) -> None:
-    beside = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    beside.write_text(json.dumps(claim) + "\n")
-    os.replace(beside, path)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+    temporary.write_text(json.dumps(claim) + "\n")
+    os.replace(temporary, path)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study is: arms that differ in one thing, what stays the same, and what the paper says about their order.
+"""The definition of a study: arms that differ in one respect, and the paper's claims about their order.
 
-The network's size, the images and the length of training belong to the scale (`scales`), so that one definition serves
-the paper's scale and smaller ones.
+The size of the network, the images and the length of training belong to the scale (`scales`), so that one definition
+serves both the paper's scale and smaller ones.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ Size = Literal["tiny", "small", "base"]
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One variant; its name is the row's in the table.
+    """One variant, a row of the table.
 
-    change: what is done to the built network, a name of `changes.CHANGES`.
-    paper: the paper's result in per cent, None where it prints none.
-    paper_gmacs: its cost column.
-    size: of the network, where a study has several; a scale leaves out arms of sizes that it does not have.
+    change: a modification of the built network, a key of `changes.CHANGES`; "" for none.
+    paper: the paper's result in per cent, None if it prints none.
+    paper_gmacs: the paper's cost in GMACs.
+    size: the size of the network, for studies with several; a scale skips arms of sizes that it does not have.
     """
 
     name: str
@@ -33,9 +33,9 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement about order: on average the arms of `better` score above the arms of `worse`.
+    """A statement about order: the mean of the arms in `better` is above the mean of the arms in `worse`.
 
-    source: where the paper says so; "" for a question of this project's own.
+    source: the place in the paper; "" for an additional question.
     """
 
     text: str
@@ -48,13 +48,13 @@ class Claim:
 class Study:
     """One table or figure.
 
-    network: "hierarchical" (four stages, as SoLA) or "isotropic" (one stage, as the six-layer study).
-    epochs, data: the paper's, data "" for a study that it does not have.
-    cost_size: pixels a side at which it counts MACs.
-    metric: a name in the results, in per cent.
+    network: "hierarchical" (four stages, like SoLA) or "isotropic" (one stage, like the six-layer study).
+    epochs, data: those of the paper; data is "" for a study that is not in the paper.
+    cost_size: side of the images, in pixels, at which the paper counts MACs.
+    metric: a key of the results, in per cent.
     over: the horizontal axis of its figure; "depth" adds a panel over the number of layers.
-    claims: what its text and numbers say.
-    notes: what a reader has to know about it.
+    claims: orders stated by the paper's text and numbers.
+    notes: remarks printed on the page.
     """
 
     name: str
@@ -75,21 +75,22 @@ class Study:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         assert len(set(names)) == len(names), names
-        # only runs of classification know what to do with one
+        # only classification runs support changes
         assert self.task == "classification" or not any(arm.change for arm in self.arms), names
         for claim in self.claims:
             assert set(claim.better + claim.worse) <= set(names), claim
 
     @property
     def measure(self) -> str:
-        """The metric as a page calls it."""
+        """The name of the metric on a page."""
         return "mIoU" if self.metric == "miou" else "top-1 accuracy"
 
     def arm(self, name: str) -> Arm:
+        """Return the arm called `name`."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def paper_difference(self, claim: Claim) -> float | None:
-        """What the paper's own numbers give for the claim, in points."""
+        """Return the difference for a claim by the paper's numbers, in points; None if it prints none."""
         numbers = [[self.arm(name).paper for name in side] for side in (claim.better, claim.worse)]
         if any(number is None for side in numbers for number in side):
             return None

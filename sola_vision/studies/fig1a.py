@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figure 1(a) and what belongs to it: accuracy against cost in the paper's Tables 3, 4 and 5, and in our own runs.
+"""Figure 1(a), extended: accuracy against cost in the paper's Tables 3, 4 and 5, and in the studies run here.
 
-The paper's points are its printed numbers, costs included. Ours are the finished studies of the folder, in panels of
-their own: they are of other images and networks, and no line joins them with the paper's.
+The paper's points are its printed numbers, including costs. The finished studies of a folder are drawn in separate
+panels, because their images and networks differ from the paper's.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ _SOLA, _OTHERS, _OURS = "#D55E00", "#56B4E9", "#0072B2"
 
 
 def write_fig1a(folder: Path) -> None:
-    """Writes FOLDER/fig1a/report.md, report.html and accuracy.png."""
+    """Write FOLDER/fig1a/report.md, report.html and accuracy.png."""
     place = folder / "fig1a"
     place.mkdir(parents=True, exist_ok=True)
     outcomes = [gather(folder, path.parent.name) for path in sorted(folder.glob(f"*/{RESULTS}"))]
@@ -92,7 +92,7 @@ def _draw(ours: Sequence[Outcome], out: Path) -> None:
 
 
 def _points(axes: Axes, points: list[tuple[str, float, float]], colours: list[str]) -> None:
-    """Each (name, GMACs, accuracy) as a dot."""
+    """Draw each (name, GMACs, accuracy) as a dot."""
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.1)
     for (_, macs, accuracy), colour in zip(points, colours, strict=True):
@@ -111,7 +111,7 @@ def _blocks(ours: Sequence[Outcome]) -> list[Block]:
         for row in ROWS
         if (accuracy := ACCURACY.get(row.table, {}).get(row.method)) is not None
     ]
-    mine = [
+    measured = [
         [
             outcome.study.name,
             row.name,
@@ -125,15 +125,15 @@ def _blocks(ours: Sequence[Outcome]) -> list[Block]:
     blocks: list[Block] = [
         Picture("accuracy.png", "accuracy against cost"),
         Text(
-            "Upper row: the numbers that the paper prints (arXiv 2601.11164, Tables 3 to 5), its own and quoted; "
-            "networks without a printed cost are left out of the picture. Nothing of it was measured here."
+            "Upper row: the numbers printed in the paper (arXiv 2601.11164, Tables 3 to 5), its own and those it "
+            "quotes; networks without a printed cost are omitted. None of them was measured here."
         ),
     ]
-    if mine:
+    if measured:
         blocks += [
-            Text("Lower rows: the studies that were run here; each page says with which images and how long."),
+            Text("Lower rows: the studies run here; their pages state the images and the length of training."),
             Heading(2, "Here"),
-            Table(["study", "arm", "GMACs", "accuracy (seeds)"], mine),
+            Table(["study", "arm", "GMACs", "accuracy (seeds)"], measured),
         ]
     else:
         blocks.append(Text("No study has been run in this folder yet."))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figure of a study: accuracy against cost with standard errors, next to the paper's numbers or against depth."""
+"""The figure of a study: accuracy against cost with standard errors, and the paper's numbers or accuracy over depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from sola_vision.analysis.labels import label_points
 
 from .outcome import Outcome, Row
 
-# Okabe and Ito's colours: told apart by colour-blind readers and in print
+# Okabe and Ito's colours, distinguishable for colour-blind readers and in print
 LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
 
 
 def draw_study(outcome: Outcome, out: Path) -> None:
-    """Draw the metric over MACs; a second panel has the paper's numbers, if it prints any.
+    """Draw the metric over MACs, with a second panel for the paper's numbers, if any.
 
-    In a study over depth the first panel has the number of layers on its axis, as Figure 5.
+    A study over depth has a panel over the number of layers instead, like Figure 5.
     """
     done = [row for row in outcome.rows if row.mean is not None]
     over_depth = outcome.study.over == "depth"
@@ -35,7 +35,7 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     if with_paper:
         for row in with_paper:
             panels[1].plot(row.macs / 1e6, row.paper, color=_colour(row), marker="s", linestyle="none")
-        panels[1].set_xlabel(f"MMACs of the network here, an image of {outcome.plan['cost_size']} pixels")
+        panels[1].set_xlabel(f"MMACs of the network here, per image of {outcome.plan['cost_size']} pixels")
         panels[1].set_title(f"the paper's {outcome.study.measure} ({outcome.study.data})", fontsize=9)
     for axes in panels:
         axes.grid(alpha=0.3)
@@ -52,7 +52,7 @@ def _draw_costs(outcome: Outcome, done: Sequence[Row], axes: Axes) -> None:
         axes.errorbar(
             row.macs / 1e6, row.mean or 0.0, yerr=row.error, color=_colour(row), marker="o", capsize=3, linestyle="none"
         )
-    axes.set_xlabel(f"MMACs an image of {outcome.plan['cost_size']} pixels")
+    axes.set_xlabel(f"MMACs per image of {outcome.plan['cost_size']} pixels")
     axes.set_ylabel(f"{outcome.study.measure}, %")
     seeds = max((len(row.by_seed) for row in done), default=0)
     axes.set_title(f"here: {outcome.plan['data']['name']}, up to {seeds} seeds, bars are standard errors", fontsize=9)
@@ -61,11 +61,11 @@ def _draw_costs(outcome: Outcome, done: Sequence[Row], axes: Axes) -> None:
         if colour in shown:
             axes.plot([], [], color=colour, marker="o", linestyle="none", label=text)
     if shown:
-        axes.legend(fontsize=8, loc="lower right")  # "best" takes seconds on a busy machine, and warns then
+        axes.legend(fontsize=8, loc="lower right")  # "best" is slow for many points, and warns about it
 
 
 def _draw_depths(done: Sequence[Row], axes: Axes) -> None:
-    """Accuracy over the number K of layers: a line of the stacks that end linear, and one of those that end softmax."""
+    """Draw accuracy over the number K of layers: a line for stacks that end in L, and one for those that end in S."""
     for kind, colour, text in (("L", LINEAR, "K x L"), ("S", MIXED, "(K - 1) x L + S")):
         rows = sorted((row for row in done if row.schedule.endswith(kind)), key=lambda row: len(row.schedule))
         if rows:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images of a study: a folder or tar file, of which a file of names may choose the classes and a limit the number.
+"""The images of a study: a folder or tar file, optionally restricted to the classes in a file and to a number.
 
-What a run's identity needs of them is `name`, counts and fingerprint; the images are decoded at the first run.
+The identity of a run contains only their name, counts and fingerprint; the images are decoded for the first run.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ from sola_vision.data import (
     shuffled_by_class,
 )
 
-_FEWEST = 5  # training images of a class, below which an accuracy says nothing
+_FEWEST = 5  # the minimum number of training images per class, below which accuracy is meaningless
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What results remember of their images."""
+    """The description of the images that results store."""
 
     name: str
     classes: int
@@ -44,8 +44,8 @@ class Identity:
 class Images:
     """Training and held-out images at one size.
 
-    data: what `open_classification` takes. class_file: a file with the name of one class a line.
-    limit: training images. images: as in Scale.
+    data: a path for `open_classification`. class_file: a file with one class name per line. limit: the number of
+    training images. images: as in Scale. Raise ValueError for unknown classes or too few images.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Images:
         if missing := [name for name in self.classes if name not in self.train_files.classes]:
             raise ValueError(
                 f"{class_file}: {missing[0]!r} is not among the {len(self.train_files.classes)} classes of {data}, "
-                f"such as {self.train_files.classes[0]!r}; write one name of a class folder a line"
+                f"such as {self.train_files.classes[0]!r}; write one class folder name per line"
             )
         chosen = _of_classes(self.train_files, self.classes)
         labels = [self.train_files.targets[index] for index in chosen]
@@ -69,29 +69,34 @@ class Images:
         count = len(self.train_indices)
         if count < _FEWEST * len(self.classes):
             raise ValueError(
-                f"{data}: {count} training images for {len(self.classes)} classes are too few: a study needs "
-                f"{_FEWEST} a class at least; add images, raise --limit or choose fewer classes"
+                f"{data}: {count} training images for {len(self.classes)} classes are too few: a study needs at least "
+                f"{_FEWEST} per class; add images, raise --limit or choose fewer classes"
             )
         if not self.val_indices:
             raise ValueError(
-                f"{data}: none of its {len(self.val_files.targets)} held-out images is of the {len(self.classes)} "
-                "classes chosen, and accuracy is measured on them; add images or choose other classes"
+                f"{data}: none of its {len(self.val_files.targets)} held-out images, on which accuracy is measured, is "
+                f"of the {len(self.classes)} chosen classes; add images or choose other classes"
             )
         both = fingerprint(self.train_files, self.train_indices) + fingerprint(self.val_files, self.val_indices)
         self.identity = Identity(Path(data).name, len(self.classes), count, len(self.val_indices), both)
 
     @cached_property
     def train(self) -> Dataset[Any]:
+        """The training images, augmented."""
         return self._open(self.train_files, self.train_indices, training=True)
 
     @cached_property
     def val(self) -> Dataset[Any]:
+        """The held-out images."""
         return self._open(self.val_files, self.val_indices, training=False)
 
     def split(self, share: float) -> tuple[Dataset[Any], Dataset[Any]]:
-        """The training images in two: most to train on, and a `share` of each class, seen as held-out ones are."""
+        """Split the training images into two datasets: most to train on, and a `share` of each class to validate on.
+
+        The second is not augmented, like the held-out images.
+        """
         by_class = shuffled_by_class([self.train_files.targets[index] for index in self.train_indices])
-        # one at least, but never the last one that there is to learn from
+        # at least one per class, but never its only image
         chosen = {at for some in by_class for at in some[: min(len(some) - 1, max(1, round(share * len(some))))]}
         parts = [
             [index for at, index in enumerate(self.train_indices) if (at in chosen) == held] for held in (False, True)
@@ -110,17 +115,18 @@ class Images:
 
     @property
     def settings(self) -> ImageConfig:
-        """Of loading, mixing and smoothing; also what a checkpoint says about showing an image to the network."""
-        # in memory images are cropped and flipped only; smoothing is the default's
+        """The settings of augmentation, mixing and smoothing; checkpoints store them as their preprocessing."""
+        # images in memory are only cropped and flipped; label smoothing keeps its default
         plain = ImageConfig(size=self.size, auto_augment=None, color_jitter=0, erasing=0, mixup=0, cutmix=0)
         return self.images or plain
 
     def describe(self) -> dict[str, Any]:
+        """Return the identity as a dictionary."""
         return asdict(self.identity)
 
 
 class _Chosen(Dataset[tuple[Any, int]]):
-    """Some images of a folder under other labels."""
+    """A subset of a folder's images, with new labels."""
 
     def __init__(
         self,
@@ -146,8 +152,10 @@ def _of_classes(files: ImageFolder | Digits, names: list[str]) -> list[int]:
 
 def _read_names(path: Path) -> list[str]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give a file with the name of one class folder a line")
+        raise FileNotFoundError(f"{path}: no such file; give a file with one class folder name per line")
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"{path}: {len(names)} names of {len(set(names))} classes: write two or more, each once")
+        raise ValueError(
+            f"{path}: {len(names)} names of {len(set(names))} classes: write two or more, without duplicates"
+        )
     return sorted(names)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study as it stands in a folder: its plan, the finished runs, and what they say about every claim.
+"""The outcome of a study in a folder: its plan, the finished runs, and a verdict on every claim.
 
-NAME/results.json holds plan and finished runs together, so that a page can be written from that file alone; what
-FOLDER/results has beside it is newer and is taken up first.
+NAME/results.json contains both the plan and the finished runs, so that a page can be written from that file alone.
+Newer results in FOLDER/results are added to it first.
 """
 
 import json
@@ -25,7 +25,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Row:
-    """One arm of the table; a run that measured no number is not in by_seed."""
+    """One arm of the table; runs without a finite metric are not in by_seed."""
 
     name: str
     schedule: str
@@ -39,16 +39,18 @@ class Row:
 
     @property
     def mean(self) -> float | None:
+        """The mean over seeds, None without results."""
         values = list(self.by_seed.values())
         return sum(values) / len(values) if values else None
 
     @property
     def error(self) -> float:
+        """The standard error of the mean."""
         return standard_error(list(self.by_seed.values()))
 
     @property
     def text(self) -> str:
-        """Mean, standard error and number of seeds, as far as there are any: one run has no error."""
+        """Mean, standard error and number of seeds; without an error for one seed, empty without results."""
         if self.mean is None:
             return ""
         n = len(self.by_seed)
@@ -57,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim, the paper's own difference and ours; None where no seed has all its arms yet."""
+    """A claim, the paper's difference and the measured one; `ours` is None if no seed has results of all arms."""
 
     claim: Claim
     paper: float | None
@@ -66,7 +68,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that a page shows."""
+    """The content of a page."""
 
     study: Study
     plan: dict[str, Any]
@@ -76,27 +78,29 @@ class Outcome:
 
     @property
     def missing(self) -> int:
-        """Runs that have not been done."""
+        """The number of runs that are not finished."""
         return len(self.plan["keys"]) - len(self.results)
 
     @property
     def without_number(self) -> int:
-        """Finished runs whose metric is no number: they diverged, or nothing of the held-out images counts."""
+        """The number of finished runs without a finite metric: they diverged, or no held-out pixel counts."""
         return len(self.results) - sum(len(row.by_seed) for row in self.rows)
 
 
-def begin(folder: Path, description: dict[str, Any]) -> None:
-    """Writes down the plan. Refuses a folder in which this study has other settings; more seeds extend it."""
+def write_plan(folder: Path, description: dict[str, Any]) -> None:
+    """Write the plan of a study to its results.json; more seeds extend an existing one.
+
+    Raise ValueError if the folder contains this study with other settings.
+    """
     path = folder / description["name"] / RESULTS
     results = []
     if path.exists():
         before = json.loads(path.read_text())
         for name in ("scale", "data", "epochs", "batch_size", "lr", "size", "arms"):
-            mine, theirs = _comparable(description[name]), _comparable(before["plan"][name])
-            if mine != theirs:
+            if _comparable(description[name]) != _comparable(before["plan"][name]):
                 raise ValueError(
-                    f"{path.parent} holds {description['name']} with another {name}: give the same options again, "
-                    "or another --out"
+                    f"{path.parent} contains {description['name']} with another {name}: repeat the same options or "
+                    "choose another --out"
                 )
         results = before["results"]
         if before["plan"]["seeds"] > description["seeds"]:
@@ -106,12 +110,15 @@ def begin(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _comparable(value: Any) -> Any:
-    # a copied or renamed folder of images is the same by its fingerprint
+    # the fingerprint identifies a copied or renamed folder of images
     return {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
 
 
 def gather(folder: Path, name: str) -> Outcome:
-    """What `folder` knows of a study; takes new results into its results.json."""
+    """Return the outcome of a study in `folder`, and add new results to its results.json.
+
+    Raise FileNotFoundError if the study was not run in this folder.
+    """
     path = folder / name / RESULTS
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; run the study into this folder first (sola study {name})")
@@ -138,16 +145,16 @@ def _custom(plan: dict[str, Any]) -> Study:
 
 
 def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> Row:
-    mine = [result for result in results if result["arm"] == name]
+    finished = [result for result in results if result["arm"] == name]
     arm, planned = study.arm(name), plan["arms"][name]
-    speeds = [result["images_per_second"] for result in mine if result["images_per_second"]]
+    speeds = [result["images_per_second"] for result in finished if result["images_per_second"]]
     return Row(
         name=name,
         schedule=arm.schedule,
         bridges=arm.bridges,
         paper=arm.paper,
         paper_gmacs=arm.paper_gmacs,
-        by_seed={result["seed"]: result[study.metric] for result in mine if _measured(result[study.metric])},
+        by_seed={result["seed"]: result[study.metric] for result in finished if _measured(result[study.metric])},
         parameters=planned["parameters"],
         macs=planned["macs"],
         images_per_second=statistics.median(speeds) if speeds else None,
@@ -159,9 +166,9 @@ def _measured(value: float | None) -> bool:
 
 
 def _judge(claim: Claim, by_arm: dict[str, dict[int, float]]) -> Comparison | None:
-    """Over the seeds that all arms of the claim have."""
-    everyone = [by_arm[name] for name in (*claim.better, *claim.worse)]
-    seeds = sorted(set.intersection(*(set(values) for values in everyone)))
+    """Compare the arms of a claim over the seeds for which all of them have results."""
+    values = [by_arm[name] for name in (*claim.better, *claim.worse)]
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values)))
     if not seeds:
         return None
 

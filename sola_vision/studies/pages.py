@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study's page, as Markdown and as one HTML file: the paper's table with ours beside it, the plot, what holds here.
+"""The page of a study, as Markdown and as one HTML file: the table next to the paper's, the figure, and the verdicts.
 
-A page is a list of blocks, which two short writers turn into text; everything in it comes from results.json.
+A page is a list of blocks, which are rendered as Markdown and as HTML; all content comes from results.json.
 """
 
 import base64
@@ -55,7 +55,7 @@ Block = Heading | Text | Listing | Table | Picture | Code
 
 
 def write_report(folder: Path, name: str) -> Outcome:
-    """Writes FOLDER/NAME/report.md, report.html and accuracy.png from what the folder holds."""
+    """Write FOLDER/NAME/report.md, report.html and accuracy.png from the results in the folder."""
     outcome = gather(folder, name)
     place = folder / name
     draw_study(outcome, place / PLOT)
@@ -64,7 +64,7 @@ def write_report(folder: Path, name: str) -> Outcome:
 
 
 def write_page(place: Path, title: str, blocks: Sequence[Block]) -> None:
-    """report.md and report.html in `place`; pictures lie there already."""
+    """Write report.md and report.html to the folder `place`, which already contains the pictures."""
     blocks = [Heading(1, title), *blocks]
     (place / "report.md").write_text("\n\n".join(_markdown(block) for block in blocks) + "\n", encoding="utf-8")
     body = "\n".join(_html(block, place) for block in blocks)
@@ -80,20 +80,20 @@ def _blocks(outcome: Outcome) -> list[Block]:
     if outcome.missing:
         blocks.append(Text(f"**Unfinished: {len(outcome.results)} of {total} runs are done.**"))
     if outcome.without_number:
-        how = f"**{outcome.without_number} of the finished runs measured no {study.measure}, and count nowhere.**"
-        blocks.append(Text(f"{how} They diverged, or nothing of the held-out images counts."))
+        how = f"**{outcome.without_number} of the finished runs have no {study.measure} and are excluded.**"
+        blocks.append(Text(f"{how} They diverged, or no held-out pixel counts."))
     blocks += [
         Listing(
             [
                 f"Varies: {study.varies}.",
                 f"Fixed: {study.fixed}.",
-                *([f"The paper's: {study.data}, {_epochs(study.epochs, study.task)}."] if study.data else []),
+                *([f"In the paper: {study.data}, {_epochs(study.epochs, study.task)}."] if study.data else []),
                 f"Here, scale `{plan['scale']}`: {plan['what']}.",
                 f"Images: {data['name']}, {data['train']:,} for training and {data['val']:,} held out, "
                 f"{data['classes']} classes, {_pixels(plan)} (fingerprint {data['fingerprint']}).",
                 f"Training: {plan['epochs']:g} epochs, {plan['steps']:,} steps of {plan['batch_size']} images, "
                 f"learning rate {plan['lr']:g}; the network after the last epoch is evaluated. {plan['seeds']} seeds "
-                "an arm.",
+                "per arm.",
                 *study.notes,
             ]
         ),
@@ -101,9 +101,9 @@ def _blocks(outcome: Outcome) -> list[Block]:
         _table(outcome),
         Text(
             f"{_MEASURES[study.metric]} on the held-out images in per cent, mean ± standard error over (n) seeds. "
-            f"{_beside(outcome)}MACs are those of one image of {plan['cost_size']} x {plan['cost_size']} pixels "
-            "without the head, parameters with it. Images a second are of training, the median over the run; other "
-            "programs may have run beside."
+            f"{_paper_remark(outcome)}MACs are those of one image of {plan['cost_size']} x {plan['cost_size']} pixels, "
+            "without the head; parameters include it. Images per second are the median during training; other programs "
+            "may have been running."
         ),
         Picture(PLOT, "accuracy against depth and cost" if study.over == "depth" else "accuracy against cost"),
         Heading(2, "Does the order hold here?"),
@@ -121,13 +121,13 @@ def _pixels(plan: dict[str, Any]) -> str:
     return f"crops of {plan['size']} pixels; {rule}" if rule else f"{plan['size']} pixels"
 
 
-def _beside(outcome: Outcome) -> str:
+def _paper_remark(outcome: Outcome) -> str:
     if all(row.paper is None for row in outcome.rows):
         return ""
     if outcome.plan["scale"] == "paper":
         subset = "subset" in outcome.study.data
-        return "The paper's classes are not published, so its numbers are of other images. " if subset else ""
-    return "The paper's numbers are of other images, larger networks and longer training: only orders can be compared. "
+        return "The paper's classes are not published, so its numbers are for other images. " if subset else ""
+    return "The paper used other images, larger networks and longer training: only the order of arms is comparable. "
 
 
 def _table(outcome: Outcome) -> Table:
@@ -147,16 +147,14 @@ def _claims(outcome: Outcome) -> list[Block]:
     rows = [_claim(judged) for judged in outcome.judged]
     n = max((judged.ours.n for judged in outcome.judged if judged.ours), default=0)
     how = (
-        f"Differences are in points of {outcome.study.measure}. Each is a mean over seeds of paired differences: the "
-        "runs of a seed share the order of images and their augmentation. The interval is Student's t for paired runs, "
-        "which takes the differences for normally distributed; p is the exact sign-flip test's (one-sided), which does "
-        "not"
-        + (f", and which cannot fall below {0.5**n:.3g} with {n} seeds" if n else "")
-        + ". A statement holds, or is reversed, when the interval excludes zero; otherwise these runs do not decide "
-        "it. "
-        + (f"The {len(rows)} intervals stand each alone: nothing corrects for their number. " if len(rows) > 1 else "")
-        + "Intervals are about chance in training on these images; other images, sizes or longer training may order "
-        "the arms differently."
+        f"Differences are in points of {outcome.study.measure}, means over seeds of paired differences: the runs of a "
+        "seed share the order of images and their augmentation. The interval is Student's t for paired runs, which "
+        "assumes normally distributed differences; p is that of the exact one-sided sign-flip test, which does not"
+        + (f", and which cannot be below {0.5**n:.3g} with {n} seeds" if n else "")
+        + ". A statement holds, or is reversed, if the interval excludes zero; otherwise these runs do not decide it. "
+        + (f"The {len(rows)} intervals are not corrected for their number. " if len(rows) > 1 else "")
+        + "Intervals cover the randomness of training on these images; other images, sizes or longer training may "
+        "order the arms differently."
     )
     held = [f"{judged.claim.text}: **{_verdict(judged)}**" for judged in outcome.judged]
     return [Table(header, rows), Text(how), Listing(held)]
@@ -166,7 +164,7 @@ def _claim(judged: Judged) -> list[str]:
     ours = judged.ours
     start = [judged.claim.text, judged.claim.source or "ours", _signed(judged.paper)]
     if ours is None:
-        return [*start, "", "", "0", "", "no seed"]
+        return [*start, "", "", "0", "", "no result"]
     interval = "" if ours.low is None or ours.high is None else f"{ours.low:+.2f} to {ours.high:+.2f}"
     return [*start, _signed(ours.mean), interval, str(ours.n), f"{ours.p:.3f}", ours.verdict]
 
@@ -174,11 +172,11 @@ def _claim(judged: Judged) -> list[str]:
 def _verdict(judged: Judged) -> str:
     ours = judged.ours
     if ours is None:
-        return "no seed has a result of all its arms"
+        return "no seed has results of all its arms"
     if ours.low is None or ours.high is None:
         return f"not decided: one seed, {ours.mean:+.2f}"
     if ours.equal:
-        return f"not decided: {ours.mean:+.2f} in each of {ours.n} seeds, which says nothing about chance"
+        return f"not decided: {ours.mean:+.2f} in each of {ours.n} seeds, which gives no estimate of chance"
     if ours.verdict == "undecided":
         reach = (ours.high - ours.low) / 2
         return f"not decided by {ours.n} seeds: {ours.mean:+.2f} ± {reach:.2f}"
@@ -201,11 +199,12 @@ def _provenance(outcome: Outcome) -> list[Block]:
 
     hours = sum(result["seconds"] for result in outcome.results) / 3600
     facts = [
-        f"Hardware: {all_of('hardware')}; threads a run: {all_of('threads')}; processes a run: {all_of('processes')}.",
+        f"Hardware: {all_of('hardware')}; threads per run: {all_of('threads')}; processes per run: "
+        f"{all_of('processes')}.",
         f"torch {all_of('torch')}, timm {all_of('timm')}, Python {all_of('python')}.",
         f"Commit of this project: {all_of('commit')}.",
-        f"The {len(outcome.results)} runs took {hours:.2f} hours, one after another.",
-        "Raw results: [results.json](results.json). The page again: `sola study "
+        f"The {len(outcome.results)} runs took {hours:.2f} hours in total.",
+        "Raw results: [results.json](results.json). To write this page again: `sola study "
         f"{outcome.study.name} --report --out FOLDER`.",
     ]
     commands = sorted({str(result.get("command")) for result in outcome.results})
@@ -257,7 +256,7 @@ def _html(block: Block, place: Path) -> str:
 
 
 def _inline(text: str) -> str:
-    """The three marks that the blocks use: `code`, **strong** and [link](target)."""
+    """Render the three inline marks used in blocks: `code`, **strong** and [link](target)."""
     escaped = html.escape(text, quote=False)
     for mark, tag in (("`", "code"), ("**", "b")):
         parts = escaped.split(mark)

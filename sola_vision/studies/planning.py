@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study at a scale on somebody's images, as a list of runs. Whatever can be wrong is refused here."""
+"""Plans: a study at a scale on given images, as a list of runs. All options are validated here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .segmentation import SegmentationImages, segmentation_runs
 
 @dataclass(frozen=True)
 class Plan:
-    """A study at a scale on some images: its runs, seeds outermost, so that every arm has as many at any time."""
+    """A study at a scale on given images. Runs are ordered by seed, so that all arms progress evenly."""
 
     study: Study
     scale: Scale
@@ -29,7 +29,7 @@ class Plan:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What results.json keeps of the plan; the costs of all arms are counted for it."""
+        """The plan as stored in results.json, with the counted cost of every arm."""
         study, scale, train = self.study, self.scale, self.train
         level = scale.segmentation if study.task == "segmentation" else scale
         size = study.cost_size if scale.name == "paper" else level.size
@@ -71,10 +71,10 @@ def plan(
     limit: int | None = None,
     device: str = "auto",
 ) -> Plan:
-    """Values that are None are the scale's or the study's.
+    """Return the plan of a study. Options that are None default to the scale's or the study's value.
 
-    class_file: of classification, names of the classes to use. ignore, init: of segmentation, the label that counts
-    nowhere and the checkpoints to start from.
+    class_file: for classification, a file with the names of the classes to use. ignore, init: for segmentation, the
+    label to ignore and the checkpoints to start from. Raise ValueError if the options or images do not suit the study.
     """
     images: Images | SegmentationImages
     first: Sequence[Run]
@@ -88,7 +88,7 @@ def plan(
     if images.identity.train < train.batch_size:
         raise ValueError(
             f"{data}: {images.identity.train} training images are fewer than one batch of {train.batch_size}: "
-            "give more images"
+            "add images"
         )
     number = seeds or scale.seeds
     runs = tuple(run.with_seed(seed) for seed in range(number) for run in first)
@@ -104,7 +104,7 @@ def _classification_runs(
     limit: int | None,
     device: str,
 ) -> tuple[Images, list[Run]]:
-    """The images, and a run of every arm, all with seed 0."""
+    """Return the images and a run of every arm with seed 0."""
     base = scale.hierarchical if study.network == "hierarchical" else scale.isotropic
     epochs = epochs or scale.epochs.get(study.network, study.epochs)
     images = Images(data, scale.size, scale.images, limit or scale.limit, class_file)
@@ -129,7 +129,7 @@ def _config(base: SolaConfig, arm: Arm, classes: int) -> SolaConfig:
     if stages != len(base.dims):
         raise ValueError(
             f"schedule {arm.schedule!r} has {stages} stages but the scale's network has {len(base.dims)}: give one "
-            "group of letters for each stage, with a slash between them"
+            "group of letters per stage, separated by slashes"
         )
     return base.with_changes(
         schedule=arm.schedule, bridges=arm.bridges, token_shift=arm.token_shift, num_classes=classes

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a study in a folder: what is finished is kept, what was interrupted goes on, what another process does is left.
+"""Execution of a study in a folder: finished runs are kept, interrupted ones resumed, runs of other processes skipped.
 
-    FOLDER/runs/KEY/          a run's folder while it trains, and its claims
-    FOLDER/results/KEY.json   a finished run; it appears whole or not at all
+    FOLDER/runs/KEY/          the folder of a run in training, and its claims
+    FOLDER/results/KEY.json   a finished run, written atomically
     FOLDER/NAME/              the study's page, with its plan and results in results.json
 
-KEY follows from everything that determines a run, so that studies share runs (Fig. 5 has two stacks of Table 1).
+KEY is a hash of everything that determines a run, so that studies share runs (Fig. 5 has two stacks of Table 1).
 """
 
 import json
@@ -25,40 +25,43 @@ from .claims import claimed
 from .planning import Plan
 from .runs import Run
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 _METRICS = ("top1", "top5", "loss", "miou", "miou_all", "mean_accuracy", "pixel_accuracy")
 
 
-def run_plan(plan: Plan, folder: Path, say: Say) -> int:
-    """Does what is left to do; returns how many runs other processes are doing. Under torchrun all call it."""
+def run_plan(plan: Plan, folder: Path, log: Log) -> int:
+    """Execute all runs that are left, and return the number of runs that other processes are executing.
+
+    Under torchrun every process must call it.
+    """
     busy = 0
     with distributed(plan.runs[0].train.device) as world:
         for number, run in enumerate(plan.runs):
-            with _mine(run, folder) as state:
+            with _claimed_run(run, folder) as state:
                 busy += state == "busy"
                 if state == "free":
                     if world.is_main:
-                        say(f"{plan.study.name} {number + 1} of {len(plan.runs)}: {run.arm}, seed {run.seed}")
+                        log(f"{plan.study.name} {number + 1} of {len(plan.runs)}: {run.arm}, seed {run.seed}")
                     result = _train(run, plan.images, folder)
                     on_main(lambda run=run, result=result: _store(run, result, folder))  # type: ignore[misc]  # of defaults
     return busy
 
 
 @contextmanager
-def _mine(run: Run, folder: Path) -> Iterator[str]:
-    """Claims a run, on the first process, and tells all of them: "finished", "busy" (someone else's) or "free"."""
+def _claimed_run(run: Run, folder: Path) -> Iterator[str]:
+    """Claim a run on the first process and yield its state on all: "finished", "busy" (claimed elsewhere) or "free"."""
     result = folder / "results" / f"{run.key}.json"
     with ExitStack() as stack:
 
-        def take() -> str:
+        def claim() -> str:
             if result.exists():
                 return "finished"
             free = stack.enter_context(claimed(folder / "runs" / run.key))
-            # it may have been finished between the two looks
+            # it may have been finished since the check above
             return "finished" if result.exists() else "free" if free else "busy"
 
-        yield on_main(take)
+        yield on_main(claim)
 
 
 def _train(run: Run, images: Any, folder: Path) -> dict[str, Any]:
@@ -100,12 +103,12 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
     path = folder / "results" / f"{run.key}.json"
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
-    # nobody will resume a finished run; its weights stay
+    # a finished run is not resumed; its weights are kept
     shutil.rmtree(out / "last", ignore_errors=True)
 
 
 def _published(command: str) -> str:
-    """Results are published, and where folders lie on somebody's machine is nobody's business."""
+    """Return the command without the folders of absolute paths, because results are published."""
     return shlex.join(map(_without_folder, shlex.split(command)))
 
 
@@ -115,7 +118,7 @@ def _without_folder(word: str) -> str:
 
 
 def stored(folder: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The finished runs among `keys`."""
+    """Yield the results of the finished runs among `keys`."""
     for key in keys:
         path = folder / "results" / f"{key}.json"
         if path.exists():

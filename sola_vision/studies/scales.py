@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a study is: network, images, length of training, seeds. The definitions of `catalogue` hold for each scale.
+"""Scales: the network, the images, the length of training and the number of seeds of a study in `catalogue`.
 
-`paper` is the paper's own recipe; `small` fits two CPU cores, and `medium` a GPU for an afternoon.
+`paper` is the paper's recipe; `small` suits two CPU cores, `medium` a GPU for an afternoon.
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,11 @@ from sola_vision.tasks import UPerNetConfig
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationScale:
-    """What a study of segmentation has in place of a Scale's own fields.
+    """The scale of a segmentation study, in place of the fields of Scale.
 
-    networks: by the sizes that arms name; smaller scales have one.
-    pretrained: starts from weights that are given.
+    what: a description for the page.
+    networks: by the size of an arm; smaller scales have only one.
+    pretrained: True if training starts from given weights.
     """
 
     what: str
@@ -31,21 +32,22 @@ class SegmentationScale:
 
     @property
     def size(self) -> int:
-        """Pixels a side of a crop."""
+        """The side of a crop in pixels."""
         return self.images.crop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Everything about a run that a study does not say.
+    """Everything about a run that the study does not define.
 
-    hierarchical, isotropic: the networks; a study puts in schedules and bridges.
-    images: how images are loaded; None: decoded once, held in memory, randomly cropped and flipped.
-    limit: training images, the same ones in every run; None: all.
-    epochs: by kind of network; empty: the study's own number.
-    train: everything else of the training.
-    seeds: runs of each arm.
-    segmentation: the same for its studies.
+    what: a description for the page.
+    hierarchical, isotropic: the networks, whose schedules and bridges the study replaces.
+    images: the settings of loading; None: decoded once, kept in memory, randomly cropped and flipped.
+    limit: the number of training images, the same in every run; None: all.
+    epochs: by kind of network; empty: those of the study.
+    train: the other settings of the training.
+    seeds: the number of runs per arm.
+    segmentation: the scale of segmentation studies.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Scale:
 
     @property
     def size(self) -> int:
-        """Pixels a side."""
+        """The side of the images in pixels."""
         return self.hierarchical.img_size
 
 
@@ -69,7 +71,7 @@ PAPER = Scale(
     name="paper",
     what="the paper's recipe: SoLA-T, or 192 channels at patch 16 in stacks of one stage; 224 pixels, batches of 1024",
     hierarchical=config.tiny(),
-    # not in the paper: the stack's width and patch; these fit its costs (docs/reconstruction.md). Its drop path is T's
+    # not in the paper: width and patch of the stack, which fit its costs (docs/reconstruction.md), and T's drop path
     isotropic=SolaConfig(schedule="LLLLLL", dims=(192,), patch_size=16, drop_path_rate=0.1),
     images=ImageConfig(),
     limit=None,
@@ -87,7 +89,7 @@ PAPER = Scale(
         what="the paper's recipe: SoLA-T, S and B under a UPerNet of 512 channels, from ImageNet weights; crops of 512 "
         "pixels, batches of 16",
         networks={"tiny": config.tiny(), "small": config.small(), "base": config.base()},
-        # the rest of section 5.2 and what it leaves open as in the recipes ade20k_*
+        # section 5.2; what it leaves open is as in the recipes ade20k_*
         images=SegmentationConfig(ignore=0),
         train=TrainConfig(
             steps=160_000,
@@ -141,7 +143,7 @@ MEDIUM = Scale(
     ),
 )
 
-# stem patch 1, so that stage 3 has 8 x 8 tokens; sized for minutes a run on one core
+# stem patch 1, so that stage 3 has 8 x 8 tokens; a run takes minutes on one core
 SMALL = Scale(
     name="small",
     what="four stages of 16, 32, 64 and 96 channels, or stacks of 64 channels at patch 4; 32 pixels, up to 20,000 "
@@ -167,7 +169,7 @@ SMALL = Scale(
         "pixels from images of 128, 800 steps",
         networks={"tiny": config.nano(dims=(32, 48, 64, 96))},
         head=UPerNetConfig(channels=32, auxiliary_channels=32),
-        # crops of about the whole image: parts of it would take longer to learn from
+        # crops cover about the whole image; smaller ones would need longer training
         images=SegmentationConfig(size=128, crop=128, scale=(0.75, 1.5)),
         train=TrainConfig(
             steps=800,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies of segmentation: images with a class for every pixel, and runs of a network under UPerNet.
+"""Segmentation studies: images with a class per pixel, and runs of a network with UPerNet.
 
-A run starts from fresh weights, or from the checkpoint that fits its network; one with bridges serves a network
-without them as well, which leaves them out.
+A run starts from fresh weights, or from the checkpoint that fits its network. A checkpoint with bridges also fits the
+network without them, with its bridges dropped.
 """
 
 import hashlib
@@ -37,7 +37,10 @@ from .scales import SegmentationScale
 
 
 class SegmentationImages:
-    """Training and held-out images. settings: as in SegmentationScale; limit: training images, evenly spread."""
+    """Training and held-out images.
+
+    settings: as in SegmentationScale. limit: the number of training images, evenly spread over the folder.
+    """
 
     def __init__(self, data: str, settings: SegmentationConfig, limit: int | None) -> None:
         folder = Path(data).expanduser()
@@ -52,13 +55,13 @@ class SegmentationImages:
         self.val_files, _ = open_segmentation(data, "val", *rule, SegmentationEvalTransform(settings), self.classes)
         for files in (self.train_files, self.val_files):
             files.check_labels()
-        # neighbours in a folder are often neighbours in a film
+        # neighbours in a folder are often consecutive video frames, so take images evenly spread
         count = min(limit or len(self.train_files), len(self.train_files))
         self.train_indices = np.linspace(0, len(self.train_files) - 1, count).round().astype(int).tolist()
         self.identity = Identity(folder.name, len(self.classes), count, len(self.val_files), self._fingerprint())
 
     def _fingerprint(self) -> str:
-        """Names tell the images, as elsewhere; of labels it is the files."""
+        """Hash the names of the images, as elsewhere, and the contents of the label files."""
         digest = hashlib.blake2b(digest_size=12)
         for files, indices in ((self.train_files, self.train_indices), (self.val_files, range(len(self.val_files)))):
             for index in indices:
@@ -67,13 +70,16 @@ class SegmentationImages:
 
     @cached_property
     def train(self) -> Dataset[Any]:
+        """The training images, augmented."""
         return Subset(self.train_files, self.train_indices)
 
     @property
     def val(self) -> SegmentationFolder:
+        """The held-out images."""
         return self.val_files
 
     def describe(self) -> dict[str, Any]:
+        """Return identity and label rule as a dictionary."""
         return {**asdict(self.identity), "rule": str(self.train_files.rule)}
 
 
@@ -88,7 +94,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRun(Run):
-    """A backbone under UPerNet; weights None: from scratch."""
+    """A run of a backbone with UPerNet; weights None: from scratch."""
 
     images: SegmentationConfig
     head: UPerNetConfig
@@ -115,23 +121,23 @@ class SegmentationRun(Run):
             return build_segmenter(named, self.head, config.num_classes, config.img_size)
 
     def cost(self, size: int) -> dict[str, int]:
-        """Parameters with both heads, MACs of the backbone alone, as the paper counts."""
+        """Return parameters including both heads, and MACs of the backbone only, as in the paper."""
         parameters = sum(parameter.numel() for parameter in self.build("meta").parameters())
         return {**super().cost(size), "parameters": parameters}
 
     def prepare(self, images: Any) -> Job:
         assert isinstance(images, SegmentationImages)
-        torch.manual_seed(self.seed)  # of the initial weights
+        torch.manual_seed(self.seed)  # determines the initial weights
         model = self.build()
         if self.weights:
             start_segmenter(model, self.weights.path, images.classes, self.weights.drop_bridges)
-        looks = Inference(slide=self.images.slide, stride=self.images.stride)
+        inference = Inference(slide=self.images.slide, stride=self.images.stride)
         named = metadata(
             *("segmentation", ModelConfig(name="sola_tiny"), self.images, images.classes, backbone_of(model)),
             segmenter=asdict(self.head),
         )
         return Job(
-            Segmentation(len(images.classes), self.head.auxiliary_weight, looks),
+            Segmentation(len(images.classes), self.head.auxiliary_weight, inference),
             model,
             metadata=named,
             eval_collate=listed,
@@ -149,11 +155,11 @@ def segmentation_runs(
     limit: int | None,
     device: str,
 ) -> tuple[SegmentationImages, list[SegmentationRun]]:
-    """The images, and a run of every arm whose network the scale has, all with seed 0."""
+    """Return the images, and a run with seed 0 of every arm whose network the scale has."""
     if scale.pretrained and not init:
         raise ValueError(
             f"{study.name} at this scale starts from ImageNet weights: give --init CHECKPOINT, such as the folder of "
-            "sola train imagenet_tiny; several serve networks of several sizes"
+            "sola train imagenet_tiny; give one per size of the network"
         )
     settings = scale.images if ignore is None else replace(scale.images, ignore=ignore)
     images = SegmentationImages(data, settings, limit)
@@ -183,13 +189,13 @@ def segmentation_runs(
 
 
 def _started(runs: dict[Arm, SegmentationRun], init: Sequence[str], classes: list[str]) -> dict[Arm, SegmentationRun]:
-    """The runs of all sizes that the checkpoints have, each with the one that fits it."""
+    """Return the runs of all sizes for which a checkpoint is given, each with the checkpoint that fits it."""
     known = {path: _fingerprint(path) for path in init}
     errors: dict[Arm, ValueError] = {}
     started: dict[Arm, SegmentationRun] = {}
     for arm, run in runs.items():
         model = run.build()
-        # a checkpoint of just this network is better than one whose bridges are left out
+        # prefer a checkpoint of exactly this network to one whose bridges are dropped
         for drop_bridges, path in ((drop, path) for drop in (False, True) for path in init):
             try:
                 start_segmenter(model, path, classes, drop_bridges)
@@ -208,5 +214,5 @@ def _started(runs: dict[Arm, SegmentationRun], init: Sequence[str], classes: lis
 def _fingerprint(checkpoint: str) -> str:
     path = Path(checkpoint)
     path = path / "best.safetensors" if path.is_dir() else path
-    read_weights(path)  # a damaged file is refused as such, not as one that does not fit
+    read_weights(path)  # report a damaged file as damaged, not as one that does not fit
     return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()

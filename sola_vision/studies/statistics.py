@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a few paired runs allow to say: mean difference, its interval by Student's t, and the exact sign-flip test.
+"""Statistics of a few paired runs: mean difference, Student's t interval, and the exact sign-flip test.
 
-Runs are paired by seed: the same initial draws, order of images and augmentation. The interval takes the differences
-for normally distributed; the sign-flip test does not, but with n seeds its p is never below 2^-n (one-sided).
+Runs are paired by seed: same initial weights, order of images and augmentation. The interval assumes normally
+distributed differences; the sign-flip test does not, but with n seeds its one-sided p is at least 2^-n.
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences over n seeds; low and high are None for a single one. p: one-sided, for a difference above zero."""
+    """The comparison over n seeds; low and high are None for one seed. p: one-sided, for a difference above zero."""
 
     n: int
     mean: float
@@ -25,14 +25,14 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether all seeds have the same difference, but for rounding."""
+        """True if all seeds have the same difference, up to rounding."""
         return self.low is not None and self.high is not None and self.high - self.low <= 1e-9 * abs(self.mean)
 
     @property
     def verdict(self) -> str:
-        """ "holds", "reversed" or "undecided": whether the interval lies above zero, below, or around it.
+        """ "holds", "reversed" or "undecided": the interval lies above zero, below zero, or contains it.
 
-        Equal differences are undecided: their interval is a point, and they say nothing about chance.
+        Equal differences are undecided: their interval is a point, and they give no estimate of chance.
         """
         if self.low is None or self.high is None or self.equal:
             return "undecided"
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def compare(differences: Sequence[float], confidence: float = 0.95) -> Comparison:
-    """One difference a seed -> what they say about their mean."""
+    """Return the comparison for one difference per seed."""
     n = len(differences)
     mean = sum(differences) / n
     p = sign_flip_p(differences)
@@ -51,7 +51,7 @@ def compare(differences: Sequence[float], confidence: float = 0.95) -> Compariso
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for one value, of which it cannot be known."""
+    """Return the standard error of the mean; 0 for a single value, for which it is unknown."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -60,14 +60,15 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
-    """The share of all 2^n ways to sign the differences whose sum is at least as large: exact, and one-sided. It is nan
-    where one of them is no finite number.
+    """Return the exact one-sided p of the sign-flip test; nan if a difference is not finite.
+
+    It is the fraction of all 2^n sign patterns for which the sum of the differences is at least as large.
     """
     if not all(map(math.isfinite, differences)):
         return math.nan
     sizes = [abs(difference) for difference in differences]
-    seen = sum(differences) - 1e-9 * sum(sizes)  # sums in another order differ in their last bit
-    # the ways of one half against those of the other, sorted: 2^(n/2) numbers instead of 2^n
+    seen = sum(differences) - 1e-9 * sum(sizes)  # sums in another order may differ in the last bit
+    # combine the sums of one half with the sorted sums of the other: 2^(n/2) numbers instead of 2^n
     some, others = _signed_sums(sizes[::2]), np.sort(_signed_sums(sizes[1::2]))
     large = len(some) * len(others) - int(np.searchsorted(others, seen - some).sum())
     return large / 2 ** len(sizes)
@@ -81,7 +82,7 @@ def _signed_sums(sizes: Sequence[float]) -> NDArray[np.float64]:
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t below which |T| lies with this probability."""
+    """Return t such that P(|T| < t) equals `confidence`."""
     low, high = 0.0, 1.0
     while t_probability(high, freedom) < confidence:
         high *= 2
@@ -92,7 +93,7 @@ def t_quantile(confidence: float, freedom: int) -> float:
 
 
 def t_probability(t: float, freedom: int) -> float:
-    """P(|T| < t) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """Return P(|T| < t) of Student's t with integer degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
     angle = math.atan2(t, math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2

@@ -79,7 +79,7 @@ def test_list_runs_nothing(sola, data, tmp_path):
         (("table2", "--report"), ["run the study into this folder first"]),
         (
             ("custom", "--data", "DATA", "--schedules", "L/L/LL/L", "L/L/L/L"),
-            ["1/1/1/1", "give schedules of one depth"],
+            ["1/1/1/1", "give schedules of equal depths"],
         ),
         (("custom", "--data", "DATA", "--schedules", "L/X", "L/L"), ["'X' is not a layer"]),
         (("custom", "--data", "DATA", "--schedules", "L/L", "L/S"), ["has 2 stages", "has 4"]),

@@ -16,7 +16,7 @@ from sola_vision.config import SolaConfig
 from sola_vision.data import SegmentationConfig
 from sola_vision.engine import TrainConfig
 from sola_vision.studies import Scale, custom, plan, run_plan
-from sola_vision.studies.outcome import begin
+from sola_vision.studies.outcome import write_plan
 from sola_vision.studies.scales import SegmentationScale
 from sola_vision.tasks import UPerNetConfig
 
@@ -45,7 +45,7 @@ LITTLE = Scale(
 
 
 def write_images(root, train=14, val=5, size=8):
-    """Noise around a colour of each class."""
+    """Write images of noise around a colour per class."""
     draw = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         colour = np.array([60 + 60 * label, 200 - 50 * label, 120])
@@ -59,7 +59,7 @@ def write_images(root, train=14, val=5, size=8):
 
 
 def write_masks(root, train=6, val=2, size=32):
-    """Three stripes of different width, the last column ignored."""
+    """Write images of three stripes of different width, with labels; the last column is ignored."""
     draw = np.random.default_rng(0)
     colours = np.array([[60, 200, 120], [120, 150, 120], [180, 100, 120]])
     for split, count in (("train", train), ("val", val)):
@@ -81,7 +81,7 @@ def planned(data, scale=LITTLE, schedules=("L/LL", "L/LS"), **options):
 
 
 def run(plan_, out, say=lambda text: None):
-    begin(Path(out), plan_.description)
+    write_plan(Path(out), plan_.description)
     return run_plan(plan_, Path(out), say)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to a built network do what they say, and nothing else."""
+"""Each change of a built network has the documented effect and no other."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_same_ffn_keeps_the_attention_halves():
 
 
 def test_columns_are_rows_of_the_transposed_image_without_shift():
-    # without the shift and with symmetric weights elsewhere, one linear layer is all that knows an order
+    # without the shift and with symmetric weights elsewhere, only the linear layer depends on the order
     config = SolaConfig(schedule="L", dims=(16,), patch_size=1, img_size=8, num_classes=0, token_shift=False)
     torch.manual_seed(0)
     model = SolaVision(config).eval()

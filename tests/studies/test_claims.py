@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run belongs to one living process at a time, however owners die."""
+"""A run is owned by at most one living process, whatever way owners end."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import pytest
 from sola_vision.studies import claims
 from sola_vision.studies.claims import _STALE, claimed, owner
 
-# by its path: the package would bring torch, which takes seconds, into every process
+# loaded by path: importing the package would import torch, which takes seconds in every process
 HOLD = (
     "import importlib.util, sys, time; from pathlib import Path\n"
     f"spec = importlib.util.spec_from_file_location('claims', {claims.__file__!r})\n"

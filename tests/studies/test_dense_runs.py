@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table 8's runs: a class for every pixel, UPerNet, and weights to start from."""
+"""Table 8's runs: segmentation with UPerNet, and initial weights."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def masks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmented(tmp_path_factory, masks):
-    """The folder of a study that ran without interruption; tests must not write there."""
+    """The folder of a study that ran without interruption; read-only for tests."""
     out = tmp_path_factory.mktemp("studies")
     assert run(planned(masks), out) == 0
     return out
@@ -127,7 +127,7 @@ def test_the_labels_are_part_of_the_key_and_the_folder_is_not(masks, tmp_path):
 def test_arms_start_from_the_checkpoint_that_fits(masks, tmp_path):
     bridges = TABLE_8.arms[1].bridges
     with_bridges = classifier(tmp_path / "with", bridges)
-    # alone, it serves the arm without as well
+    # given alone, it also serves the arm without bridges
     made = planned(masks, init=[with_bridges])
     assert [each.weights.drop_bridges for each in made.runs] == [True, False]
     stored = read_weights(Path(with_bridges) / "best.safetensors")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names beside points: all there, inside the panel, none over another or over a point, however crowded."""
+"""Labels of points: all present, inside the panel, and without overlaps, even for crowded points."""
 
 import numpy as np
 import pytest

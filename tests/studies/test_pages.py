@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages come from results.json alone, and say no more than the runs do."""
+"""Pages are written from results.json alone, and their verdicts follow from the runs."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from sola_vision.engine import write_json
 from sola_vision.studies import STUDIES, plan, write_report
 from sola_vision.studies.fig1a import ACCURACY, MASK_AP, write_fig1a
 from sola_vision.studies.figures import _draw_depths
-from sola_vision.studies.outcome import RESULTS, begin, gather
+from sola_vision.studies.outcome import RESULTS, gather, write_plan
 from sola_vision.studies.scales import MEDIUM, SMALL
 
 
@@ -26,7 +26,7 @@ def invent(folder, name, data, values):
     study = STUDIES[name]
     seeds = max(map(len, values.values()))
     made = plan(study, LITTLE if study.network == "isotropic" else _four_stages(), data, seeds=seeds)
-    begin(folder, made.description)
+    write_plan(folder, made.description)
     (folder / "results").mkdir()
     for run in made.runs:
         if run.seed < len(values[run.arm]):
@@ -103,11 +103,11 @@ def test_a_run_without_a_number_counts_nowhere_and_the_page_says_so(data, tmp_pa
     assert (by_text["SoLA > Alternating"].n, by_text["SoLA > Stacked-Last"]) == (2, None)
     assert (outcome.missing, outcome.without_number) == (0, 4)
     page = (tmp_path / "table6" / "report.md").read_text()
-    assert "**4 of the finished runs measured no top-1 accuracy, and count nowhere.**" in page
+    assert "**4 of the finished runs have no top-1 accuracy and are excluded.**" in page
     assert "| 53.55 ± 0.45 (2) |" in page
     files = [tmp_path / "table6" / RESULTS, *(tmp_path / "results").iterdir()]
     assert "nan" not in (page + "".join(file.read_text() for file in files)).lower()
-    # as earlier versions left it
+    # as stored by earlier versions
     for file in files:
         file.write_text(file.read_text().replace('"top1": null', '"top1": NaN'))
     assert write_report(tmp_path, "table6").rows == outcome.rows
@@ -128,9 +128,9 @@ def test_pages_are_the_same_from_results_json_alone(data, tmp_path):
 def test_the_page_has_all_that_a_reader_needs_to_run_it_again(finished):
     write_report(finished, "custom")
     page = (finished / "custom" / "report.md").read_text()
-    for text in ("Hardware: ", "Commit of this project: ", "torch 2", "2 seeds an arm", "fingerprint", "sign-flip"):
+    for text in ("Hardware: ", "Commit of this project: ", "torch 2", "2 seeds per arm", "fingerprint", "sign-flip"):
         assert text in page
-    assert "The paper's" not in page  # it has no study of these schedules
+    assert "In the paper" not in page  # which has no study of these schedules
     html = (finished / "custom" / "report.html").read_text()
     assert "data:image/png;base64," in html
     assert html.count("<table>") == 3

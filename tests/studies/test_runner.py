@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs are done once, shared between studies and processes, and end the same however often they are killed."""
+"""Runs are executed once, shared between studies and processes, and give the same result after any number of kills."""
 
 import json
 import shlex
@@ -72,12 +72,12 @@ def test_killed_studies_go_on_and_end_with_the_same_results(finished, data, tmp_
     assert one.judged == other.judged
 
 
-@pytest.mark.slow  # two processes that import torch; test_claims has the exclusion by itself
+@pytest.mark.slow  # two processes that import torch; test_claims tests the exclusion alone
 def test_two_processes_share_the_work(finished, data, tmp_path):
     both = [start(data, tmp_path) for _ in range(2)]
     done = [process.communicate()[0].splitlines() for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sum(map(len, done)) == 4  # every run by one of them
+    assert sum(map(len, done)) == 4  # every run was executed by exactly one of them
     same(results(tmp_path), results(finished))
 
 
@@ -124,7 +124,7 @@ def test_what_does_not_change_a_result_keeps_the_key(data, tmp_path):
 
 
 def test_a_folder_keeps_the_settings_it_was_begun_with(finished, data):
-    with pytest.raises(ValueError, match="holds custom with another epochs"):
+    with pytest.raises(ValueError, match="contains custom with another epochs"):
         run(planned(data, epochs=1), finished)
 
 
@@ -157,9 +157,9 @@ def test_schedules_with_bridges_are_arms_of_their_own():
 
 
 def test_schedules_that_do_not_fit(data):
-    with pytest.raises(ValueError, match="give schedules of one depth"):
+    with pytest.raises(ValueError, match="give schedules of equal depths"):
         custom(["L/LL", "L/LLL"])
-    with pytest.raises(ValueError, match="is there twice"):
+    with pytest.raises(ValueError, match="duplicate schedule"):
         custom(["L/LL", "L/LL"])
     with pytest.raises(ValueError, match="two or more"):
         custom(["L/LL"])

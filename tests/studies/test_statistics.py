@@ -49,7 +49,7 @@ def test_the_sign_flip_test_counts_every_way(seeds):
 
 
 def test_many_seeds_take_no_time():
-    assert sign_flip_p([1.0] * 30) == 2.0**-30  # a thousand million ways
+    assert sign_flip_p([1.0] * 30) == 2.0**-30  # a billion sign patterns
 
 
 @pytest.mark.parametrize(

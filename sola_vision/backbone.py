@@ -74,7 +74,7 @@ class SolaVision(nn.Module):
     """A SoLA-Vision classifier, and a backbone that follows timm's contract.
 
     image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes], or [B, C4] with num_classes=0.
-    Raises ValueError for an image of another rank or number of channels.
+    Raises ValueError for an image of another rank or number of channels, or without pixels.
 
         network = SolaVision(sola_vision.tiny(bridges="paper", num_classes=10))
 

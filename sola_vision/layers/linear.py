@@ -19,7 +19,7 @@ from sola_vision.layers.bands import bands
 from sola_vision.layers.dispatch import in_bands, in_one_node, in_tiles
 from sola_vision.layers.fused_gpu import channel_mix, spatial_mix
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
-from sola_vision.layers.unmodified import is_exactly
+from sola_vision.layers.unmodified import is_exactly, is_unhooked
 from sola_vision.ops import gate, gated_sum, wkv
 
 
@@ -28,6 +28,9 @@ def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype
     # not in the paper: RWKV's initialisation of its first layer, in every layer here. Vision-RWKV's depends on depth.
     ramp = torch.arange(dim, device=device, dtype=torch.float32) / max(1, dim - 1)
     return nn.Parameter((ramp**power).to(dtype or torch.get_default_dtype()))
+
+
+_IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
 
 
 class LinearMixer(nn.Module):
@@ -69,10 +72,9 @@ class LinearMixer(nn.Module):
         zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1
         self.bonus.copy_(-1.2 + 0.5 * zigzag)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] before its norm -> the branch's output and the ungated read-out wkv_t, both [B, H, W, C].
-
-        The norm is an argument because kernels fuse it with the token shift and the products.
+    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C], which `norm` is applied to first -> the branch's output and the ungated read-out wkv_t, both
+        [B, H, W, C]. The norm can be an argument because kernels fuse it with the token shift and the products.
         """
         projections = (self.receptance, self.key, self.value)
         if self.token_shift and in_one_node(x, norm, *projections, self.output):
@@ -125,8 +127,8 @@ class ChannelMix(nn.Module):
             self.mix_key = _interpolation(dim, 1.0, **dd)
             self.mix_receptance = _interpolation(dim, 1.0, **dd)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x [B, H, W, C] before its norm -> the branch's output, the same shape."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> Tensor:
+        """x [B, H, W, C], which `norm` is applied to first -> the branch's output, the same shape."""
         projections = (self.key, self.receptance, self.value)
         if self.token_shift and in_one_node(x, norm, *projections):
             return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=False)
@@ -172,6 +174,13 @@ def _drops_nothing(drop_path: nn.Module) -> bool:
     return is_exactly(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
 
 
+def _branch(mix: nn.Module, kind: type[nn.Module], norm: nn.Module, x: Tensor) -> Any:
+    """mix(norm(x)). Only an unmodified mix is passed the norm itself, which it may fuse; hooks (such as those that
+    accelerate offloads weights with) and replacements are passed a tensor.
+    """
+    return mix(x, norm) if is_unhooked(mix, kind) else mix(norm(x))
+
+
 class LinearLayer(nn.Module):
     """One letter L of a schedule."""
 
@@ -202,8 +211,8 @@ class LinearLayer(nn.Module):
         if undropped and is_exactly(self.mixer, LinearMixer):
             x, readout = self.mixer.add_to(x, self.norm1)
         else:
-            mixed, readout = self.mixer(x, self.norm1)
+            mixed, readout = _branch(self.mixer, LinearMixer, self.norm1, x)
             x = x + self.drop_path(mixed)
         if undropped and is_exactly(self.channel_mix, ChannelMix):
             return self.channel_mix.add_to(x, self.norm2), readout
-        return x + self.drop_path(self.channel_mix(x, self.norm2)), readout
+        return x + self.drop_path(_branch(self.channel_mix, ChannelMix, self.norm2, x)), readout

@@ -16,7 +16,7 @@ from sola_vision.ops.path import transformed
 class Stem(nn.Module):
     """Non-overlapping patches: image [B, C_in, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C].
 
-    Raises ValueError for an image of another rank or number of channels.
+    Raises ValueError for an image of another rank or number of channels, or without pixels.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Stem(nn.Module):
         # not in the paper: sizes that the patch does not divide are padded with zeros on the right and at the bottom
         height, width = image.shape[-2:]
         # skipped while tracing, where sizes may be symbolic
-        if type(width) is int and (image.dim() != 4 or image.shape[1] != self.in_chans):
+        if type(width) is int and (image.dim() != 4 or image.shape[1] != self.in_chans or 0 in (height, width)):
             raise ValueError(
                 f"image {list(image.shape)} must be [B, {self.in_chans}, H, W]: a batch, with in_chans={self.in_chans} "
-                "channels"
+                "channels and at least one pixel"
             )
         right, bottom = self._missing(width), self._missing(height)
         # padding by zero still copies, so eager mode skips it; tracers, whose sizes may be symbolic, always pad

@@ -23,7 +23,7 @@ def is_unmodified(*modules: nn.Module) -> bool:
 def is_stock(module: nn.Module) -> bool:
     """True for an nn.Linear or nn.LayerNorm with a plain weight: no adapter, quantised weight, hook or own forward."""
     kind = nn.LayerNorm if type(module) is nn.LayerNorm else nn.Linear
-    return _is_unhooked(module, kind) and type(_parameter(module, "weight")) in _TENSORS
+    return is_unhooked(module, kind) and type(_parameter(module, "weight")) in _TENSORS
 
 
 def _parameter(module: nn.Module, name: str) -> object:
@@ -37,12 +37,12 @@ def is_affine(norm: nn.Module) -> bool:
     exporters bring their own.
     """
     hooked = not torch.is_grad_enabled() and has_global_hook()
-    return _is_unhooked(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None and not hooked
+    return is_unhooked(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None and not hooked
 
 
 def is_exactly(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if calling the module runs the class's own forward, and no hook observes the call."""
-    return _is_unhooked(module, kind) and not has_global_hook()
+    return is_unhooked(module, kind) and not has_global_hook()
 
 
 def has_global_hook() -> bool:
@@ -52,8 +52,8 @@ def has_global_hook() -> bool:
     return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
 
 
-def _is_unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """True for exactly this class, without hooks and with the class's own forward."""
+def is_unhooked(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True for exactly this class, with its own forward and without hooks of its own (global ones may exist)."""
     return (
         type(module) is kind
         and not module._forward_hooks

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autocast for custom operators: chosen arguments are cast to the autocast dtype."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,3 +47,21 @@ def register(library: torch.library.Library, name: str, operator: Any, positions
 
     for dispatch_key, device in _DEVICES.items():
         library.impl(name, autocast_kernel(device), dispatch_key, with_keyset=True)
+
+
+def register_plain(
+    library: torch.library.Library, name: str, operator: Any, plain: Callable[..., Any], *, always: bool = False
+) -> None:
+    """Register a CPU autocast kernel that runs the plain form if dtypes differ, or `always`.
+
+    Eager layers choose the plain form themselves; a graph that was captured without autocast calls the operator.
+    """
+
+    def call(_: Any, *arguments: Any) -> Any:
+        dtypes = {x.dtype for x in arguments if isinstance(x, Tensor)}
+        if always or len(dtypes) > 1:
+            return plain(*arguments)
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            return operator(*arguments)
+
+    library.impl(name, call, "AutocastCPU", with_keyset=True)

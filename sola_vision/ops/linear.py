@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
-from sola_vision.ops import passes
+from sola_vision.ops import autocast, passes
 from sola_vision.ops.arguments import register_fake
 
 
@@ -191,6 +191,15 @@ def register(library: torch.library.Library) -> None:
         _squared_relu_linear_backward,
         lambda x, projection, grad: (_like(x), _like(projection)),
     )
+    # autocast converts the products
+    for operator, kernel in (
+        (torch.ops.sola.norm_shift_linear, _norm_shift_linear),
+        (torch.ops.sola.gate_linear, _gate_linear),
+        (torch.ops.sola.squared_relu_linear, _squared_relu_linear),
+        (torch.ops.sola.spatial_mix, _spatial_mix),
+        (torch.ops.sola.channel_mix, _channel_mix),
+    ):
+        autocast.register_plain(library, operator.__name__, operator, kernel, always=True)
     for operator, formula in (
         (torch.ops.sola.norm_shift_linear, _norm_shift_linear_cost),
         (torch.ops.sola.gate_linear, _element_linear_cost),

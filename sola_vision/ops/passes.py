@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sola_vision.ops import autocast
 from sola_vision.ops.arguments import check_kind, check_same_shape, register_fake, size
 from sola_vision.ops.path import pinned, seen_through
 
@@ -335,5 +336,7 @@ def register(library: torch.library.Library) -> None:
         _gated_sum_out,
         lambda *_: None,
     )
+    autocast.register_plain(library, "gate", torch.ops.sola.gate, _gate)
+    autocast.register_plain(library, "gated_sum", torch.ops.sola.gated_sum, _gated_sum)
     define("squared_relu(Tensor x) -> Tensor", _squared_relu, _like, _differentiate_squared_relu)
     define("squared_relu_backward(Tensor x, Tensor grad) -> Tensor", _squared_relu_backward, _like)

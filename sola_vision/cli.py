@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = arguments[0]
     if verb not in VERBS:
-        return _fail(f"{verb!r} is not a command; the commands are {', '.join(VERBS)}")
+        from difflib import get_close_matches  # not sola_vision.suggest, because the package imports torch
+
+        close = "".join(f" (did you mean {name}?)" for name in get_close_matches(verb, VERBS, n=1))
+        return _fail(f"{verb!r} is not a command{close}; the commands are {', '.join(VERBS)}")
     if message := _empty_argument(arguments[1:]):
         return _fail(message)
     from sola_vision.engine import TrainingStopped, keep_heap

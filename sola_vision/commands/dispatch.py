@@ -34,6 +34,7 @@ class Job:
     description: str  # the network and its data in one line
     printed_metrics: tuple[str, ...]  # in the last line of the output
     report: str | None = None  # what was loaded from the checkpoint of --init
+    note: str | None = None  # on the data, printed after the description
     kept: str = ""  # the submodule that best.safetensors contains; "" = the whole model
     collate: Collate | None = None
     eval_collate: Collate | None = None

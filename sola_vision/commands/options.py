@@ -7,7 +7,8 @@ fields and wrong types are errors of one line.
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sola_vision.engine.checkpoint import STATE
 from sola_vision.recipes import RECIPES, AnyRecipe, get_recipe
+from sola_vision.suggest import suggestion
 
 _OPTIONS = ("recipe", "data", "init", "out", "resume", "json")
+_TUPLES = {
+    "tuple[float, float]": "two numbers, such as [0.5,1.0]",
+    "tuple[float, float, float]": "three numbers, such as [0.5,0.5,0.5]",
+}
 _DEFAULT_RECIPE = next(iter(RECIPES))  # its defaults apply if no recipe is named
 
 
@@ -89,6 +95,7 @@ def parse_run(arguments: Sequence[str]) -> Run:
     }
     built = {name: _build_section(name, sections[name], part) for name, part in parts.items()}
     configuration = type(base)(**built, init=values.init)
+    _refuse_pretrained(configuration.model.name)
     out = Path(values.out) if values.out else Path("runs") / recipe
     return Run(
         recipe=recipe,
@@ -100,15 +107,31 @@ def parse_run(arguments: Sequence[str]) -> Run:
     )
 
 
+def _refuse_pretrained(name: str) -> None:
+    """Raise ValueError for a timm name with the tag of pretrained weights, from which training would not start."""
+    network, _, tag = name.partition(".")
+    if tag:
+        raise ValueError(
+            f"--model.name {name}: {tag!r} names pretrained weights, and training downloads none: use "
+            f"--model.name {network} for random weights, with --init FILE for weights of your own"
+        )
+
+
 def _build_section(name: str, kind: type, values: dict[str, Any]) -> Any:
-    """Build a section of a recipe. Its errors begin with the field's name, which is replaced by the option."""
-    try:
+    with option_errors(name, values):
         return kind(**values)
+
+
+@contextmanager
+def option_errors(section: str, names: Collection[str]) -> Iterator[None]:
+    """Replace the name of a field at the beginning of a ValueError by its option on the command line."""
+    try:
+        yield
     except ValueError as error:
-        text = str(error).removeprefix(f"{name}.")
+        text = str(error).removeprefix(f"{section}.")
         field = re.match(r"\w*", text)
-        named = field is not None and field[0] in values
-        raise ValueError(f"--{name}.{text}" if named else str(error)) from None
+        named = field is not None and field[0] in names
+        raise ValueError(f"--{section}.{text}" if named else str(error)) from None
 
 
 def _extract_option(words: Sequence[str], option: str) -> tuple[list[str], list[str]]:
@@ -221,11 +244,21 @@ def _one_line(message: str, sections: dict[str, type]) -> str:
     key = re.search(r'Parser key "([^"]+)"', message)
     value = re.search(r"(?:Got|Given) value: (.*)", message)
     if key is None or value is None:
-        return f"{' '.join(message.split())}; see `sola train RECIPE --help`"
+        text = " ".join(message.split())
+        if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", text):
+            known = [f"--{name}.{field.name}" for name, kind in sections.items() for field in fields(kind)]
+            text += suggestion(unknown[1], [*known, "--config", *(f"--{name}" for name in _OPTIONS[1:])])
+        return f"{text}; see `sola train RECIPE --help`"
     kinds = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected an? (.*?)\. Got", message)
     expected = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]).replace("NoneType", "null") if kinds else "another type"
     expected = re.sub(
         r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", "").replace(", ", " or "), expected
     )
     expected = re.sub(r"tuple\[(\w+), \.\.\.\]", r"a list [\1, \1, ...]", expected)
-    return f"--{key[1]} {value[1]!r} is invalid: expected {expected.replace(', null', ' or null')}"
+    expected = expected.replace(", null", " or null")
+    section, _, name = key[1].partition(".")
+    types = {field.name: str(field.type) for field in fields(sections[section])} if section in sections else {}
+    for written, example in _TUPLES.items():
+        if written in types.get(name, ""):
+            expected = example + (", or null" if "None" in types[name] else "")
+    return f"--{key[1]} {value[1]!r} is invalid: expected {expected}"

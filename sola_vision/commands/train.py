@@ -13,9 +13,9 @@ import torch
 
 from sola_vision.commands.arguments import out_folder
 from sola_vision.commands.dispatch import Job, task_module
-from sola_vision.commands.options import Run, parse_run
+from sola_vision.commands.options import Run, option_errors, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
-from sola_vision.engine.checkpoint import BEST, Progress, load_progress
+from sola_vision.engine.checkpoint import BEST, STATE, Progress, load_progress
 from sola_vision.engine.loading import count_epoch_steps
 from sola_vision.engine.log import json_text, write_text
 from sola_vision.engine.optim import count_steps, make_optimizer
@@ -32,19 +32,25 @@ def run(arguments: Sequence[str]) -> None:
 def _run(request: Run, world: World) -> None:
     settings = request.configuration.train
     # check everything that can fail before anything is written
-    check_folder(out_folder(request.out), request.resume)
+    out_folder(request.out)
+    # the data before the folder: a default folder often exists, which would hide a wrong --data
     job: Job = task_module("train", request.configuration.task).prepare(request, world)
-    total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch's Dataset type does not declare __len__
+    check_folder(request.out, request.resume)
+    with option_errors("train", vars(settings)):
+        total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch's Dataset type does not declare __len__
     if request.resume:
         _check_classes(request.out, load_progress(request.out, total, settings.optimizer), job.metadata["classes"])
-    make_optimizer(job.model.to(world.device), settings)  # some optimisers need a GPU
+    with option_errors("train", vars(settings)):
+        make_optimizer(job.model.to(world.device), settings)  # some optimisers need a GPU
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():
         raise ValueError("--train.strategy fsdp needs processes: start with torchrun --nproc-per-node N, or use ddp")
 
     if world.is_main:
         if job.report:
             print(job.report, file=sys.stderr)
-        print(f"{job.description}; the run's folder is {request.out}", file=sys.stderr)
+        print(f"{job.description}; {_origin(request)}the run's folder is {request.out}", file=sys.stderr)
+        if job.note:
+            print(job.note, file=sys.stderr)
         if settings.amp == "bf16" and world.device.type == "cpu" and not _cpu_has_bfloat16():
             print("sola: this CPU only emulates bfloat16; --train.amp none trains in float32", file=sys.stderr)
     summary = fit(
@@ -64,6 +70,12 @@ def _run(request: Run, world: World) -> None:
     if world.is_main:
         draw_learning_curve(request.out / "metrics.jsonl", request.out / "curve.png", job.task.metric)
         _report(summary, job.printed_metrics, request)
+
+
+def _origin(request: Run) -> str:
+    """Name random initial weights; a line before names those of --init, a later one those of a resumed run."""
+    resumed = request.resume and (request.out / STATE).exists()
+    return "" if request.start or resumed else "random weights; "
 
 
 def _write_config(request: Run) -> None:

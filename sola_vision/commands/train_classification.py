@@ -23,6 +23,8 @@ def prepare(request: Run, world: World) -> Job:
     model = build_model(recipe.model, len(classes), recipe.image.size)
     task = Classification(len(classes), recipe.image)
     task.check_batch(micro_batch_size(recipe.train, world))
+    held_out = set(val_set.targets)
+    absent = [name for label, name in enumerate(classes) if label not in held_out]
     return Job(
         task=task,
         model=model,
@@ -33,6 +35,7 @@ def prepare(request: Run, world: World) -> Job:
         f"{len(val_set)} held out",
         printed_metrics=("top1", "top5", "loss"),
         report=initialise(model, request.start, classes) if request.start else None,
+        note=f"no held-out images of: {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}" if absent else None,
     )
 
 

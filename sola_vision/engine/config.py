@@ -51,7 +51,8 @@ class TrainConfig:
         evaluate_every: epochs between evaluations; the end of the run is always evaluated.
         save_seconds: seconds between checkpoints within an epoch (every evaluation saves one as well).
         save_steps: additionally save a checkpoint every save_steps steps; null = off.
-        log_every: steps between training records; each is the mean over the steps since the previous one.
+        log_every: steps between training records, at most an epoch; each is the mean over the steps since the previous
+            one.
         max_corrupt: share of a dataset's images that may be unreadable before the run stops (a single one is
             always allowed, unless this is 0).
     """

@@ -171,7 +171,7 @@ def micro_batch_size(config: TrainConfig, world: World) -> int:
 def count_epoch_steps(size: int, config: TrainConfig) -> int:
     """Return the steps of an epoch over `size` images; the incomplete last batch is dropped."""
     if size < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} is more than the {size} training images: lower batch_size")
+        raise ValueError(f"batch_size={config.batch_size} is more than the {size} training images: lower it")
     return size // config.batch_size
 
 

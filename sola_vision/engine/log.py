@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 METRICS = Path("metrics.jsonl")
 SUMMARY = Path("summary.json")
 
-_LOCKED = "another process is training there: wait until it ends or choose another folder"
+_LOCKED = "another process is training there: wait until it ends or choose another folder (--out)"
 
 _log = logging.getLogger("sola_vision")
 

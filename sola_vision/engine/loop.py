@@ -103,7 +103,8 @@ def _train(run: Run, interrupts: Interrupts) -> None:
         late = run.world.is_main and time.monotonic() - run.saved > config.save_seconds
         flags = {"failures": bool(run.skipped.fresh), "stop": interrupts.requested, "save": late}
         run.reports.send(progress.step, lr, values, flags)
-        logging = progress.step % config.log_every == 0 or progress.step == run.total
+        every = min(config.log_every, run.epoch_steps)  # an epoch of few steps has a record too
+        logging = progress.step % every == 0 or progress.step == run.total
         _receive(run, everything=logging)
         if logging:
             _log(run, lr)

@@ -61,10 +61,14 @@ def count_steps(config: TrainConfig, epoch_steps: int) -> int:
     total = config.steps or config.epochs * epoch_steps
     warmup = _warmup(config, epoch_steps)
     if warmup >= total:
-        raise ValueError(
-            f"the warm-up of {warmup} steps must be shorter than the run of {total}: "
-            "lower warmup_epochs or warmup_steps"
-        )
+        if config.warmup_steps is None:
+            given, shorter = (
+                f"warmup_epochs={config.warmup_epochs:g} ({warmup} steps)",
+                f"{total / epoch_steps / 10:.2g}",
+            )
+        else:
+            given, shorter = f"warmup_steps={warmup}", str(total // 10)
+        raise ValueError(f"{given} must be shorter than the run of {total} steps: lower it, for example to {shorter}")
     return total
 
 

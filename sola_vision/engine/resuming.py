@@ -19,14 +19,14 @@ def check_folder(folder: Path, resume: bool) -> None:
     check_unlocked(folder)
     kept = [name for name in (STATE, BEST, SUMMARY) if (folder / name).exists()]
     if kept and not resume:
-        raise ValueError(f"{folder} already holds a run: resume it or choose another folder")
+        raise ValueError(f"{folder} already holds a run: resume it (--resume) or choose another folder (--out)")
     if kept and STATE not in kept:  # it would start over and overwrite the results
         raise ValueError(
             f"{folder} holds {kept[0]} but no {STATE} and cannot be resumed: choose another folder (--out), "
             f"with --init {folder} to start from these weights"
         )
     if resume and not kept and not (folder / METRICS).exists():
-        raise FileNotFoundError(f"{folder} holds no run to resume: check the path, or start without resuming")
+        raise FileNotFoundError(f"{folder} holds no run to resume: check the path (--out), or start without --resume")
 
 
 def changes(before: Progress, config: TrainConfig, images: Mapping[str, int]) -> list[str]:

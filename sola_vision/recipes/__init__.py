@@ -30,6 +30,7 @@ from sola_vision.recipes.segmentation import (
     ade20k_tiny,
     few_masks,
 )
+from sola_vision.suggest import suggestion
 
 AnyRecipe = Recipe | DistillationRecipe | DetectionRecipe | SegmentationRecipe
 
@@ -57,5 +58,6 @@ __all__ = [
 def get_recipe(name: str) -> AnyRecipe:
     """Return the recipe called `name`. Raise ValueError, which lists the names, for an unknown one."""
     if name not in RECIPES:
-        raise ValueError(f"recipe {name!r} is unknown; the recipes are {', '.join(RECIPES)}")
+        known = ", ".join(RECIPES)
+        raise ValueError(f"recipe {name!r} is unknown{suggestion(name, RECIPES)}; the recipes are {known}")
     return RECIPES[name]()

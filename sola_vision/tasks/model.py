@@ -6,6 +6,7 @@ loading it needs only the file. Files of other programs are described in the sam
 """
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,3 +198,36 @@ def read_network(path: Path, values: dict[str, Any]) -> tuple[str, dict[str, Any
     network.pop("num_classes", None)
     network.pop("drop_path_rate", None)
     return name, network
+
+
+def explain_mismatch(path: Path, model: Any) -> str | None:
+    """Name the networks of a checkpoint and of a run, and the options of `sola train` that build the former.
+
+    None if the checkpoint does not describe its network, or no option makes the difference.
+    """
+    try:
+        name, stored = read_network(*read_description(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    own_name, own = model.pretrained_cfg["architecture"], network_arguments(model)
+    # the fields that the run has set stay as they are if only the name changes
+    defaults = _default_fields(own_name)
+    with_name = _default_fields(name) | {key: value for key, value in own.items() if value != defaults.get(key)}
+    options = [] if name == own_name else [f"--model.name {name}"]
+    for field in (field.name for field in fields(ModelConfig) if field.name in stored):
+        value = tuple(stored[field]) if isinstance(stored[field], list) else stored[field]
+        if with_name.get(field) != value:
+            text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            options.append(f"--model.{field} {shlex.quote(text)}")
+    if not options:
+        return None
+    described = [
+        each + (f" with schedule {arguments['schedule']}" if "schedule" in arguments else "")
+        for each, arguments in ((name, stored), (own_name, own))
+    ]
+    return f"the file is of {described[0]}, this run of {described[1]}: use {' '.join(options)}"
+
+
+def _default_fields(name: str) -> dict[str, Any]:
+    """Return the config of a network of this package by its name alone; empty for others."""
+    return asdict(timm.create_model(name, device="meta").config) if own_fields(name) else {}

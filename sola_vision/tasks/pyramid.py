@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sola_vision.engine import LoadReport
 from sola_vision.layers import resize_position
-from sola_vision.tasks.model import create_network, own_fields
+from sola_vision.tasks.model import create_network, explain_mismatch, own_fields
 
 _LEVELS = 4
 
@@ -74,7 +74,10 @@ class Pyramid(nn.Module):
             resized=tuple(name for name, value in weights.items() if value.shape != own[name].shape),
         )
         if report:
-            hint = "use drop_bridges to skip bridges" if bridges and not drop_bridges else "use the same network"
+            if bridges and not drop_bridges:
+                hint = "use drop_bridges to skip bridges"
+            else:
+                hint = explain_mismatch(path, self.network) or "use the same network"
             raise ValueError(f"{path} does not fit the backbone: {report}; {hint}")
         self.body.load_state_dict(weights)
         changed += [f"{len(bridges)} weights of bridges dropped"] if bridges else []

@@ -24,6 +24,7 @@ from sola_vision.tasks.model import (
     STANDARD,
     ModelConfig,
     create_network,
+    explain_mismatch,
     foreign_metadata,
     metadata,
     network_arguments,
@@ -145,7 +146,8 @@ def initialise(model: nn.Module, path: str | Path, classes: Sequence[str] | None
     try:
         take_weights(model, weights, path)
     except ValueError as error:
-        raise ValueError(f"{str(error).partition(';')[0]}; use a checkpoint of the same network") from None
+        hint = explain_mismatch(path, model) or "use a checkpoint of the same network"
+        raise ValueError(f"{str(error).partition(';')[0]}; {hint}") from None
     return f"weights from {path}" + (f" ({', '.join(adapted)})" if adapted else "")
 
 

@@ -40,22 +40,27 @@ def _train(data, *words):
 # commands and options ------------------------------------------------------------------------------------------------
 FIELDS = [
     (["--train.lr", "x"], ["--train.lr", "'x'", "float"]),
-    (["--train.lrr", "1"], ["--train.lrr", "see `sola train RECIPE --help`"]),
-    (["--trian.lr", "1"], ["--trian.lr"]),
+    (["--train.epoch", "5"], ["--train.epoch 5 (did you mean --train.epochs?)"]),
+    (["--dat", "x"], ["--dat x (did you mean --data?)"]),
+    (["--train.lrr=1"], ["--train.lrr=1 (did you mean --train.lr?)", "see `sola train RECIPE --help`"]),
+    (["--trian.lr", "1"], ["--trian.lr 1 (did you mean --train.lr?)"]),
     (["--train.lr", "nan"], ["--train.lr", "nan"]),
     (["--train.lr", "-1"], ["--train.lr=-1"]),
     (["--train.epochs", "1.5"], ["--train.epochs", "1.5", "int"]),
     (["--train.epochs", "0"], ["epochs=0"]),
     (["--train.amp", "fp8"], ["--train.amp", "fp8", "bf16"]),
-    (["--train.optimizer", "adamm"], ["adamm"]),
+    (["--train.optimizer", "adamm"], ["--train.optimizer='adamm'"]),
     (["--train.device", "gpu"], ["gpu"]),
-    (["--train.batch_size", "700"], ["700", "42"]),
-    (["--train.warmup_epochs", "70"], ["warm-up", "420"]),
+    (["--train.batch_size", "700"], ["--train.batch_size=700", "42"]),
+    (["--train.warmup_epochs", "70"], ["--train.warmup_epochs=70 (420 steps)", "for example to 0.1"]),
+    (["--train.warmup_steps", "6"], ["--train.warmup_steps=6", "run of 6 steps", "for example to 0"]),
     (["--train.strategy", "fsdp"], ["fsdp", "torchrun"]),
     (["--image.mixup", "0.5"], ["batch of 7", "image.mixup 0"]),
     (["--image.size", "0"], [": --image.size=0"]),
     (["--image.scale", "[0.5,0.2]"], ["--image.scale=(0.5, 0.2)"]),
-    (["--image.mean", "[1,2]"], ["--image.mean", "3 elements"]),
+    (["--image.mean", "[1,2]"], ["--image.mean '[1, 2]' is invalid: expected three numbers, such as [0.5,0.5,0.5]"]),
+    (["--image.mean", "1"], ["--image.mean '1' is invalid: expected three numbers, such as [0.5,0.5,0.5]"]),
+    (["--image.scale", "[a,1]"], ["expected two numbers, such as [0.5,1.0], or null"]),
     (["--image.auto_augment", "strong"], ["auto_augment strong"]),
     (["--model.dims", "1,2"], ["--model.dims", "1,2", "[int, int, ...]"]),
     (["--model.dims", "[8,a]"], ["--model.dims", "'a'"]),
@@ -81,8 +86,10 @@ def test_train_refuses_option(refused, data, words, names):
 
 
 def test_unknown_command_and_recipe_list_the_known_ones(refused, data):
-    refused("trian", names=["'trian'", "train", "eval", "predict"])
+    refused("trian", names=["'trian' is not a command (did you mean train?)", "eval", "predict"])
+    refused("xyz", names=["'xyz' is not a command;"])
     refused("train", "imagenet_huge", "--data", data, names=["'imagenet_huge'", "imagenet_tiny", "digits"])
+    refused("train", "few_image", "--data", data, names=["'few_image' is unknown (did you mean few_images?)"])
     refused("train", names=["recipe", "digits"])
     refused("train", "imagenet_tiny", names=["sola: train imagenet_tiny needs --data"])
 
@@ -299,7 +306,8 @@ def test_checkpoint_with_foreign_metadata(refused, data, trained, case):
 
 def test_existing_run_is_refused_and_kept(refused, data, trained):
     shutil.copytree(trained, "run")
-    refused(*_train(data), names=["run", "already holds a run"])
+    refused(*_train(data), names=["run", "already holds a run", "--resume", "--out"])
+    refused(*_train("nowhere"), names=["nowhere: no such folder"])
 
 
 def test_a_run_that_cannot_go_on_is_refused_and_kept(refused, trained):

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is not run as the pages have it, and why: everything else is."""
 
+# (text in a Python block, text that runs instead, why)
+REPLACED = [
+    ("pretrained=True)\nsola_vision", "pretrained=False)\nsola_vision", "random weights are as good, and tests do not download"),
+]  # fmt: skip
+
 # (pattern, words put behind the command, why): it runs for real, but not for as long
 SHORTER = [
     (r"sola train digits", "--train.epochs 1 --train.warmup_epochs 0 --train.batch_size 256", "minutes of training"),

@@ -82,6 +82,11 @@ def test_a_record_is_the_mean_since_the_one_before(whole_run, tmp_path):
     assert means == pytest.approx([sum(single[step : step + 3]) / 3 for step in range(0, 15, 3)])
 
 
+def test_every_epoch_has_a_record(tmp_path):
+    train(tmp_path, log_every=50)
+    assert [line["step"] for line in metrics(tmp_path) if line["kind"] == "train"] == [5, 10, 15]
+
+
 def test_training_learns(whole_run):
     assert json.loads((whole_run / "summary.json").read_text())["best"]["top1"] > 60  # chance: 33
 
@@ -205,7 +210,7 @@ def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):
 
 def test_a_run_is_not_overwritten(whole_run):
     before = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="already holds a run: resume it or choose another folder"):
+    with pytest.raises(ValueError, match=r"already holds a run: resume it \(--resume\) or choose another"):
         train(whole_run)
     assert {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()} == before
 

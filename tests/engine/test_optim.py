@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -46,8 +47,11 @@ def test_warmup_steps_and_steps_override_epochs():
 
 
 def test_a_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(ValueError, match="warm-up of 10 steps must be shorter than the run of 8"):
-        count_steps(config(steps=8), 5)
+    for changes, given in (({}, "warmup_epochs=2 (10 steps)"), ({"warmup_steps": 9}, "warmup_steps=9")):
+        with pytest.raises(ValueError, match=f"^{re.escape(given)} must be shorter than the run of 8 steps") as error:
+            count_steps(config(steps=8, **changes), 5)
+        name, shorter = given.partition("=")[0], float(str(error.value).rsplit(" ", 1)[1])
+        assert count_steps(config(steps=8, **changes | {name: shorter}), 5) == 8
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_a_folder_without_a_checkpoint_takes_another_run(whole_run, tmp_path):
 def test_a_folder_with_any_result_does_not(whole_run, tmp_path, kept):
     (tmp_path / kept).parent.mkdir(exist_ok=True)
     shutil.copy(whole_run / kept, tmp_path / kept)
-    with pytest.raises(ValueError, match="already holds a run: resume it or choose another folder"):
+    with pytest.raises(ValueError, match=r"already holds a run: resume it \(--resume\) or choose another"):
         train(tmp_path)
     assert (tmp_path / kept).read_bytes() == (whole_run / kept).read_bytes()
     assert not (tmp_path / "metrics.jsonl").exists()

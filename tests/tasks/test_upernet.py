@@ -7,7 +7,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-import sola_vision  # noqa: F401 - registers the names
+from sola_vision import save_pretrained
 from sola_vision.tasks.pyramid import Pyramid, create_body
 from sola_vision.tasks.upernet import FCNHead, UPerHead, UPerNet, UPerNetConfig
 
@@ -213,3 +213,10 @@ def test_another_network_is_refused(tmp_path):
     classifier = timm.create_model("sola_nano", num_classes=3, dims=(8, 16, 24, 40), head_dim=8)
     with pytest.raises(ValueError, match=r"does not fit the backbone: .*resized"):
         Pyramid(body()).start_from(classifier.state_dict(), tmp_path / "c")
+
+
+def test_another_network_whose_file_describes_it_names_the_option(tmp_path):
+    classifier = timm.create_model("sola_nano", num_classes=3, **{**SMALL, "dims": (16, 16, 24, 40)})
+    save_pretrained(classifier, tmp_path)
+    with pytest.raises(ValueError, match=r"the file is of sola_nano .*: use --model\.dims '\[16,16,24,40\]'$"):
+        Pyramid(body()).start_from(classifier.state_dict(), tmp_path / "model.safetensors")

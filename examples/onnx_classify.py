@@ -38,6 +38,23 @@ def classify(model, picture):
     return [(about["classes"][i], float(weights[i] / weights.sum())) for i in ranked]
 
 
-if __name__ == "__main__":
-    for name, probability in classify(sys.argv[1], Image.open(sys.argv[2]))[:3]:
+def stop(reason):
+    """End with the usage and the reason in one line and exit code 2."""
+    print(f"usage: python onnx_classify.py model.onnx PICTURE.jpg; {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    if len(sys.argv) != 3:
+        stop(f"it takes two arguments (got {len(sys.argv) - 1})")
+    model, picture = sys.argv[1:]
+    try:
+        best = classify(model, Image.open(picture))[:3]
+    except Exception as error:  # onnxruntime and Pillow raise many kinds
+        stop(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    for name, probability in best:
         print(f"{100 * probability:5.1f} %  {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,9 +20,15 @@ class Arguments(ArgumentParser):
     """An ArgumentParser that raises ValueError of one line, shows defaults, and accepts no abbreviations."""
 
     def __init__(
-        self, prog: str, description: str | None = None, formatter_class: type[HelpFormatter] = HelpFormatter
+        self,
+        prog: str,
+        description: str | None = None,
+        formatter_class: type[HelpFormatter] = HelpFormatter,
+        epilog: str | None = None,
     ) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=formatter_class, allow_abbrev=False)
+        super().__init__(
+            prog=prog, description=description, formatter_class=formatter_class, epilog=epilog, allow_abbrev=False
+        )
 
     def add_argument(self, *names: Any, **more: Any) -> Action:
         """Add an argument, and append its default to the help text, unless that mentions it already."""
@@ -32,6 +38,10 @@ class Arguments(ArgumentParser):
             values = action.default if isinstance(action.default, list) else [action.default]
             action.help += f" (default: {' '.join(map(str, values))})"
         return action
+
+    def has_option(self, word: str) -> bool:
+        """True if a word of a command line, such as --size or --size=32, is an option of this parser."""
+        return word.partition("=")[0] in self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see `{self.prog} --help`")
@@ -49,6 +59,13 @@ def check_parent_folder(file: str | None) -> None:
     """Raise FileNotFoundError, before any work, if the folder of a file to be written does not exist."""
     if file is not None and not Path(file).absolute().parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+
+
+def check_minimum(options: Namespace, **least: int) -> None:
+    """Raise ValueError for the first given option that is less than its smallest value."""
+    for name, minimum in least.items():
+        if (value := getattr(options, name)) is not None and value < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
 
 
 def refuse_unused(options: Namespace, file: str, names: Sequence[str]) -> None:
@@ -92,6 +109,19 @@ def image_files(source: Path, out: Path | None = None) -> list[Path]:
     return files
 
 
+def check_leftovers(out: Path, written: Iterable[Path]) -> None:
+    """Raise ValueError if the pictures or labels in `out` are not all among the files that will be written."""
+    replaced = {out / path for path in written}
+    for name in ("labels", "pictures"):
+        for path in sorted((out / name).rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
+            if path.is_file() and not hidden and path not in replaced:
+                raise ValueError(
+                    f"--out {out}: {path} would be mixed with the results of this call, which do not replace it; "
+                    "use another folder, or remove the earlier results"
+                )
+
+
 def evaluation_folder(checkpoint: str) -> Path:
     """Return the default of --out: eval/ in the run's folder, or next to the checkpoint file."""
     path = Path(checkpoint)
@@ -108,7 +138,8 @@ def print_skipped_count(number: int) -> None:
 def print_skipped(rows: Sequence[object], unreadable: Sequence[str]) -> None:
     """Print the images that could not be read; raise ValueError if no image could be."""
     if not rows:
-        more = f" (and {len(unreadable) - 1} other images)" if len(unreadable) > 1 else ""
+        others = len(unreadable) - 1
+        more = f" (and {others} other image{'s' if others > 1 else ''})" if others else ""
         raise ValueError(unreadable[0] + more)
     for reason in unreadable:
         print(f"sola: skipped: {reason}", file=sys.stderr)

@@ -17,7 +17,7 @@ import timm
 
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
-from sola_vision.commands.arguments import Arguments, check_parent_folder
+from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder
 from sola_vision.commands.results import write_csv
 from sola_vision.commands.tables import new_table, show_table
 
@@ -62,8 +62,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--plot", metavar="FILE", help="plot MACs and memory against size, or Figure 1(b), as a PNG")
     options = parser.parse_args(list(arguments))
-    if options.classes < 0 or options.batch < 1 or options.threads < 1:
-        raise ValueError("--classes must be at least 0, --batch and --threads at least 1")
+    check_minimum(options, classes=0, batch=1, threads=1)
     if options.measure and not options.figure_1b:
         raise ValueError("--measure needs --figure-1b: add it")
     for file in (options.csv, options.plot):

@@ -2,7 +2,7 @@
 """The task of a command, which a recipe defines and a checkpoint stores in its metadata, and the module for it.
 
 Every task has the modules train_TASK, evaluate_TASK and predict_TASK; only the one that is needed is imported.
-train_TASK has `prepare(request, world) -> Job`, the others `run(arguments)`.
+train_TASK has `prepare(request, world) -> Job`, the others `make_parser()` and `run(arguments)`.
 """
 
 import importlib
@@ -43,6 +43,22 @@ class Job:
 def task_module(verb: str, task: str) -> ModuleType:
     """Import and return the module of a verb (train, evaluate, predict) for a task."""
     return importlib.import_module(f"sola_vision.commands.{verb}_{task}")
+
+
+def run_for_task(verb: str, task: str, source: str, arguments: Sequence[str]) -> None:
+    """Run evaluate or predict for a task, which the option `source` defines.
+
+    Raises ValueError for an option that only other tasks have; the message names these.
+    """
+    module = task_module(verb, task)
+    parser = module.make_parser()
+    for word in parser.parse_known_args(list(arguments))[1]:
+        others = [other for other in TASKS if task_module(verb, other).make_parser().has_option(word)]
+        if others:
+            parser.error(
+                f"{word.partition('=')[0]} is an option for {' and '.join(others)}, but {source} is for {task}"
+            )
+    module.run(arguments)
 
 
 def checkpoint_task(arguments: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ label PNGs with `--predictions FOLDER --annotations FOLDER --classes N --ignore 
 
 from collections.abc import Sequence
 
-from sola_vision.commands.dispatch import checkpoint_task, task_module
+from sola_vision.commands.dispatch import checkpoint_task, run_for_task
 
 _FILES = {"--results": "detection", "--predictions": "segmentation"}
 
@@ -15,5 +15,5 @@ _FILES = {"--results": "detection", "--predictions": "segmentation"}
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
     words = [word.partition("=")[0] for word in arguments]
-    task = next((task for option, task in _FILES.items() if option in words), None)
-    task_module("evaluate", task or checkpoint_task(arguments)).run(arguments)
+    option = next((option for option in _FILES if option in words), "--checkpoint")
+    run_for_task("evaluate", _FILES.get(option) or checkpoint_task(arguments), option, arguments)

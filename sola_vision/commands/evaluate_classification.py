@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from sola_vision.commands.arguments import (
     Arguments,
+    check_minimum,
     evaluation_folder,
     image_settings,
     out_folder,
     plain,
     print_skipped_count,
 )
-from sola_vision.commands.results import agree_on_skipped, finite, write_results
+from sola_vision.commands.results import agree_on_skipped, announce_replacement, finite, write_results
+from sola_vision.commands.tables import show_table
 from sola_vision.data import EvalTransform, open_classification
 from sola_vision.engine import EvaluationBatches, World, distributed
 from sola_vision.engine.distributed import gather_objects
@@ -28,6 +29,9 @@ from sola_vision.engine.log import json_text
 from sola_vision.tasks import Checkpoint, Tally, load_checkpoint
 from sola_vision.tasks.pictures import draw_confusion, draw_predictions
 
+_OTHERS = """These are the options for a classifier. Of a detector or a segmentation network:
+`sola eval --checkpoint RUN --help`; of result files: `sola eval --results FILE --help` (detections),
+`sola eval --predictions FOLDER --help` (label PNGs)."""
 _SHOWN = 12  # pictures of correct and of wrong predictions, each
 
 
@@ -42,6 +46,7 @@ def run(arguments: Sequence[str]) -> None:
         model = checkpoint.model.to(world.device)
         batches = EvaluationBatches(dataset, world, batch_size=options.batch_size, workers=options.workers)
         if world.is_main:
+            announce_replacement(out, options)
             out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
         tally, best, seconds = _evaluate(model, batches, len(checkpoint.classes), world)
         if not world.is_main:
@@ -56,8 +61,9 @@ def run(arguments: Sequence[str]) -> None:
         _print(result, out)
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = Arguments("sola eval", __doc__)
+def make_parser() -> Arguments:
+    """Return the parser of the command."""
+    parser = Arguments("sola eval", __doc__, epilog=_OTHERS)
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--data", required=True, help="folder or .tar with val/CLASS/ images, or the word digits")
     parser.add_argument("--split", default="val", help="train or val (default)")
@@ -67,10 +73,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", help="folder for tables and pictures (default: eval/ next to the checkpoint)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    options = parser.parse_args(list(arguments))
-    for name, least in (("batch_size", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    options = make_parser().parse_args(list(arguments))
+    check_minimum(options, batch_size=1, workers=0)
     return options
 
 
@@ -130,11 +138,16 @@ def _draw_examples(
     all_wrong = [i for i, (predicted, _) in best.items() if predicted != dataset.targets[i]]
     wrong = sorted(all_wrong, key=lambda i: best[i][1], reverse=True)[:_SHOWN]
     all_right = [i for i, (predicted, _) in best.items() if predicted == dataset.targets[i]]
-    right = all_right[:: max(1, len(all_right) // (2 * _SHOWN - len(wrong)))][: 2 * _SHOWN - len(wrong)]
+    right = _spread(all_right, 2 * _SHOWN - len(wrong))
     examples = [(dataset.image(i), classes[dataset.targets[i]], classes[best[i][0]], best[i][1]) for i in wrong + right]
     draw_predictions(
         examples, out, f"top-1 {top1:.2f} %; the most confident mistakes are framed, then correct predictions"
     )
+
+
+def _spread(items: list[int], number: int) -> list[int]:
+    """Return `number` of the items at even distances, or all if there are fewer."""
+    return [items[i * len(items) // number] for i in range(number)] if len(items) > number else items
 
 
 def _print(result: dict[str, Any], out: Path) -> None:
@@ -145,12 +158,13 @@ def _print(result: dict[str, Any], out: Path) -> None:
     for row in result["classes"]:
         numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in ("recall", "precision"))
         table.add_row(plain(row["class"]), str(row["images"]), *numbers)
-    console = Console()
     if len(result["classes"]) <= 100:
-        console.print(table)
+        show_table(table, 0)
     loss = "not a number" if result["loss"] is None else f"{result['loss']:.4f}"
+    # top-5 is always 100 % with up to five classes
+    top5 = f"top-5 {result['top5']:.2f} %, " if len(result["classes"]) > 5 else ""
     print(
-        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {loss}, "
+        f"top-1 {result['top1']:.2f} %, {top5}loss {loss}, "
         f"{result['images_per_second']:.0f} images/s including data loading"
     )
     print_skipped_count(result["images_skipped"])

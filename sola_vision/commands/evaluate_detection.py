@@ -15,18 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sola_vision.commands.arguments import (
     Arguments,
+    check_minimum,
     evaluation_folder,
     out_folder,
     plain,
     print_skipped_count,
     refuse_unused,
 )
-from sola_vision.commands.results import agree_on_skipped, finite, shard, watched, write_results
+from sola_vision.commands.results import agree_on_skipped, announce_replacement, finite, shard, watched, write_results
+from sola_vision.commands.tables import show_table
 from sola_vision.data import (
     CocoFolder,
     DetectionConfig,
@@ -57,7 +58,8 @@ def run(arguments: Sequence[str]) -> None:
         _score_checkpoint(options)
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def make_parser() -> Arguments:
+    """Return the parser of the command."""
     parser = Arguments("sola eval", __doc__)
     parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
     parser.add_argument("--data", help="folder with annotations/instances_SPLIT.json and images in SPLIT/")
@@ -77,7 +79,11 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", help="folder for tables and pictures (default: eval/, next to the checkpoint)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    options = make_parser().parse_args(list(arguments))
     needed = ("annotations",) if options.results else ("checkpoint", "data")
     if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
         given = "--results RESULTS.json" if options.results else "a detector"
@@ -86,10 +92,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         refuse_unused(options, "results", ("checkpoint", "data", "size"))
     if options.type and not options.results:
         raise ValueError("--type needs --results: a checkpoint is scored on everything it predicts; leave it out")
-    for name, least in (("max_dets", 1), ("workers", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+    check_minimum(options, max_dets=1, workers=0)
     return options
 
 
@@ -104,6 +107,7 @@ def _score_file(options: Namespace) -> None:
         raise FileNotFoundError(f"--results {path}: no such file") from None
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"--results {path} is not JSON: {error}") from None
+    _check_images(path, truth, options.annotations)
     kinds = [options.type] if options.type else _kinds_of(results)
     if "segm" in kinds and (
         bare := [a for a in truth["annotations"] if not (a.get("segmentation") or "unmasked" in a)]
@@ -115,6 +119,7 @@ def _score_file(options: Namespace) -> None:
         check_results(results, truth, kind, str(path))
     max_dets = options.max_dets or MAX_DETS
     scores = [score(truth, results, kind, max_dets=max_dets) for kind in kinds]
+    announce_replacement(out, options)
     out.mkdir(parents=True, exist_ok=True)
     result = {
         "results": options.results,
@@ -122,7 +127,27 @@ def _score_file(options: Namespace) -> None:
         "images": len(truth["images"]),
         **_numbers(scores, truth),
     }
-    _write(result, scores, out, options.json, "")
+    write_results(result, out)
+    _report(result, scores, out, options.json, "")
+
+
+def _check_images(results: Path, truth: dict[str, Any], annotations: str) -> None:
+    """Raise ValueError if the images.json that `sola predict` wrote next to its results has other image ids."""
+    listed = results.with_name("images.json")
+    try:
+        predicted = {image["id"]: image["file_name"] for image in json.loads(listed.read_bytes())["images"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # results of another program
+    names = {image["id"]: str(image.get("file_name", "")) for image in truth["images"]}
+    for number, name in predicted.items():
+        true = names.get(number, "")
+        # either may contain a folder
+        if not (f"/{true}".endswith(f"/{name}") or f"/{name}".endswith(f"/{true}")):
+            raise ValueError(
+                f"--results {results}: image_id {number} is {name} there, but {true or 'no image'} in {annotations}: "
+                "`sola predict` counts its own images; use `sola eval --checkpoint`, which writes results with the "
+                "ids of the annotations"
+            )
 
 
 def _kinds_of(results: Any) -> list[Kind]:
@@ -161,6 +186,7 @@ def _score_checkpoint(options: Namespace) -> None:
     with distributed(options.device) as world:
         model.to(world.device)
         if world.is_main:
+            announce_replacement(out, options)
             out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
         batches = EvaluationBatches(dataset, world, batch_size=1, workers=options.workers, collate=collate_lists)
         start = time.perf_counter()
@@ -171,8 +197,6 @@ def _score_checkpoint(options: Namespace) -> None:
         scores = task.scores(findings)
         if not world.is_main:
             return
-    for kind in task.kinds:
-        (out / f"results.{kind}.json").write_text(json.dumps(task.known(findings).of(kind)) + "\n")
     result = {
         "checkpoint": str(options.checkpoint),
         "data": options.data,
@@ -185,8 +209,14 @@ def _score_checkpoint(options: Namespace) -> None:
         "seconds": round(seconds, 2),
         **_numbers(scores, task.truth),
     }
+    write_results(result, out)
+    for kind in KINDS:
+        file = out / f"results.{kind}.json"
+        file.unlink(missing_ok=True)  # of an earlier evaluation, perhaps of data with masks
+        if kind in task.kinds:
+            file.write_text(json.dumps(task.known(findings).of(kind)) + "\n")
     _draw_worst(checkpoint, dataset, findings, _crowds(task.truth, dataset), out / "worst.png")
-    _write(result, scores, out, options.json, "results.*.json, worst.png, ")
+    _report(result, scores, out, options.json, "results.*.json, worst.png, ")
 
 
 def _numbers(scores: Sequence[Score], truth: dict[str, Any]) -> dict[str, Any]:
@@ -263,8 +293,7 @@ def _true_shapes(dataset: CocoFolder, index: int, masks: bool = False) -> list[S
     ]
 
 
-def _write(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: bool, more: str) -> None:
-    write_results(result, out)
+def _report(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: bool, more: str) -> None:
     draw_curves(scores, out / "precision_recall.png")
     if as_json:
         print(json_text(result))
@@ -277,7 +306,6 @@ def _write(result: dict[str, Any], scores: Sequence[Score], out: Path, as_json: 
 def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
     what = result.get("model", result.get("results"))
     where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
-    console = Console()
     classes = [row for row in result["classes"] if row["objects"]]
     if len(classes) <= _ROWS:
         table = Table(title=plain(f"{what} on {where}: {result['images']} images"))
@@ -287,14 +315,14 @@ def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
             table.add_column(column, justify="right")
         for row in classes:
             table.add_row(plain(row["class"]), str(row["objects"]), *(_cell(row[name]) for name in names))
-        console.print(table)
-    totals = Table(title=f"percent at maxDets {result['max_dets']}")
+        show_table(table, 0)
+    totals = Table(title=f"at maxDets {result['max_dets']}")
     totals.add_column("")
     for one in scores:
-        totals.add_column("boxes" if one.kind == "bbox" else "masks", justify="right")
+        totals.add_column("boxes %" if one.kind == "bbox" else "masks %", justify="right")
     for name in scores[0].numbers:
         totals.add_row(name, *(_cell(result[one.kind][name]) for one in scores))
-    console.print(totals)
+    show_table(totals, 0)
     print_skipped_count(result.get("images_skipped", 0))
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from sola_vision.commands.arguments import (
     Arguments,
+    check_minimum,
     evaluation_folder,
     out_folder,
     plain,
     print_skipped_count,
     refuse_unused,
 )
-from sola_vision.commands.results import agree_on_skipped, finite, shard, watched, write_results
+from sola_vision.commands.results import agree_on_skipped, announce_replacement, finite, shard, watched, write_results
+from sola_vision.commands.tables import show_table
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
 from sola_vision.data.labels import read_class_names
 from sola_vision.data.segmentation import SegmentationFolder
@@ -73,7 +74,8 @@ def inference_of(image: SegmentationConfig, options: Namespace) -> tuple[Segment
     return image, Inference(slide=slide, stride=stride, flip=bool(options.flip), scales=tuple(options.scales or (1.0,)))
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def make_parser() -> Arguments:
+    """Return the parser of the command."""
     parser = Arguments("sola eval", __doc__)
     parser.add_argument("--checkpoint", help="best.safetensors, or a run's folder")
     parser.add_argument("--data", help="folder with images/SPLIT and annotations/SPLIT")
@@ -93,7 +95,11 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         "--out", help="folder for tables and pictures (default: eval/, next to the checkpoint if one is given)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    options = make_parser().parse_args(list(arguments))
     needed = ("annotations", "classes", "ignore") if options.predictions else ("checkpoint", "data")
     missing = [f"--{name}" for name in needed if getattr(options, name) is None]
     if missing:
@@ -101,8 +107,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
         raise ValueError(f"sola {command} also needs {' and '.join(missing)}")
     if options.predictions:
         refuse_unused(options, "predictions", ("checkpoint", "data", "size", "slide", "stride", "flip", "scales"))
-    if options.workers < 0:
-        raise ValueError(f"--workers {options.workers} must be at least 0")
+    check_minimum(options, workers=0)
     return options
 
 
@@ -120,6 +125,7 @@ def _score_folder(options: Namespace) -> None:
         predicted, truth = (torch.from_numpy(classes) for classes in pair.read(rule))
         counts.add(predicted, truth)
         images.append(share_right(predicted, truth))
+    announce_replacement(out, options)
     out.mkdir(parents=True, exist_ok=True)
     result = {
         "predictions": options.predictions,
@@ -150,6 +156,7 @@ def _score_checkpoint(options: Namespace) -> None:
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)
         if world.is_main:
+            announce_replacement(out, options)
             out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
         start = time.perf_counter()
         counts, images, skipped = _evaluate(checkpoint, dataset, inference, world, options.workers)
@@ -265,7 +272,7 @@ def _print(result: dict[str, Any]) -> None:
     for row in classes if len(classes) <= _ROWS else occurring:
         numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in _COLUMNS[2:])
         table.add_row(plain(row["class"]), f"{100 * row['pixels'] / total:.2f}", *numbers)
-    Console().print(table)
+    show_table(table, 0)
     if result["miou"] is None:
         print("no pixel of these images counts: every label is ignored")
         return

@@ -18,7 +18,6 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from sola_vision.backbone import SolaVision
 from sola_vision.commands.arguments import Arguments, image_files, out_folder
 from sola_vision.commands.cost import parse_size
 from sola_vision.commands.results import write_csv
+from sola_vision.commands.tables import show_table
 from sola_vision.data import ImageConfig, read_image
 from sola_vision.tasks import load_checkpoint, takes_one_size
 
@@ -316,8 +316,6 @@ def _write_layers(result: dict[str, Any], path: Path) -> None:
 
 
 def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
-    console = Console()
-    console.width = max(console.width, 120)
     for network in result["networks"]:
         table = Table(title=network["network"])
         columns = {
@@ -336,7 +334,7 @@ def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
         for layer in network["layers"]:
             cells = [layer.get(name) for name in columns]
             table.add_row(*("-" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in cells))
-        console.print(table)
+        show_table(table, 120)
         if scene is not None:
             areas = ", ".join(f"{100 * mask.mean():.2f}" for mask in scene.masks)
             table = Table(title=f"energy on the five objects over their share of the area ({areas} %)")
@@ -347,4 +345,4 @@ def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
             for layer in network["layers"]:
                 cells = [*layer["activation_over_chance"], *layer["eigencam_over_chance"]]
                 table.add_row(layer["layer"], *(f"{value:.2f}" for value in cells))
-            console.print(table)
+            show_table(table, 120)

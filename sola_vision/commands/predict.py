@@ -3,9 +3,9 @@
 
 from collections.abc import Sequence
 
-from sola_vision.commands.dispatch import checkpoint_task, task_module
+from sola_vision.commands.dispatch import checkpoint_task, run_for_task
 
 
 def run(arguments: Sequence[str]) -> None:
     """Run the command."""
-    task_module("predict", checkpoint_task(arguments)).run(arguments)
+    run_for_task("predict", checkpoint_task(arguments), "--checkpoint", arguments)

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, image_settings, plain, print_skipped
+from sola_vision.commands.arguments import Arguments, check_minimum, image_files, image_settings, plain, print_skipped
 from sola_vision.commands.results import finite
+from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, EvalTransform, read_image
 from sola_vision.engine import distributed
 from sola_vision.tasks import Checkpoint, load_checkpoint
+
+_OTHERS = """These are the options for a classifier. Of a detector or a segmentation network:
+`sola predict --checkpoint RUN --help`."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ def run(arguments: Sequence[str]) -> None:
         _print(rows, source)
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = Arguments("sola predict", __doc__)
+def make_parser() -> Arguments:
+    """Return the parser of the command."""
+    parser = Arguments("sola predict", __doc__, epilog=_OTHERS)
     parser.add_argument("source", help="an image, or a folder of images, searched with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
     parser.add_argument("--top", type=int, default=3, help="how many classes to print for each image")
@@ -55,9 +59,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="batch size")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    options = parser.parse_args(list(arguments))
-    if options.top < 1 or options.batch_size < 1:
-        raise ValueError(f"--top {options.top} and --batch-size {options.batch_size} must be at least 1")
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    options = make_parser().parse_args(list(arguments))
+    check_minimum(options, top=1, batch_size=1)
     return options
 
 
@@ -95,7 +102,7 @@ def _print(rows: list[Prediction], source: Path) -> None:
         # relative to the given folder: long paths would be wrapped over several lines
         name = os.path.relpath(row.image, source if source.is_dir() else source.parent)
         table.add_row(plain(name), *guesses)
-    Console().print(table)
+    show_table(table, 0)
 
 
 def _percent(probability: float | None) -> str:

@@ -18,8 +18,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, out_folder, plain, print_skipped
+from sola_vision.commands.arguments import (
+    Arguments,
+    check_leftovers,
+    check_minimum,
+    image_files,
+    out_folder,
+    plain,
+    print_skipped,
+)
 from sola_vision.commands.evaluate_detection import image_at
+from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
 from sola_vision.tasks.box_pictures import Shape, draw_shapes
@@ -46,6 +55,7 @@ def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
     files = image_files(source, out)
+    check_leftovers(out, [_picture(_name(file, source)) for file in files])
     mask_library()
     checkpoint = load_detector(options.checkpoint)
     checkpoint.model.transform.config = image_at(checkpoint.image, options.size)
@@ -65,10 +75,11 @@ def run(arguments: Sequence[str]) -> None:
     else:
         _print(rows)
         page = "index.html to browse, " if source.is_dir() else ""
-        print(f"{page}pictures/, results.json and images.json are in {out}")
+        print(f"{page}pictures/, results.json and images.json, which has its image ids, are in {out}")
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def make_parser() -> Arguments:
+    """Return the parser of the command."""
     parser = Arguments("sola predict", __doc__)
     parser.add_argument("source", help="an image, or a folder of images, searched with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
@@ -78,11 +89,14 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--size", type=int, help="pixels of an image's shorter side (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    options = make_parser().parse_args(list(arguments))
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold {options.threshold} must lie between 0 and 1")
-    if options.max_dets is not None and options.max_dets < 1:
-        raise ValueError(f"--max-dets {options.max_dets} must be at least 1")
+    check_minimum(options, max_dets=1)
     return options
 
 
@@ -98,7 +112,7 @@ def _predict(
     console = Console(stderr=True)
     number = 0
     for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
-        name = file.relative_to(source).as_posix() if source.is_dir() else file.name
+        name = _name(file, source)
         try:
             image = read_image(file)
         except (CorruptImage, OSError) as error:
@@ -112,12 +126,20 @@ def _predict(
             x, y, width, height = result["bbox"]
             mask = mask_library().decode(result["segmentation"]) if "segmentation" in result else None
             shapes.append(Shape((x, y, x + width, y + height), labels[result["category_id"]], result["score"], mask))
-        picture = Path("pictures") / f"{name}.jpg"
+        picture = _picture(name)
         (out / picture).parent.mkdir(parents=True, exist_ok=True)
         draw_shapes(image, shapes, checkpoint.classes).save(out / picture, quality=90)
         counts = Counter(checkpoint.classes[shape.label] for shape in shapes)
         objects = dict(counts.most_common())
         yield Prediction(number, name, image.height, image.width, picture.as_posix(), objects, results)
+
+
+def _name(file: Path, source: Path) -> str:
+    return file.relative_to(source).as_posix() if source.is_dir() else file.name
+
+
+def _picture(name: str) -> Path:
+    return Path("pictures") / f"{name}.jpg"
 
 
 def _write(rows: list[Prediction], checkpoint: DetectorCheckpoint, source: Path, out: Path) -> None:
@@ -143,4 +165,4 @@ def _print(rows: list[Prediction]) -> None:
     for row in rows:
         named = ", ".join(f"{count} {name}" for name, count in row.objects.items())
         table.add_row(plain(row.image), str(sum(row.objects.values())), plain(named))
-    Console().print(table)
+    show_table(table, 0)

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, image_files, out_folder, plain, print_skipped
+from sola_vision.commands.arguments import Arguments, check_leftovers, image_files, out_folder, plain, print_skipped
 from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
+from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
 from sola_vision.engine import distributed
 from sola_vision.tasks.gallery import Card, write_gallery
@@ -45,6 +46,7 @@ def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
     files = image_files(source, out)
+    check_leftovers(out, [path for paths in _outputs(files, source).values() for path in paths])
     checkpoint = load_segmenter(options.checkpoint)
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)
@@ -67,7 +69,8 @@ def run(arguments: Sequence[str]) -> None:
         print(f"{page}labels/ ({checkpoint.rule}) and pictures/ are in {out}")
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def make_parser() -> Arguments:
+    """Return the parser of the command."""
     parser = Arguments("sola predict", __doc__)
     parser.add_argument("source", help="an image, or a folder of images, searched with its subfolders")
     parser.add_argument("--checkpoint", required=True, help="best.safetensors, or a run's folder")
@@ -76,7 +79,11 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     add_inference(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    options = make_parser().parse_args(list(arguments))
     if not 0 <= options.opacity <= 1:
         raise ValueError(f"--opacity {options.opacity} must lie between 0 (the image alone) and 1 (colours alone)")
     return options
@@ -93,10 +100,10 @@ def _predict(
     image_config, inference = inference_of(checkpoint.image, options)
     transform = SegmentationEvalTransform(image_config)
     source, out = Path(options.source), Path(options.out)
-    stems = Counter(file.with_suffix("") for file in files)
+    outputs = _outputs(files, source)
     console = Console(stderr=True)
     for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
-        name = file.relative_to(source).as_posix() if source.is_dir() else file.name
+        name = _name(file, source)
         try:
             image = read_image(file)
         except (CorruptImage, OSError) as error:
@@ -104,9 +111,7 @@ def _predict(
             continue
         pixels = transform.image(image).to(device)
         classes = inference(checkpoint.model, pixels, (image.height, image.width)).cpu().numpy()
-        # named like annotations, except where the folder has both a.jpg and a.png
-        stem = name if stems[file.with_suffix("")] > 1 else os.path.splitext(name)[0]
-        labels, picture = Path("labels") / f"{stem}.png", Path("pictures") / f"{stem}.jpg"
+        labels, picture = outputs[file]
         for below in (labels, picture):
             (out / below).parent.mkdir(parents=True, exist_ok=True)
         write_labels(out / labels, classes, checkpoint.rule)
@@ -118,6 +123,22 @@ def _predict(
         yield Prediction(name, labels.as_posix(), picture.as_posix(), shares)
 
 
+def _name(file: Path, source: Path) -> str:
+    return file.relative_to(source).as_posix() if source.is_dir() else file.name
+
+
+def _outputs(files: Sequence[Path], source: Path) -> dict[Path, tuple[Path, Path]]:
+    """Return the label file and the picture of each image."""
+    stems = Counter(file.with_suffix("") for file in files)
+    outputs = {}
+    for file in files:
+        name = _name(file, source)
+        # named like annotations, except where the folder has both a.jpg and a.png
+        stem = name if stems[file.with_suffix("")] > 1 else os.path.splitext(name)[0]
+        outputs[file] = Path("labels") / f"{stem}.png", Path("pictures") / f"{stem}.jpg"
+    return outputs
+
+
 def _print(rows: list[Prediction]) -> None:
     table = Table()
     table.add_column("image", overflow="fold")
@@ -127,4 +148,4 @@ def _print(rows: list[Prediction]) -> None:
     for row in rows:
         named = [f"{name} {100 * share:.1f} %" for name, share in list(row.shares.items())[:_SHOWN]]
         table.add_row(plain(row.image), *(plain(text) for text in named))
-    Console().print(table)
+    show_table(table, 0)

@@ -2,8 +2,10 @@
 """Shared by the evaluations of all tasks: sharding over processes, unreadable images, result files."""
 
 import csv
+import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,10 @@ from rich.progress import Progress
 from sola_vision.engine import EvaluationBatches, World, write_json
 
 T = TypeVar("T")
+
+_SOURCES = ("checkpoint", "results", "predictions", "data", "split", "annotations")
+# pictures that evaluations of some tasks write next to eval.json and classes.csv
+_PICTURES = ("confusion.png", "predictions.png", "worst.png", "precision_recall.png")
 
 
 def finite(value: float) -> float | None:
@@ -44,8 +50,32 @@ def watched(items: Iterable[T], total: int, description: str, shown: bool = True
         yield from bar.track(items, total=total, description=description)
 
 
+def announce_replacement(out: Path, options: Namespace) -> None:
+    """Print which evaluation the folder has if it is of other data or of another checkpoint."""
+    old = _earlier(out)
+    given = {name: old[name] for name in _SOURCES if name in old}
+    if any(value != getattr(options, name, None) for name, value in given.items()):
+        of = " ".join(f"--{name} {value}" for name, value in given.items())
+        print(f"sola: the evaluation in {out} will be replaced: {of}; another --out keeps it", file=sys.stderr)
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """Return the eval.json of the folder, or {} if it has none that is readable."""
+    try:
+        document = json.loads((out / "eval.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def write_results(result: dict[str, Any], out: Path) -> None:
-    """Write eval.json, and classes.csv with a row for each of result["classes"]."""
+    """Write eval.json, and classes.csv with a row for each of result["classes"].
+
+    The pictures of an earlier evaluation are removed, so that the folder has those of one only.
+    """
+    if _earlier(out):
+        for name in _PICTURES:
+            (out / name).unlink(missing_ok=True)
     write_json(out / "eval.json", result)
     write_csv(out / "classes.csv", result["classes"])
 

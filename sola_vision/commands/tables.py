@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of numbers on standard output, wide enough for the names of networks."""
+"""Tables on standard output, wide enough for the names of networks and files."""
+
+import sys
 
 from rich.console import Console
 from rich.table import Table
+
+_UNLIMITED = 100_000
 
 
 def new_table(title: str | None, first: str, *others: str) -> Table:
@@ -15,8 +19,14 @@ def new_table(title: str | None, first: str, *others: str) -> Table:
 
 
 def show_table(table: Table, width: int = 110) -> None:
-    """Print a table at least `width` columns wide."""
+    """Print a table. A terminal limits it to its width, or to `width` columns if more; a pipe or a file does not."""
     console = Console()
-    # a pipe or a file has no width; 80 columns would cut the names of networks short
-    console.width = max(console.width, width)
+    if sys.stdout.isatty():
+        console.width = max(console.width, width)
+    else:
+        # a pipe or a file has no width; rich's 80 columns would break names
+        console.width = _UNLIMITED
+        if table.title is not None:  # it would be wrapped at the width of the table
+            console.print(table.title, soft_wrap=True, highlight=False)
+            table.title = None
     console.print(table)

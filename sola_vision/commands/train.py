@@ -17,7 +17,7 @@ from sola_vision.commands.options import Run, option_errors, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
 from sola_vision.engine.checkpoint import BEST, STATE, Progress, load_progress
 from sola_vision.engine.loading import count_epoch_steps
-from sola_vision.engine.log import json_text, write_text
+from sola_vision.engine.log import json_text, metric_texts, write_text
 from sola_vision.engine.optim import count_steps, make_optimizer
 from sola_vision.tasks.pictures import draw_learning_curve
 
@@ -69,7 +69,7 @@ def _run(request: Run, world: World) -> None:
     )
     if world.is_main:
         draw_learning_curve(request.out / "metrics.jsonl", request.out / "curve.png", job.task.metric)
-        _report(summary, job.printed_metrics, request)
+        _report(summary, job, request)
 
 
 def _origin(request: Run) -> str:
@@ -105,12 +105,15 @@ def _check_classes(folder: Path, progress: Progress | None, new: str) -> None:
         )
 
 
-def _report(summary: dict[str, Any], printed_metrics: Sequence[str], request: Run) -> None:
+def _report(summary: dict[str, Any], job: Job, request: Run) -> None:
     if request.json:
         print(json_text(summary))
         return
-    numbers = " ".join(f"{name} {summary[name]:.2f}" for name in printed_metrics if name in summary)
+    texts = metric_texts(job.task, summary, ".2f")
+    numbers = ", ".join(texts[name] for name in job.printed_metrics if name in texts)
     # the numbers are of the last evaluation, the weights in the file may be of an earlier one
-    metric, best = summary["metric"], summary["best"]
-    of = f" ({metric} {best[metric]:.2f} at step {best['step']})" if best and best["step"] != summary["steps"] else ""
+    best = summary["best"]
+    of = ""
+    if best and best["step"] != summary["steps"]:
+        of = f" ({metric_texts(job.task, best, '.2f')[summary['metric']]} at step {best['step']})"
     print(f"{numbers}; best.safetensors{of}, curve.png and summary.json are in {request.out}")

@@ -144,7 +144,8 @@ class _Listing:
         # with a given list a class may be missing, so its folder may also be empty
         empty = sorted(self.found_classes.keys() - full) if expected is None or not full else []
         if empty:
-            more = f" (and {len(empty) - 1} other classes)" if len(empty) > 1 else ""
+            others = len(empty) - 1
+            more = f" (and {others} other class{'es' if others > 1 else ''})" if others else ""
             raise ValueError(
                 f"{where}{slash}{empty[0]}: class without images{more}; "
                 "add images (.jpg, .png, ...) or remove the folder"

@@ -122,7 +122,10 @@ def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 class Task(Protocol):
-    """A problem to train on. The best weights have the highest value of `metric`, a key of evaluate()'s result."""
+    """A problem to train on. The best weights have the highest value of `metric`, a key of evaluate()'s result.
+
+    A task may also have `printed`, a mapping from the metrics that are printed to their units, such as {"top1": "%"}.
+    """
 
     metric: str
 

@@ -23,6 +23,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .config import Task
+
 METRICS = Path("metrics.jsonl")
 SUMMARY = Path("summary.json")
 
@@ -105,6 +107,12 @@ class Log:
                 self._bar.stop()
             self._board.close()
             self._file.close()
+
+
+def metric_texts(task: Task, numbers: Mapping[str, float], spec: str) -> dict[str, str]:
+    """Return the metrics to print, such as "top1 71.25 %", by name: those of `task.printed`, or all without units."""
+    units: Mapping[str, str] = getattr(task, "printed", dict.fromkeys(numbers, ""))
+    return {name: f"{name} {numbers[name]:{spec}} {unit}".rstrip() for name, unit in units.items() if name in numbers}
 
 
 def _duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ from . import checkpoint, loading, optim, resuming
 from .config import Task, TrainConfig
 from .distributed import Interrupts, distributed, local_gradients, on_main, share_buffers, whole
 from .loading import Collate, EvaluationBatches
-from .log import SUMMARY, surroundings, write_json
+from .log import SUMMARY, metric_texts, surroundings, write_json
 from .reports import Report
 from .run import Run, Sets, prepare
 
@@ -203,7 +203,7 @@ def _evaluate(run: Run) -> None:
     seconds = time.monotonic() - began
     progress.evaluated, progress.latest = progress.step, metrics
     run.log.record("eval", progress.step, run.epoch, {**metrics, "seconds": seconds})
-    run.log.info(f"epoch {run.epoch:.2f}  " + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    run.log.info("  ".join([f"epoch {run.epoch:.2f}", *metric_texts(run.task, metrics, ".4g").values()]))
     if run.task.metric not in metrics:
         raise ValueError(f"metric={run.task.metric!r} is not returned by evaluate(): use one of {', '.join(metrics)}")
     value = metrics[run.task.metric]

@@ -91,9 +91,9 @@ def _blocks(outcome: Outcome) -> list[Block]:
                 f"Here, scale `{plan['scale']}`: {plan['what']}.",
                 f"Images: {data['name']}, {data['train']:,} for training and {data['val']:,} held out, "
                 f"{data['classes']} classes, {_pixels(plan)} (fingerprint {data['fingerprint']}).",
-                f"Training: {plan['epochs']:g} epochs, {plan['steps']:,} steps of {plan['batch_size']} images, "
-                f"learning rate {plan['lr']:g}; the network after the last epoch is evaluated. {plan['seeds']} seeds "
-                "per arm.",
+                f"Training: {_count(plan['epochs'], 'epoch')}, {_count(plan['steps'], 'step')} of "
+                f"{plan['batch_size']} images, learning rate {plan['lr']:g}; the network after the last epoch is "
+                f"evaluated. {_count(plan['seeds'], 'seed')} per arm.",
                 *study.notes,
             ]
         ),
@@ -150,7 +150,7 @@ def _claims(outcome: Outcome) -> list[Block]:
         f"Differences are in points of {outcome.study.measure}, means over seeds of paired differences: the runs of a "
         "seed share the order of images and their augmentation. The interval is Student's t for paired runs, which "
         "assumes normally distributed differences; p is that of the exact one-sided sign-flip test, which does not"
-        + (f", and which cannot be below {0.5**n:.3g} with {n} seeds" if n else "")
+        + (f", and which cannot be below {0.5**n:.3g} with {_count(n, 'seed')}" if n else "")
         + ". A statement holds, or is reversed, if the interval excludes zero; otherwise these runs do not decide it. "
         + (f"The {len(rows)} intervals are not corrected for their number. " if len(rows) > 1 else "")
         + "Intervals cover the randomness of training on these images; other images, sizes or longer training may "
@@ -203,12 +203,16 @@ def _provenance(outcome: Outcome) -> list[Block]:
         f"{all_of('processes')}.",
         f"torch {all_of('torch')}, timm {all_of('timm')}, Python {all_of('python')}.",
         f"Commit of this project: {all_of('commit')}.",
-        f"The {len(outcome.results)} runs took {hours:.2f} hours in total.",
+        f"The {_count(len(outcome.results), 'run')} took {hours:.2f} hours in total.",
         "Raw results: [results.json](results.json). To write this page again: `sola study "
         f"{outcome.study.name} --report --out FOLDER`.",
     ]
     commands = sorted({str(result.get("command")) for result in outcome.results})
     return [Code("\n".join(commands)), Listing(facts)]
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:,.10g} {noun}" + ("" if number == 1 else "s")
 
 
 def _epochs(epochs: int, task: str) -> str:

@@ -73,6 +73,8 @@ class Classification:
 
     def __init__(self, num_classes: int, image: ImageConfig) -> None:
         self.num_classes = num_classes
+        top5 = {"top5": "%"} if num_classes > 5 else {}  # otherwise always 100
+        self.printed = {"top1": "%", **top5, "loss": ""}
         self.mixup = None
         self.criterion: nn.Module = (
             LabelSmoothingCrossEntropy(image.smoothing) if image.smoothing else nn.CrossEntropyLoss()

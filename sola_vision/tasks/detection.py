@@ -47,6 +47,7 @@ class Detection:
         self.max_dets = max_dets
         self.kinds: tuple[Kind, ...] = KINDS if masks else KINDS[:1]
         self.metric = "mask_ap" if masks else "box_ap"
+        self.printed = {f"{NAMES[kind]}_{name.lower()}": "%" for kind in self.kinds for name in _LOGGED}
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         images, targets = batch

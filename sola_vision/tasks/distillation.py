@@ -107,6 +107,7 @@ class Distillation(Classification):
         levels: Sequence[int],
     ) -> None:
         super().__init__(num_classes, image)
+        self.printed["teacher_top1"] = "%"
         self.teacher = teacher
         self.config = config
         self.columns = None if columns is None else list(columns)

@@ -95,6 +95,8 @@ class Segmentation:
 
     def __init__(self, num_classes: int, auxiliary_weight: float = 0.4, inference: Inference | None = None) -> None:
         self.num_classes = num_classes
+        percentages = ("miou", "miou_all", "mean_accuracy", "pixel_accuracy")
+        self.printed = {**dict.fromkeys(percentages, "%"), "classes_present": ""}
         self.auxiliary_weight = auxiliary_weight
         self.inference = inference or Inference()
 

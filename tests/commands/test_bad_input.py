@@ -125,7 +125,7 @@ ARGUMENTS = [
     (["eval", "--checkpoint", "RUN", "--data", "nowhere"], ["nowhere"]),
     (["eval", "--checkpoint", "nowhere", "--data", "DATA"], ["nowhere"]),
     (["predict"], ["source", "--checkpoint"]),
-    (["predict", "DATA", "--checkpoint", "RUN", "--top", "0"], ["--top 0"]),
+    (["predict", "DATA", "--checkpoint", "RUN", "--top", "0"], ["sola: --top 0 must be at least 1\n"]),
     (["predict", "DATA", "--checkpoint", "RUN", "--top", "all"], ["--top", "'all'"]),
     (["predict", "nowhere.png", "--checkpoint", "RUN"], ["nowhere.png"]),
     (["predict", "DATA", "--checkpoint", "nowhere"], ["nowhere"]),

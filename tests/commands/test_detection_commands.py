@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import socket
@@ -137,6 +138,8 @@ def test_eval_has_the_numbers_of_the_run_and_its_results_score_the_same(sola, tm
     assert said.code == 0, said.err
     result = json.loads(said.out)
     assert result == json.loads((tmp_path / "eval" / "eval.json").read_text())
+    printed = sola("eval", "--checkpoint", detector, "--data", scenes, "--out", "eval").out
+    assert re.search(r"boxes % +┃ +masks %", printed)
     best = json.loads((detector / "summary.json").read_text())["best"]
     assert result["bbox"]["AP"] == pytest.approx(best["box_ap"], abs=1e-6)
     assert result["segm"]["AP"] == pytest.approx(best["mask_ap"], abs=1e-6)
@@ -249,6 +252,50 @@ def test_predict_draws_and_writes_results(sola, tmp_path, scenes, detector):
     assert said.code == 0
     assert "000001.png" in said.out
     assert not (tmp_path / "one" / "index.html").exists()
+
+
+def test_predict_does_not_mix_the_pictures_of_two_calls(refused, scenes, detector):
+    old = Path("found/pictures/deep/000001.png.jpg")
+    old.parent.mkdir(parents=True)
+    old.write_text("of other images")
+    words = [f"--out found: {old} would be mixed", "use another folder"]
+    refused("predict", scenes / "val", "--checkpoint", detector, "--out", "found", names=words)
+
+
+def test_eval_refuses_predictions_whose_ids_are_of_other_images(sola, refused, tmp_path, scenes, detector):
+    assert sola("predict", scenes / "val", "--checkpoint", detector, "--threshold", 0, "--out", "found").code == 0
+    truth = json.loads((scenes / "annotations" / "instances_val.json").read_text())
+    names = {image["id"]: image["file_name"] for image in truth["images"]}
+    numbers = {image["id"]: image["file_name"] for image in json.loads(Path("found/images.json").read_text())["images"]}
+    assert names == numbers  # by chance: sorted, from 1
+    words = ["eval", "--results", "found/results.json", "--annotations", "truth.json"]
+    Path("truth.json").write_text(json.dumps(truth))
+    assert sola(*words).code == 0
+    for image in truth["images"]:  # the same ids in another order
+        image["file_name"] = "val/" + names[6 - image["id"]]
+    Path("truth.json").write_text(json.dumps(truth))
+    message = f"image_id 1 is {numbers[1]} there, but val/{numbers[5]} in truth.json"
+    refused(*words, names=["--results found/results.json", message, "sola eval --checkpoint"])
+    Path("found/images.json").unlink()  # results of another program
+    assert sola(*words).code == 0
+
+
+def test_eval_of_other_data_is_announced_and_leaves_no_file_of_the_earlier_one(sola, tmp_path, scenes, detector):
+    words = ["eval", "--checkpoint", detector, "--out", "e", "--data"]
+    for _ in range(2):
+        said = sola(*words, scenes)
+        assert (said.code, said.err) == (0, "")
+    assert (tmp_path / "e" / "results.segm.json").exists()
+    said = sola(*words, _only_boxes(scenes, tmp_path / "boxes"))
+    replaced = f"sola: the evaluation in e will be replaced: --checkpoint {detector} --data {scenes} --split val"
+    assert said.err.splitlines()[-1] == f"{replaced}; another --out keeps it"
+    assert (tmp_path / "e" / "results.bbox.json").exists()
+    assert not (tmp_path / "e" / "results.segm.json").exists()
+    said = sola("eval", "--results", "e/results.bbox.json", "--annotations", "boxes/annotations/instances_val.json",
+                "--out", "e")  # fmt: skip
+    assert (said.code, "will be replaced" in said.err) == (0, True)
+    assert not (tmp_path / "e" / "worst.png").exists()
+    assert (tmp_path / "e" / "results.bbox.json").exists()  # the input
 
 
 # wrong input ---------------------------------------------------------------------------------------------------------

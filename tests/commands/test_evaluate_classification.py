@@ -2,7 +2,9 @@
 """The output of an evaluation with unreadable images, and its predictions for the others."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -52,6 +54,18 @@ def test_examples_are_of_the_images_that_could_be_read(sola, tmp_path, data, tra
     assert found == {file: again[read_image(file).tobytes()] for file in files}
 
 
+def test_examples_of_correct_predictions_are_of_all_classes(tmp_path, drawn):
+    """Images come in the order of their classes: the first ones would be of the first classes only."""
+    classes = ["airplane", "bonsai", "leopard", "motorbike"]
+    targets = [0] * 5 + [1] * 5 + [2] * 7 + [3] * 7 + [0] * 8
+    dataset = SimpleNamespace(targets=targets, image=lambda i: Image.new("RGB", (8, 8), (i, i, i)))
+    best = {i: (target, 0.5) if i < 24 else (3, 0.9) for i, target in enumerate(targets)}
+    module._draw_examples(dataset, classes, best, 75.0, tmp_path / "predictions.png")
+    right = [true for _, true, predicted, _ in drawn if true == predicted]
+    assert Counter(right) == {"airplane": 4, "bonsai": 3, "leopard": 5, "motorbike": 4}
+    assert len(drawn) == 24
+
+
 def test_too_many_unreadable_images_are_to_be_repaired(sola, tmp_path, data, trained):
     shutil.copytree(data, "images")
     for name in ("bee", "cat"):
@@ -67,12 +81,18 @@ def test_too_many_unreadable_images_are_to_be_repaired(sola, tmp_path, data, tra
 def test_the_split_is_said(sola, data, trained):
     said = sola("eval", "--checkpoint", trained, "--data", data, "--split", "train", "--out", "out", "--workers", 0)
     assert said.out.endswith("predictions.png of train are in out\n")
+    assert "will be replaced" not in said.err
+    said = sola("eval", "--checkpoint", trained, "--data", data, "--out", "out", "--workers", 0)
+    assert f"in out will be replaced: --checkpoint {trained} --data {data} --split train;" in said.err
 
 
 def test_several_images_are_plural(capsys):
-    from sola_vision.commands.arguments import print_skipped_count
+    from sola_vision.commands.arguments import print_skipped, print_skipped_count
 
     for number in range(3):
         print_skipped_count(number)
+    for count in range(1, 4):
+        with pytest.raises(ValueError, match=["^a$", r"^a \(and 1 other image\)$", "and 2 other images"][count - 1]):
+            print_skipped([], ["a"] * count)
     says = "1 image could not be read and was skipped\n2 images could not be read and were skipped\n"
     assert capsys.readouterr().err == says

@@ -95,6 +95,28 @@ def test_example_predicts_what_the_network_predicts(exported, checkpoint, tmp_pa
     assert ended.stdout.split()[2] == CLASSES[int(wanted.argmax())]
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], ""),
+        (["MODEL", "text.jpg"], "; UnidentifiedImageError: cannot identify image file 'text.jpg'"),
+        (["missing.onnx", "picture.png"], "missing.onnx"),
+        (["text.jpg", "picture.png"], "text.jpg"),
+    ],
+    ids=["no arguments", "text", "missing model", "no model"],
+)
+def test_example_answers_wrong_arguments_in_one_line(exported, tmp_path, words, reason):
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.new("RGB", (60, 50)).save(tmp_path / "picture.png")
+    words = [str(Path(exported[0]).absolute()) if word == "MODEL" else word for word in words]
+    command = [sys.executable, EXAMPLES / "onnx_classify.py", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("usage: python onnx_classify.py model.onnx PICTURE.jpg")
+    assert reason in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
 def test_features_as_an_archive_and_json(capsys, checkpoint):
     words = ["--format", "torch-export", "--out", "a.pt2", "--features", "--check", "40x72", "--batch", "1", "--json"]
     assert main(["export", str(checkpoint), *words]) == 0

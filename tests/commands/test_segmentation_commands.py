@@ -239,6 +239,9 @@ def test_predict_a_single_image_among_broken_ones(sola, tmp_path, scenes, segmen
     assert said.code == 0
     assert (tmp_path / "predictions" / "labels" / "00001.png").exists()
     assert not (tmp_path / "predictions" / "index.html").exists()
+    assert sola("predict", image, "--checkpoint", segmenter).code == 0  # replaces the same files
+    said = sola("predict", scenes / "images" / "val" / "00002.png", "--checkpoint", segmenter)
+    assert "sola: --out predictions: predictions/labels/00001.png would be mixed with the results" in said.err
     (tmp_path / "mixed").mkdir()
     Image.new("L", (33, 21), 90).save(tmp_path / "mixed" / "a.png")
     Image.new("RGB", (20, 90)).save(tmp_path / "mixed" / "a.jpg")

@@ -247,6 +247,10 @@ def empty_class(root: Path) -> None:
     write_tree(root, {"train/cat/1.png": png(1), "train/dog/notes.txt": b""})
 
 
+def two_empty_classes(root: Path) -> None:
+    write_tree(root, {"train/cat/1.png": png(1), "train/dog/notes.txt": b"", "train/emu/notes.txt": b""})
+
+
 def other_class(root: Path) -> None:
     write_tree(root, {"train/cat/1.png": png(1), "train/wolf/1.png": png(1)})
 
@@ -259,6 +263,7 @@ def other_class(root: Path) -> None:
         (no_split, ["no train/", "found: cat, dog", "ROOT/train/CLASS/*.jpg"]),
         (no_classes, ["train: no class folders", "CLASS/"]),
         (empty_class, ["train/dog: class without images", "add images"]),
+        (two_empty_classes, ["train/dog: class without images (and 1 other class); add"]),
         (other_class, ["train/wolf: class 'wolf'", "2 known classes (cat, dog)", "rename"]),
     ],
 )

@@ -4,11 +4,12 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from sola_vision.engine import write_json
-from sola_vision.engine.log import json_text
+from sola_vision.engine.log import json_text, metric_texts
 
 
 def test_a_metric_of_nothing_is_null_in_json():
@@ -42,3 +43,10 @@ def test_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", interrupted)
     write_json(tmp_path / "a.json", ["this one"])
     assert json.loads((tmp_path / "a.json").read_text()) == ["this one"]
+
+
+def test_a_metric_is_printed_with_its_unit():
+    numbers = {"box_ap": 0.1149, "images": 7.0}
+    task = SimpleNamespace(printed={"box_ap": "%", "mask_ap": "%"})
+    assert metric_texts(task, numbers, ".2f") == {"box_ap": "box_ap 0.11 %"}
+    assert metric_texts(SimpleNamespace(), numbers, ".4g") == {"box_ap": "box_ap 0.1149", "images": "images 7"}

@@ -10,6 +10,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "sola-vision needs Python 3.11 or newer; select one with: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "Installing into .venv, which takes some minutes (torch is a large download) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch $@

@@ -25,7 +25,7 @@ MAY_IMPORT = {
         *("data", "engine", "version"),
     },
     "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola"},
-    "bench": {"ops", "sola", "analysis"},
+    "bench": {"ops", "sola", "analysis", "tasks"},
     "search": {"config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"},
     "export": {"ops"},
     "app": {"config", "schedule", "analysis", "data", "tasks"},

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from sola_vision.analysis.cost import Cost
 from sola_vision.analysis.receptive import FieldMap, field_statistics
@@ -64,10 +65,16 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
             for number, name in enumerate(names):
                 pairs = sorted((c.height * c.width, value(c)) for c in costs if c.model == name)
                 axes.plot(*zip(*pairs, strict=True), label=name, **style(number))
-            axes.set_xlabel("pixels of the image")
             axes.set_ylabel(label)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            square = all(c.height == c.width for c in costs)
+            axes.set_xlabel("side of the square image, pixels" if square else "size of the image (HxW), pixels")
+            sizes = {c.height * c.width: str(c.height) if square else f"{c.height}x{c.width}" for c in costs}
+            axes.set_xticks(
+                list(sizes), list(sizes.values()), fontsize=8, rotation=0 if square and len(sizes) < 6 else 90
+            )
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.axes[0].legend(fontsize=8)

@@ -3,7 +3,8 @@
 
 All networks of a run are measured in the same interleaved rounds; between calls only their weights stay in memory.
 Memory is measured in a separate process for each case: `python -m sola_vision.bench.network CASE THREADS` with the
-case as JSON. Networks for a fixed image size are built for the requested one.
+case as JSON. Networks for a fixed image size are built for the requested one. A run or checkpoint is measured with
+random weights.
 """
 
 import json
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from sola_vision import sola  # noqa: F401 - registers sola_* where this module 
 from sola_vision.analysis import memory
 from sola_vision.analysis.cost import build, count
 from sola_vision.bench.rounds import Job, Protocol, Times, interleave, ratio
+from sola_vision.tasks import describe_classifier
 
 # autocast: float32 weights, matrix products in bfloat16, as in training; bfloat16: the weights too, as in deployment
 DTYPES = ("float32", "bfloat16", "autocast")
@@ -32,7 +35,10 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class Case:
-    """One network in one condition."""
+    """One network in one condition.
+
+    model: a name of timm's registry, or the path of a classifier's run or checkpoint.
+    """
 
     model: str
     height: int
@@ -63,7 +69,7 @@ def plan(
     for size in sizes:
         for model in dict.fromkeys(models):
             try:
-                gmacs = count(build(model, size, CLASSES), size, name=model).gmacs
+                gmacs = count(_build(model, size), size, name=model).gmacs
             except (ValueError, AssertionError, RuntimeError) as error:
                 report(f"skipped: {str(error).splitlines()[0]}")
                 continue
@@ -94,7 +100,7 @@ def measure(
     jobs: dict[Case, Job] = {}
     for case in cases:
         # sola_* networks take any size; compiled ones are compiled for one size
-        fixed = case.compiled or not case.model.startswith("sola_")
+        fixed = case.compiled or not case.model.startswith("sola_") or Path(case.model).exists()
         key = (case.model, case.dtype, case.layout, case.compiled, (case.height, case.width) if fixed else None)
         if key not in networks:
             report(f"building {text(case)}")
@@ -159,7 +165,7 @@ def condition(row: dict[str, Any]) -> str:
 def network(case: Case) -> nn.Module:
     """Build the network of a case, without DropPath."""
     torch.manual_seed(0)
-    model = build(case.model, (case.height, case.width), CLASSES, device="cpu")
+    model = _build(case.model, (case.height, case.width), device="cpu")
     for module in model.modules():
         if isinstance(module, DropPath):  # it is random, and its rates differ between families
             module.drop_prob = 0.0
@@ -171,6 +177,13 @@ def network(case: Case) -> nn.Module:
     if case.compiled:
         model.compile(dynamic=False)
     return model
+
+
+def _build(model: str, size: tuple[int, int], device: str = "meta") -> nn.Module:
+    if not Path(model).exists():
+        return build(model, size, CLASSES, device=device)
+    described = describe_classifier(model)
+    return build(described.name, size, described.num_classes, device=device, **described.arguments)
 
 
 def job(model: nn.Module, case: Case) -> Job:
@@ -187,7 +200,7 @@ def job(model: nn.Module, case: Case) -> Job:
 
     if not case.training:
         return torch.inference_mode()(forward)
-    labels = torch.randint(CLASSES, (case.batch,))
+    labels = torch.zeros(case.batch, dtype=torch.long)  # the first class, which every head has
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sola bench op` and `sola bench model`: speed and memory on this machine, in interleaved rounds, against baselines.
 
-The results are meaningful only on an otherwise idle machine. Names and sizes are those of `sola cost`.
+The results are meaningful only on an otherwise idle machine. Names, paths and sizes are those of `sola cost`.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch
 from sola_vision.bench import accuracy, network, operator
 from sola_vision.bench.rounds import Protocol
 from sola_vision.commands.arguments import Arguments, check_parent_folder
-from sola_vision.commands.cost import full_name, parse_size
+from sola_vision.commands.cost import SIZE_HELP, full_name, image_sizes, short_name
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.engine.log import json_text, surroundings, write_json
 
@@ -33,6 +33,15 @@ _COLUMNS = {
     "k + v": ("copy", "repeated"),
     "k + v, streamed": ("copy", "streamed"),
 }
+
+
+_LEGEND = """\
+native: the compiled kernel; portable: plain torch; both: forward and backward.
+k + v ("a copy"): one pass over the operator's data, which is the lower bound of its time.
+attention: softmax attention with heads of 32 channels; only in float32, for channels that are a multiple of 32 and at \
+most 2^28 pairs of tokens.
+streamed: operands come from memory; otherwise the same ones are used again, from the cache if they fit.
+target, met: this project's goal for the ratio, if it has one for this shape, and whether it is reached."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -67,11 +76,16 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     )
     what = "networks: images/s, multiply-adds/s, memory"
     model = parts.add_parser("model", help=what, description=f"Measure {what}.")
-    model.add_argument("models", nargs="*", metavar="MODEL", help="default: sola_tiny sola_small")
     model.add_argument(
-        "--compare", nargs="*", default=list(COMPARED), metavar="NAME", help="timm networks to compare with"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="names, runs or checkpoints of classifiers (default: sola_tiny sola_small)",
     )
-    model.add_argument("--size", nargs="+", default=["224"], metavar="HxW", help="image sizes, such as 224 1333x800")
+    model.add_argument(
+        "--compare", nargs="*", default=list(COMPARED), metavar="NAME", help="timm networks or runs to compare with"
+    )
+    model.add_argument("--size", nargs="+", metavar="HxW", help=SIZE_HELP)
     model.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once")
     model.add_argument("--dtype", nargs="+", default=["float32"], metavar="D", help=", ".join(network.DTYPES))
     model.add_argument("--layout", nargs="+", default=["contiguous"], metavar="L", help=", ".join(network.LAYOUTS))
@@ -141,16 +155,19 @@ def _operator(options: Namespace) -> None:
     if _write_json(options, document):
         return
     for direction in ("forward", "backward", "both"):
-        table = new_table(f"{direction}, microseconds (spread %)", "shape", "dtype", *_COLUMNS)
+        rows = [row for row in document["rows"] if row["direction"] == direction]
+        columns = {c: key for c, key in _COLUMNS.items() if key in {(row["path"], row["data"]) for row in rows}}
+        table = new_table(f"{direction}, microseconds (spread %)", "shape", "dtype", *columns)
         for shape in shapes:
             for name in options.dtype:
                 cells = {
                     (row["path"], row["data"]): f"{row['microseconds']:,.0f} ({100 * row['spread']:.0f})"
-                    for row in document["rows"]
-                    if (row["shape"], row["dtype"], row["direction"]) == (shape, name, direction)
+                    for row in rows
+                    if (row["shape"], row["dtype"]) == (shape, name)
                 }
-                table.add_row(operator.text(shape), name, *(cells.get(key, "") for key in _COLUMNS.values()))
-        show_table(table)
+                table.add_row(operator.text(shape), name, *(cells.get(key, "") for key in columns.values()))
+        if rows:  # only the kernel has a backward that can be measured alone
+            show_table(table)
     table = new_table("ratios", "what", "shape", "dtype", "ratio", "spread %", "target", "met")
     for row in document["ratios"]:
         target = "" if row["target"] is None else f"{'>=' if row['at_least'] else '<='} {row['target']:g}"
@@ -158,6 +175,7 @@ def _operator(options: Namespace) -> None:
         numbers = f"{row['value']:.2f}", f"{100 * row['spread']:.0f}"
         table.add_row(row["what"], operator.text(row["shape"]), row["dtype"], *numbers, target, met)
     show_table(table)
+    print(_LEGEND)
 
 
 def _accuracy(options: Namespace) -> None:
@@ -180,7 +198,7 @@ def _model(options: Namespace) -> None:
     compared = [name for name in map(full_name, options.compare) if name not in models]
     cases = network.plan(
         [*models, *compared],
-        [parse_size(text) for text in options.size],
+        image_sizes(options.size, models),
         batch=options.batch_size,
         dtypes=options.dtype,
         layouts=options.layout,
@@ -210,7 +228,11 @@ def _print_networks(document: dict[str, Any]) -> None:
             *("" if row.get(name) is None else f"{row[name]:,.0f}" for name in ("peak_mib", "added_mib")),
         )
         table.add_row(
-            row["model"], f"{row['height']}x{row['width']}", str(row["batch"]), network.condition(row), *figures
+            short_name(row["model"]),
+            f"{row['height']}x{row['width']}",
+            str(row["batch"]),
+            network.condition(row),
+            *figures,
         )
     show_table(table, 150)
     print("peak: peak memory of the process; added: its increase by the network, images and optimiser state.")
@@ -219,7 +241,11 @@ def _print_networks(document: dict[str, Any]) -> None:
         for row in document["ratios"]:
             ratios = f"{row['images_per_second']:.2f}", f"{row['gmacs_per_second']:.2f}"
             table.add_row(
-                row["model"], f"{row['height']}x{row['width']}", network.condition(row), row["baseline"], *ratios
+                short_name(row["model"]),
+                f"{row['height']}x{row['width']}",
+                network.condition(row),
+                short_name(row["baseline"]),
+                *ratios,
             )
         show_table(table, 150)
 

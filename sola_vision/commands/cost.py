@@ -2,6 +2,7 @@
 """`sola cost sola_tiny --size 224 512 1333x800`: parameters, multiply-adds and activation memory, before training.
 
 Counted on meta tensors: nothing is computed, so any size takes about a second. Sizes are HEIGHTxWIDTH, or one number.
+MODEL is a name, or the path of a classifier's run or checkpoint, which is counted with its bridges and classes.
 """
 
 import json
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from rich.markup import escape
+from rich.text import Text
 
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
-from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder
+from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder, plain
 from sola_vision.commands.results import write_csv
 from sola_vision.commands.tables import new_table, show_table
+from sola_vision.tasks import describe_classifier
 
+SIZE_HELP = "image sizes, such as 224 1333x800 (default: those of the runs or checkpoints, 224 for names)"
 _MULTIPLE = 32  # sides are rounded up to it for timm networks that do not take the given size
 
 
@@ -37,13 +42,24 @@ def run(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> Namespace:
     parser = Arguments("sola cost", __doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="sola_tiny, sola_base, ... (default: sola_tiny)")
-    parser.add_argument("--size", nargs="+", default=["224"], metavar="HxW", help="image sizes, such as 224 1333x800")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="sola_tiny, sola_base, ..., a run's folder or best.safetensors (default: sola_tiny)",
+    )
+    parser.add_argument("--size", nargs="+", metavar="HxW", help=SIZE_HELP)
     parser.add_argument("--schedule", help="layers of every stage, such as LL/LL/LLLLLL/LL")
     parser.add_argument("--bridges", help='Hidden State Bridges, such as "1.2>3.3", or the word paper')
-    parser.add_argument("--classes", type=int, default=1000, help="outputs of the head (0: the backbone alone)")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        help="outputs of the head, 0 for the backbone alone (default: those of the run or checkpoint, 1000 for a name)",
+    )
     parser.add_argument("--batch", type=int, default=1, help="batch size of the activation memory")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="NAME", help="timm networks to compare with")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="NAME", help="timm networks or runs to compare with"
+    )
     parser.add_argument(
         "--by",
         choices=("network", "stage", "layer", "operator"),
@@ -82,9 +98,11 @@ def _networks(options: Namespace) -> None:
     changes = {name: getattr(options, name) for name in ("schedule", "bridges") if getattr(options, name) is not None}
     models = [full_name(name) for name in options.models or ["sola_tiny"]]
     for name in models:
+        if changes and Path(name).exists():
+            raise ValueError(f"--{next(iter(changes))} needs the name of a network: {name} defines its own")
         if changes and not name.startswith("sola_"):
             raise ValueError(f"{name} has no {' and no '.join(changes)}: pass it to --compare, or leave these out")
-    sizes = [parse_size(text) for text in options.size]
+    sizes = image_sizes(options.size, models)
     costs = [_count(name, size, options, changes) for name in models for size in sizes]
     costs += [
         cost
@@ -99,23 +117,51 @@ def _networks(options: Namespace) -> None:
 
         draw_costs(costs, Path(options.plot))
     if options.json:
-        print(json.dumps([_document(cost, changes) for cost in costs], indent=2))
+        print(json.dumps([_document(cost, changes if cost.model in models else {}) for cost in costs], indent=2))
     else:
         _print(costs, options.by)
 
 
 def full_name(name: str) -> str:
-    """Return timm's name for a short one (swin_tiny: swin_tiny_patch4_window7_224), the shortest with that prefix."""
+    """Return timm's name for a short one (swin_tiny: swin_tiny_patch4_window7_224), the shortest with that prefix.
+
+    The path of a classifier's run or checkpoint is returned unchanged; raise ValueError or OSError for any other path.
+    """
+    if Path(name).exists():
+        describe_classifier(name)
+        return name
     if timm.is_model(name):
         return name
     longer = timm.list_models(f"{name}_*")
     if not longer or not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(f"network {name!r} is unknown: use sola_nano, sola_tiny, sola_small, sola_base or a timm name")
+        raise ValueError(
+            f"network {name!r} is unknown: use sola_nano, sola_tiny, sola_small, sola_base, a timm name, or the path "
+            "of a run or checkpoint"
+        )
     return min(longer, key=len)
 
 
-def _count(name: str, size: tuple[int, int], options: Namespace, changes: dict[str, Any]) -> Cost:
-    return count(build(name, size, options.classes, **changes), size, options.batch, name=name)
+def short_name(model: str) -> Text:
+    """Return the label of a network in a table: its name, or the last two parts of the path of a run or checkpoint."""
+    return plain(str(Path(*Path(model).parts[-2:])))
+
+
+def image_sizes(texts: Sequence[str] | None, models: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the sizes of --size; by default the image sizes of the runs and checkpoints in `models`, otherwise 224."""
+    if texts is not None:
+        return [parse_size(text) for text in texts]
+    sides = [describe_classifier(model).image_size for model in models if Path(model).exists()]
+    return [(side, side) for side in dict.fromkeys(sides or [224])]
+
+
+def _count(model: str, size: tuple[int, int], options: Namespace, changes: dict[str, Any]) -> Cost:
+    name, classes = model, 1000
+    if Path(model).exists():
+        described = describe_classifier(model)
+        name, classes, changes = described.name, described.num_classes, described.arguments
+    if options.classes is not None:
+        classes = options.classes
+    return count(build(name, size, classes, **changes), size, options.batch, name=model)
 
 
 def _count_compared(name: str, size: tuple[int, int], options: Namespace) -> Cost | None:
@@ -138,7 +184,7 @@ def _row(cost: Cost, row: Any) -> dict[str, Any]:
 
 
 def _document(cost: Cost, changes: dict[str, Any]) -> dict[str, Any]:
-    document = asdict(replace(cost, rows=())) | (changes if cost.model.startswith("sola_") else {})
+    document = asdict(replace(cost, rows=())) | changes
     document.pop("rows")
     for name in ("stages", "layers", "operators"):
         document[name] = [asdict(group) for group in getattr(cost, name)]
@@ -150,11 +196,13 @@ def _print(costs: list[Cost], by: str) -> None:
         table = new_table(None, "network", "size", "parameters", "GMACs", "inference MiB", "training MiB")
         for c in costs:
             numbers = (f"{c.parameters:,}", f"{c.gmacs:.3f}", _mebibytes(c.peak_bytes), _mebibytes(c.saved_bytes))
-            table.add_row(c.model, f"{c.height}x{c.width}", *numbers)
+            table.add_row(short_name(c.model), f"{c.height}x{c.width}", *numbers)
         show_table(table)
     else:
         for c in costs:
-            table = new_table(f"{c.model} at {c.height}x{c.width}", by, "parameters", "GMACs", "%", "training MiB")
+            table = new_table(
+                escape(f"{short_name(c.model)} at {c.height}x{c.width}"), by, "parameters", "GMACs", "%", "training MiB"
+            )
             groups: list[Group] = getattr(c, f"{by}s")
             for g in [*groups, Group("total", c.parameters, c.macs, c.saved_bytes)]:
                 share = 100 * g.macs / max(1, c.macs)

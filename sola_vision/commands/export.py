@@ -40,6 +40,7 @@ def run(arguments: Sequence[str]) -> int:
         sizes=sizes,
         batches=options.batch,
         metadata=metadata,
+        report_progress=lambda line: print(f"sola: {line}", file=sys.stderr, flush=True),
     )
     if options.json:
         print(json_text(asdict(report) | {"ok": report.ok}))

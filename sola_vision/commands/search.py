@@ -3,7 +3,8 @@
 
 The budget is the cost of a network (its schedule, followed by its bridges if any), MACs such as 43.9M or 1.9G, or
 a time such as 12.5ms, measured on this machine. Prints the best schedule in the same form, and writes search.json,
-curve.png and recipe.yaml to --out. Repeat the command to continue an interrupted search.
+recipe.yaml and, if the method trains networks, curve.png to --out. Repeat the command to continue an interrupted
+search.
 """
 
 import json
@@ -62,7 +63,8 @@ def run(arguments: Sequence[str]) -> None:
     print(f"{found.schedule} {found.bridges}".rstrip())
     print(
         f"{costs.text(found.cost)} for a budget of {costs.text(budget)} ({100 * (found.cost / budget - 1):+.2f} %); "
-        f"the search took {found.trainings:.2f} trainings; search.json, curve.png and recipe.yaml are in {problem.out}",
+        f"the search took {found.trainings:.2f} trainings; "
+        f"search.json{', curve.png' * bool(found.points)} and recipe.yaml are in {problem.out}",
         file=sys.stderr,
     )
 
@@ -125,6 +127,7 @@ def _parse_budget(options: Namespace, space: Space) -> str | float:
     text = options.budget.strip()
     schedule, _, bridges = text.partition(" ")
     if schedule and set(schedule) <= set("LS/"):
+        _check_stages(schedule, space.template)
         return space.kinds(schedule, bridges)
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)(M|G|ms)", text)
     if match is None or float(match[1]) <= 0:
@@ -132,6 +135,22 @@ def _parse_budget(options: Namespace, space: Space) -> str | float:
     if options.latency and match[2] != "ms":
         raise ValueError(f"--budget {text} counts MACs but --latency measures time: give one of the two")
     return float(match[1]) * {"M": 1e6, "G": 1e9, "ms": 1e-3}[match[2]]
+
+
+def _check_stages(schedule: str, template: str) -> None:
+    """Raise ValueError, with the first difference, if --budget is not a schedule of --space."""
+    stages, wanted = schedule.split("/"), template.split("/")
+    problem = f"the number of its stages is {len(stages)}, not {len(wanted)}" if len(stages) != len(wanted) else None
+    for number, (given, layers) in enumerate(zip(stages, wanted, strict=False), 1):
+        if problem is None and len(given) != len(layers):
+            problem = f"the length of its stage {number} is {len(given)}, not {len(layers)}"
+        elif problem is None and any(layer not in ("?", kind) for layer, kind in zip(layers, given, strict=True)):
+            problem = f"its stage {number} is {given}, not {layers}"
+    if problem is not None:
+        raise ValueError(
+            f"--budget {schedule} does not fit the space {template}: {problem}; change it or --space, or give a "
+            "cost such as 43.9M"
+        )
 
 
 def _problem(
@@ -203,7 +222,8 @@ def _write_results(problem: Problem, found: Found, options: Namespace, scale: Sc
         **where,
     }
     write_json(problem.out / "search.json", document)
-    draw_search(found, costs, problem.budget, problem.out / "curve.png")
+    if found.points:  # the rule evaluates nothing
+        draw_search(found, costs, problem.budget, problem.out / "curve.png")
     (problem.out / "recipe.yaml").write_text(_recipe(problem, found, options.data, images), encoding="utf-8")
 
 

@@ -165,6 +165,7 @@ def _print(outcomes: Sequence[Outcome], folder: Path, as_json: bool) -> None:
         print(json_text(document))
         return
     for outcome in outcomes:
+        print(f"{outcome.study.measure} in %, ± the standard error of several seeds (number of seeds)")
         for row in outcome.rows:
             print(f"{row.name:<24} {row.text or 'no result'}")
         print(f"{folder / outcome.study.name / 'report.html'}")

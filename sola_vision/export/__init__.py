@@ -8,8 +8,9 @@ network before it is kept.
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -35,6 +36,13 @@ Precision = Literal["float32", "float16", "int8"]
 
 # largest difference over largest value; below float32 the precision differs, not the graph
 TOLERANCE: dict[str, float] = {"float32": 1e-4, "float16": 3e-2, "int8": 0.2}
+
+
+_STEPS = {
+    "onnx": "tracing the network and translating it to ONNX, which can take more than a minute",
+    "torch-export": "tracing the network",
+    "aoti": "tracing and compiling the network, which can take minutes",
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,12 @@ def export(
     sizes: Sequence[tuple[int, int]] = ((224, 224), (97, 131)),
     batches: Sequence[int] = (1, 3),
     metadata: Mapping[str, str] | None = None,
+    report_progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Write the network to `path` and compare it with PyTorch on images of all `sizes` (height, width) and `batches`.
 
     A file that differs by more than the tolerance is not kept (`report.ok` is False), and an existing file stays.
+    `report_progress` is called with a line at the start of each step.
     Raises ValueError for incompatible arguments, OSError if the file cannot be written, ImportError for packages that
     are not installed.
     """
@@ -78,6 +88,7 @@ def export(
     draft = _create_draft(path)
     try:
         operators: dict[str, int] = {}
+        report_progress(_STEPS[format])
         if format == "onnx":
             operators = graph.write(network, draft, precision, metadata or {})
             run = graph.session(draft)
@@ -87,13 +98,20 @@ def export(
         else:
             archive.compile_package(network, draft, metadata or {})
             run = archive.load_package(draft)
+        comparisons = []
+        cases = list(product(sizes, batches))
+        for number, (size, batch) in enumerate(cases, 1):
+            report_progress(
+                f"comparing with PyTorch, {number} of {len(cases)}: batch {batch} of {size[0]}x{size[1]} images"
+            )
+            comparisons.append(check.compare(network, run, batch, size))
         report = Report(
             str(path),
             format,
             precision,
             draft.stat().st_size,
             network.outputs,
-            [check.compare(network, run, batch, size) for size in sizes for batch in batches],
+            comparisons,
             TOLERANCE[precision],
             operators,
             archive.needs(format),
@@ -115,6 +133,8 @@ def _check_arguments(path: Path, format: str, precision: str) -> None:
         raise ValueError(f"precision {precision!r} is unknown: choose from {', '.join(get_args(Precision))}")
     if precision != "float32" and format != "onnx":
         raise ValueError(f"precision {precision}: format {format} supports float32 only; use onnx")
+    if format == "onnx":
+        graph.check_packages()
 
 
 def _create_draft(path: Path) -> Path:

@@ -21,8 +21,8 @@ OPSET = 20  # the first with Gelu; attention is written in basic operators, whic
 _DOMAIN = "sola"  # of the placeholder for the Bi-WKV operator, until it is expanded
 
 
-def write(network: Exportable, path: Path, precision: str, metadata: Mapping[str, str]) -> dict[str, int]:
-    """Write the file and return the number of nodes of each operator."""
+def check_packages() -> None:
+    """Raise ImportError if a package that writes or runs ONNX files is not installed."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(package)
@@ -30,6 +30,10 @@ def write(network: Exportable, path: Path, precision: str, metadata: Mapping[str
             raise ImportError(
                 f"the format onnx needs {package}, which is not installed: pip install 'sola-vision[export]'"
             ) from None
+
+
+def write(network: Exportable, path: Path, precision: str, metadata: Mapping[str, str]) -> dict[str, int]:
+    """Write the file and return the number of nodes of each operator."""
     import onnx
 
     dtype = torch.float16 if precision == "float16" else torch.float32

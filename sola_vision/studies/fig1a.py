@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
 from sola_vision.analysis.paper import ROWS
@@ -80,11 +81,12 @@ def _draw(ours: Sequence[Outcome], out: Path) -> None:
         _points(axes, known, [_SOLA if name.startswith("SoLA") else _OTHERS for name, _, _ in known])
         named[axes] = known
     for axes, outcome in zip(panels.flat[3:], ours, strict=False):
-        done = [(row.name, row.macs / 1e9, row.mean) for row in outcome.rows if row.mean is not None]
+        done = [(row.name, row.macs / 1e6, row.mean) for row in outcome.rows if row.mean is not None]
         _points(axes, done, [_OURS] * len(done))
         named[axes] = done
         axes.set_title(f"here, {outcome.study.name}: scale {outcome.plan['scale']}", fontsize=10)
-        axes.set_xlabel(f"GMACs at {outcome.plan['cost_size']} pixels")
+        axes.set_xlabel(f"MMACs at {outcome.plan['cost_size']} pixels")
+        axes.xaxis.set_major_locator(MaxNLocator(6))  # more labels than these touch each other
         axes.set_ylabel(f"{outcome.study.metric}, %, on {outcome.plan['data']['name']}")
     for axes, points in named.items():
         label_points(figure, axes, points)
@@ -92,7 +94,7 @@ def _draw(ours: Sequence[Outcome], out: Path) -> None:
 
 
 def _points(axes: Axes, points: list[tuple[str, float, float]], colours: list[str]) -> None:
-    """Draw each (name, GMACs, accuracy) as a dot."""
+    """Draw each (name, MACs, accuracy) as a dot."""
     axes.grid(alpha=0.3)
     axes.margins(x=0.15, y=0.1)
     for (_, macs, accuracy), colour in zip(points, colours, strict=True):

@@ -4,7 +4,14 @@
 from sola_vision.tasks.classification import Classification, Tally
 from sola_vision.tasks.detector import DetectorConfig
 from sola_vision.tasks.distillation import DistillConfig
-from sola_vision.tasks.model import ModelConfig, build_model, metadata, read_description, takes_one_size
+from sola_vision.tasks.model import (
+    ModelConfig,
+    build_model,
+    describe_classifier,
+    metadata,
+    read_description,
+    takes_one_size,
+)
 from sola_vision.tasks.teacher import TeacherConfig
 from sola_vision.tasks.upernet import UPerNetConfig
 from sola_vision.tasks.weights import Checkpoint, initialise, load, load_checkpoint, save_pretrained
@@ -19,6 +26,7 @@ __all__ = [
     "TeacherConfig",
     "UPerNetConfig",
     "build_model",
+    "describe_classifier",
     "initialise",
     "load",
     "load_checkpoint",

@@ -15,6 +15,7 @@ import timm
 from torch import nn
 
 from sola_vision.config import SolaConfig
+from sola_vision.data import ImageConfig
 from sola_vision.engine import read_metadata
 from sola_vision.tasks import foreign
 from sola_vision.vrwkv import VrwkvConfig
@@ -171,6 +172,42 @@ def read_description(path: str | Path) -> tuple[Path, dict[str, Any]]:
         return path, {name: json.loads(value) for name, value in stored.items() if name != "format"}
     except ValueError as error:
         raise foreign_metadata(path, error) from None
+
+
+@dataclass(frozen=True)
+class ClassifierDescription:
+    """The network of a classifier's checkpoint: its name, number of classes, image side and other arguments.
+
+    arguments: those by which a network of timm's registry differs from the default of its name; without the image size
+        of networks that are built for the size of their images.
+    """
+
+    name: str
+    num_classes: int
+    image_size: int
+    arguments: dict[str, Any]
+
+
+def describe_classifier(path: str | Path) -> ClassifierDescription:
+    """Return the network of a classifier's checkpoint, a file or the folder of a run, without reading its weights.
+
+    Raise FileNotFoundError or ValueError if it is missing, damaged, of another task or not for RGB images.
+    """
+    path, values = read_description(path)
+    name, arguments = read_network(path, values)
+    if values["task"] != "classification":
+        raise ValueError(
+            f"{path} is a checkpoint for {values['task']}: use a classifier's, or the name of its backbone, {name}"
+        )
+    if (channels := arguments.get("in_chans", 3)) != 3:
+        raise ValueError(f"{path} takes images of {channels} channels: use a checkpoint for RGB images, which have 3")
+    try:
+        image, num_classes = read_settings(ImageConfig, values["image"]), len(values["classes"])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise foreign_metadata(path, error) from None
+    if not name.startswith("sola_"):
+        arguments.pop("img_size", None)
+    return ClassifierDescription(name, num_classes, image.size, arguments)
 
 
 def foreign_metadata(path: Path, why: object) -> ValueError:

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from sola_vision.analysis.cost import build, count
 from sola_vision.bench import accuracy
+from sola_vision.tasks import describe_classifier
 
 MODEL = ("bench", "model", "sola_nano", "--compare", "resnet18", "--size", "32", "--rounds", "1", "--no-memory")
 
@@ -33,12 +35,47 @@ def test_networks_as_a_table_and_as_a_file(sola, tmp_path):
     assert picture.stat().st_size > 0
 
 
+def test_a_run_is_measured_as_it_was_trained(sola, trained):
+    said = sola(*MODEL[:2], trained, "--compare", "resnet18", "--rounds", "1", "--train", "--batch-size", "2", "--json")
+    run, baseline = json.loads(said.out)["rows"]
+    assert (run["model"], run["height"], baseline["model"], baseline["height"]) == (str(trained), 32, "resnet18", 32)
+    described = describe_classifier(trained)
+    cost = count(build(described.name, (32, 32), described.num_classes, **described.arguments), (32, 32))
+    assert run["gmacs"] == cost.gmacs
+    assert run["peak_mib"] > run["added_mib"] > 0
+    assert f" {trained.parent.name}/{trained.name} " in sola(*MODEL[:2], trained, *MODEL[3:]).out
+
+
 def test_json_alone_prints_one_document(sola):
     said = sola("bench", "op", "--shape", "1x20x32", "--dtype", "float32", "--rounds", "1", "--json")
     document = json.loads(said.out)
     assert document["what"] == "operator"
     assert document["rows"][0]["shape"] == [1, 20, 32]
     assert sola("bench", "op", "--shape", "1x20x32", "--dtype", "float32", "--rounds", "1").out.count("ratios") == 1
+
+
+def test_columns_without_numbers_are_left_out_and_the_others_explained(sola):
+    words = ("bench", "op", "--dtype", "float32", "--rounds", "1", "--shape")
+    with_attention, without = (sola(*words, shape).out for shape in ("1x20x32", "1x20x48"))
+    assert " attention ┃" in with_attention
+    assert " attention ┃" not in without
+    for text in (with_attention, without):
+        legend = text.splitlines()[-5:]
+        assert [line.partition(":")[0] for line in legend] == [
+            "native",
+            'k + v ("a copy")',
+            "attention",
+            "streamed",
+            "target, met",
+        ]
+
+
+def test_without_a_kernel_there_is_no_table_of_the_backward_alone(sola, monkeypatch):
+    monkeypatch.setattr("sola_vision.ops.missing_kernel", lambda device: "not built")
+    said = sola("bench", "op", "--dtype", "float32", "--rounds", "1", "--shape", "1x20x48")
+    assert "native skipped: not built" in said.err
+    assert "forward, microseconds" in said.out
+    assert "backward, microseconds" not in said.out
 
 
 def test_accuracy_as_a_table(sola):

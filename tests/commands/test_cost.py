@@ -5,9 +5,13 @@ import csv
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sola_vision.cli import main
+from sola_vision.data import ImageConfig
+from sola_vision.engine import save_weights
+from sola_vision.tasks import ModelConfig, build_model, load, metadata
 
 
 def run_json(capsys, *arguments):
@@ -35,6 +39,60 @@ def test_short_names_of_timm_are_completed(capsys):
     assert names == ["sola_nano", "deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
 
 
+def write_checkpoint(path, task="classification", **changes):
+    """A network with the bridges, classes and image size of a run; `changes` replaces entries of its metadata."""
+    config = ModelConfig(name="sola_nano", dims=(8, 16, 32, 32), bridges="1.2>3.3")
+    model = build_model(config, 3, 48)
+    save_weights(path, model, metadata(task, config, ImageConfig(size=48), ["ant", "bee", "cat"], model) | changes)
+
+
+def test_a_run_is_counted_with_its_bridges_classes_and_image_size(trained, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    write_checkpoint(tmp_path / "run" / "best.safetensors")
+    both = [str(trained), str(tmp_path / "run" / "best.safetensors")]
+    costs = run_json(capsys, *both, "sola_nano", "--compare", both[1])
+    assert [(c["model"], c["height"], c["width"]) for c in costs] == [
+        (model, size, size) for model in (*both, "sola_nano", both[1]) for size in (32, 48)
+    ]
+    for cost in costs:
+        if cost["model"] in both:
+            assert cost["parameters"] == sum(p.numel() for p in load(cost["model"]).parameters())
+    assert {"bridge 1.2>3.3"} < {layer["name"] for layer in costs[2]["layers"]}
+    (backbone,) = run_json(capsys, both[1], "--classes", "0", "--size", "64")
+    assert backbone["parameters"] == costs[2]["parameters"] - 3 * (32 + 1)
+    assert main(["cost", both[1]]) == 0
+    assert " run/best.safetensors " in capsys.readouterr().out
+    assert main(["cost", both[1], "--by", "stage"]) == 0
+    assert " run/best.safetensors at 48x48 " in capsys.readouterr().out
+
+
+def test_a_run_of_a_network_for_one_size_is_counted_at_any_size(tmp_path, capsys):
+    config = ModelConfig(name="deit_tiny_patch16_224")
+    model = build_model(config, 3, 48)
+    path = tmp_path / "sola_like" / "best.safetensors"
+    path.parent.mkdir()
+    save_weights(path, model, metadata("classification", config, ImageConfig(size=48), ["a", "b", "c"], model))
+    costs = run_json(capsys, str(path.parent), "--size", "48", "96")
+    assert [cost["height"] for cost in costs] == [48, 96]
+    assert costs[0]["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_checkpoints_that_are_not_of_classifiers_of_rgb_images_are_refused(tmp_path, refused):
+    path = tmp_path / "best.safetensors"
+    write_checkpoint(path, task="segmentation")
+    refused("cost", tmp_path, names=[path, "is a checkpoint for segmentation", "use a classifier's", "sola_nano"])
+    refused("bench", "model", path, names=[path, "is a checkpoint for segmentation"])
+    write_checkpoint(path, model=json.dumps({"name": "sola_nano", "in_chans": 4}))
+    refused("cost", path, names=["takes images of 4 channels", "RGB"])
+    write_checkpoint(path, image=json.dumps({"side": 48}))
+    refused("cost", path, names=["its metadata was not written by sola train"])
+    write_checkpoint(path)
+    refused("cost", path, "--schedule", "L/S", names=["--schedule needs the name of a network", path])
+    refused("cost", tmp_path / "no.safetensors", names=["no.safetensors", "unknown", "the path of a run or checkpoint"])
+    (tmp_path / "empty").mkdir()
+    refused("cost", tmp_path / "empty", names=["holds none of best.safetensors"])
+
+
 def test_table_csv_and_picture(tmp_path, capsys):
     table, picture = tmp_path / "c.csv", tmp_path / "c.png"
     arguments = [
@@ -57,6 +115,15 @@ def test_table_csv_and_picture(tmp_path, capsys):
     assert small > 0
     assert small < sum(int(row["macs"]) for row in rows if row["height"] == "64")
     assert Image.open(picture).size[0] > 600
+
+
+@pytest.mark.parametrize("sizes", [["64", "128", "224"], ["64x96", "128x96"]])
+def test_ticks_of_the_plot_are_the_given_sizes(tmp_path, monkeypatch, sizes):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **more: drawn.append(figure))
+    assert main(["cost", "sola_nano", "--size", *sizes, "--plot", str(tmp_path / "c.png")]) == 0
+    for axes in drawn[0].axes:
+        assert [label.get_text() for label in axes.get_xticklabels(which="both")] == sizes
 
 
 def test_paper_tables(capsys):

@@ -43,6 +43,7 @@ def test_a_custom_study_then_all_pages_again(sola, data, tmp_path, monkeypatch):
     said = sola("study", "all", "--report", "--out", tmp_path / "s")
     assert said.code == 0, said.err
     assert page.read_text() == before
+    assert "top-1 accuracy in %, ± the standard error of several seeds (number of seeds)\n" in said.out
     assert (tmp_path / "s" / "fig1a" / "report.html").exists()
 
 
@@ -144,6 +145,8 @@ def test_the_rule_needs_no_batch_of_images(sola, refused, data, tmp_path, monkey
     said = sola(*words, "--method", "rule")
     assert said.code == 0, said.err
     assert said.out == "L/L/LLS/L\n"
+    assert "search.json and recipe.yaml are in" in said.err
+    assert not (tmp_path / "s" / "curve.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,12 @@ def test_the_rule_needs_no_batch_of_images(sola, refused, data, tmp_path, monkey
         (("--budget", "1G"), ["no schedule of L/L/???/L meets it", "L/L/LLL/L"]),
         (("--budget", "0.01M"), ["no schedule of L/L/???/L meets it"]),
         (("--budget", "cheap"), ["'cheap'", "such as"]),
-        (("--budget", "L/L/LL/L"), ["does not fit the space"]),
+        (
+            ("--budget", "L/L/LL/L"),
+            ["--budget L/L/LL/L does not fit the space", "the length of its stage 3 is 2, not 3"],
+        ),
+        (("--budget", "L/L/LLL"), ["--budget L/L/LLL does not fit the space", "the number of its stages is 3, not 4"]),
+        (("--budget", "L/S/LLL/L"), ["does not fit the space", "its stage 2 is S, not L"]),
         (("--budget", "1M", "--space", "L/???"), ["has 2 stages"]),
         (("--budget", "1M", "--space", "L/L/LL/L"), ["0 open layers"]),
         (("--budget", "1M", "--latency"), ["--latency"]),

@@ -157,6 +157,18 @@ def test_figure_1a_has_every_accuracy_once(tmp_path):
     assert "| Table 4 | SoLA-B | 403 | 47.5 | 42.3 |" in page
 
 
+def test_panels_of_figure_1a_have_few_ticks_in_mmacs(tmp_path, monkeypatch):
+    shutil.copytree(STORED[0].parents[1] / "table2", tmp_path / "table2")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **more: drawn.append(figure))
+    monkeypatch.setattr("sola_vision.studies.fig1a.write_page", lambda *rest: None)
+    write_fig1a(tmp_path)
+    axes = drawn[0].axes[3]
+    assert axes.get_xlabel() == "MMACs at 32 pixels"
+    low, high = axes.get_xlim()
+    assert len([tick for tick in axes.get_xticks() if low <= tick <= high]) <= 6
+
+
 STORED = sorted((Path(__file__).parents[2] / "docs" / "studies").glob("*/results.json"))
 
 

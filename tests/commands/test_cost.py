@@ -63,7 +63,7 @@ def test_a_run_is_counted_with_its_bridges_classes_and_image_size(trained, tmp_p
     assert main(["cost", both[1]]) == 0
     assert " run/best.safetensors " in capsys.readouterr().out
     assert main(["cost", both[1], "--by", "stage"]) == 0
-    assert " run/best.safetensors at 48x48 " in capsys.readouterr().out
+    assert "run/best.safetensors at 48x48" in capsys.readouterr().out
 
 
 def test_a_run_of_a_network_for_one_size_is_counted_at_any_size(tmp_path, capsys):

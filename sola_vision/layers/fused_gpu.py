@@ -34,10 +34,11 @@ def spatial_mix(
     """
     weights = (projection.weight for projection in projections)
     tensors = (x, norm.weight, norm.bias, decay, bonus, *mixes, *weights)
+    dtype = autocast_dtype(x)  # outside of the block below, in which autocast counts as disabled
     if torch.is_grad_enabled():
-        return _SpatialMix.apply(autocast_dtype(x), norm.eps, *tensors)
+        return _SpatialMix.apply(dtype, norm.eps, *tensors)
     with kernels_only():
-        mixed, readout, *_ = _spatial_mix(autocast_dtype(x), norm.eps, *tensors)
+        mixed, readout, *_ = _spatial_mix(dtype, norm.eps, *tensors)
     return mixed, readout
 
 
@@ -49,10 +50,11 @@ def channel_mix(
     """
     weights = (projection.weight for projection in projections)
     tensors = (x, norm.weight, norm.bias, *mixes, *weights)
+    dtype = autocast_dtype(x)  # as above
     if torch.is_grad_enabled():
-        return _ChannelMix.apply(autocast_dtype(x), norm.eps, residual, *tensors)
+        return _ChannelMix.apply(dtype, norm.eps, residual, *tensors)
     with kernels_only():
-        return _channel_mix(autocast_dtype(x), norm.eps, residual, *tensors)[0]
+        return _channel_mix(dtype, norm.eps, residual, *tensors)[0]
 
 
 def _spatial_mix(

@@ -4,6 +4,7 @@
 A time is the median over rounds of the shortest call in each, with its spread (interquartile range over median).
 """
 
+import re
 import statistics
 import time
 from pathlib import Path
@@ -108,7 +109,13 @@ def write(path: Path, rows: list[dict[str, Any]], commit: str | None = None) -> 
     }
     if commit is not None:
         where["commit"] = commit
+    where["command"] = without_folders(where["command"])
     write_json(path, {**where, "rows": rows})
+
+
+def without_folders(command: str) -> str:
+    """Remove the machine's own folders, and the commit, which is stored separately, from a command to be published."""
+    return re.sub(r"(--vision-rwkv) \S+", r"\1 DIR", re.sub(r" --(out|commit) \S+", "", command))
 
 
 def triton_version() -> str | None:

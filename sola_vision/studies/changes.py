@@ -84,7 +84,7 @@ class _WithMlp(nn.Module):
 
     def __init__(self, layer: LinearLayer, mlp: nn.Module) -> None:
         super().__init__()
-        layer.channel_mix = _ZeroMix()  # type: ignore[assignment]
+        layer.channel_mix = _ZeroMix()  # type: ignore[assignment]  # any module that maps x to its shape
         self.layer, self.mlp = layer, mlp
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class _WithMlp(nn.Module):
 class _ZeroMix(nn.Module):
     """A channel mix that outputs zero."""
 
-    def forward(self, x: Tensor, *_: nn.Module) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
     def add_to(self, x: Tensor, *_: nn.Module) -> Tensor:

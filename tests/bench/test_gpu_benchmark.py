@@ -237,3 +237,10 @@ def test_passes_are_compared_with_their_plain_forms(scripts, monkeypatch):
     assert gpu_correct.passes("cpu")["ok"]
     monkeypatch.setattr(gpu_correct, "pass_error", lambda run, inputs: 1e-1)
     assert not gpu_correct.passes("cpu")["ok"]
+
+
+def test_stored_commands_have_no_folders(scripts):
+    import gpu_timing
+
+    command = "gpu.py operator --rounds 3 --vision-rwkv /a/cuda_new --out /b --commit 1234567"
+    assert gpu_timing.without_folders(command) == "gpu.py operator --rounds 3 --vision-rwkv DIR"

@@ -7,6 +7,7 @@ arithmetic is float32, and unsupported inputs, above all float64, fall back to t
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -21,6 +22,9 @@ from sola_vision.ops.launch import launch, on_device_of
 _TILE_SIZE = 2048
 # programs that iterate over the tokens in a backward, two per multiprocessor of an H100; each writes one row of sums
 _PROGRAMS = 264
+# of `norm_shift`: values per tile, one vector of a half-precision result per thread; programs that iterate over the
+# tokens, four times as many as an H100 runs at once
+_SHIFT_TILE_SIZE, _SHIFT_PROGRAMS = 1024, 3168
 # above these limits a tile of one token or its sums would not fit in registers, or a token's index not in int32
 _MAX_CHANNELS, _MAX_MIXES, _MAX_TOKENS = 4096, 3, 1 << 30
 # fused multiply-adds explicitly, because Triton's default changes between versions
@@ -61,30 +65,25 @@ def norm_shift(
 ) -> Tensor:
     """Return `passes.norm_shift`: x [B, H, W, C] -> [M, B, H - top - bottom, W, C] in `dtype`, by default that of x."""
     dtype = dtype or x.dtype
-    if _unsupported(x) or dtype == torch.float64:
+    if _unsupported(x) or dtype == torch.float64 or len(mixes) > _MAX_MIXES:
         return passes._norm_shift(x, weight, bias, eps, mixes, top, bottom).to(dtype)
     batch, height, width, channels = x.shape
-    rows, count = height - top - bottom, len(mixes)
-    out = torch.empty((count, batch, rows, width, channels), dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    kernels = _kernels()
-    x, weight, bias, mixes = (tensor.contiguous() for tensor in (x, weight, bias, mixes))
-    tokens, out_tokens = batch * height * width, batch * rows * width
-    with on_device_of(x):
-        stats = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
-        tile = _tile(channels)
-        launch(
-            kernels.statistics, -(-tokens // tile["T"]), (x, stats), (eps, tokens), {"C": channels, **tile}, _OPTIONS
-        )
-        # a program owns one quarter of the channels, or the remainder
-        quarter, rest = divmod(channels, 4)
-        tile = _tile(max(quarter, rest))
-        programs = -(-out_tokens // tile["T"]) * (4 * (quarter > 0) + (rest > 0))
-        sizes = (tokens, out_tokens, height, rows, width, top)
-        tensors = (x, weight, bias, mixes, stats, out)
-        launch(kernels.norm_shift, programs, tensors, sizes, {"C": channels, "M": count, **tile}, _OPTIONS)
-    return out
+    out = torch.empty((len(mixes), *x.shape), dtype=dtype, device=x.device)
+    if out.numel():
+        kernels = _kernels()
+        inputs = [tensor.contiguous() for tensor in (x, weight, bias, mixes)]
+        tokens = batch * height * width
+        with on_device_of(x):
+            stats = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
+            tile = _tile(channels)
+            programs = -(-tokens // tile["T"])
+            constants = {"C": channels, **tile}
+            launch(kernels.statistics, programs, (inputs[0], stats), (eps, tokens), constants, _OPTIONS)
+            programs, tile = _shift_grid(tokens, channels, min(x.element_size(), out.element_size()))
+            sizes, constants = (tokens, height, width), {"C": channels, "M": len(mixes), **tile}
+            launch(kernels.norm_shift, programs, (*inputs, stats, out), sizes, constants, _OPTIONS)
+    # bands, whose first and last rows are only neighbours, exist on a CPU only; here they need not be fast
+    return out[:, :, top : height - bottom].contiguous() if top or bottom else out
 
 
 def norm_shift_backward(
@@ -192,6 +191,17 @@ def _tile(channels: int) -> dict[str, int]:
     """Return the channels (BLOCK) and tokens (T) of a tile, powers of two."""
     block = max(16, 1 << (channels - 1).bit_length())
     return {"BLOCK": block, "T": max(1, _TILE_SIZE // block)}
+
+
+def _shift_grid(tokens: int, channels: int, itemsize: int) -> tuple[int, dict[str, int]]:
+    """Return the number of programs of `norm_shift`, whose vectors together are a whole number of tokens, and its tile:
+    vectors of up to 16 bytes of the smaller of its dtypes that do not cross the borders between quarters.
+    """
+    size = math.gcd(channels, channels // 4, 16 // itemsize)
+    vectors, count = channels // size, _SHIFT_TILE_SIZE // size
+    programs = min(-(-tokens * vectors // count), _SHIFT_PROGRAMS)
+    whole = vectors // math.gcd(vectors, count)
+    return -(-programs // whole) * whole, {"VECTOR": size, "VECTORS": count}
 
 
 def _unsupported(x: Tensor) -> bool:

@@ -61,63 +61,75 @@ def statistics(x, stats, eps, tokens, C: tl.constexpr, BLOCK: tl.constexpr, T: t
     tl.store(stats + tokens.to(tl.int64) + token, rstd, mask=token_mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "out_tokens", "height", "rows", "width", "top"])
+@triton.jit(do_not_specialize=["tokens", "height", "width"])
 def norm_shift(
-    x, weight, bias, mixes, stats, out, tokens, out_tokens, height, rows, width, top,
-    C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    x, weight, bias, mixes, stats, out, tokens, height, width,
+    C: tl.constexpr, M: tl.constexpr, VECTOR: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """x [tokens, C] of images with `height` rows -> out [M, out_tokens, C], `rows` rows of each image from `top` on.
+    """x [tokens, C] -> out [M, tokens, C]. M is at most 3.
 
-    A program owns one quarter of the channels (or the remainder), so that each of its tokens has one neighbour.
+    A row of the tile is a vector of neighbouring channels within one quarter (or within the remainder), so that it has
+    one token and one neighbour and no lane is idle. The grid, whose vectors are a whole number of tokens, advances
+    through x as one: a program keeps its channels, and their parameters stay in registers.
     """
+    V: tl.constexpr = C // VECTOR  # vectors in a token
     Q: tl.constexpr = C // 4
-    REST: tl.constexpr = C % 4
-    FIRST: tl.constexpr = 0 if Q > 0 else 4
-    LAST: tl.constexpr = 4 if REST > 0 else 3
-    quarter = tl.program_id(0) % (LAST - FIRST + 1) + FIRST
-    index = tl.program_id(0) // (LAST - FIRST + 1) * T + tl.arange(0, T)  # indices in out
-    lane = tl.arange(0, BLOCK)
-    lane_mask = lane < Q
-    if REST > 0:
-        lane_mask = lane < tl.where(quarter < 4, Q, REST)
-    channel = (quarter * Q + lane)[None, :]
+    start = tl.program_id(0) * VECTORS
+    vector = start % V + tl.arange(0, VECTORS)
+    token = start // V + vector // V
+    lane = vector % V * VECTOR
+    channel = lane[:, None] + tl.arange(0, VECTOR)[None, :]
+    w = tl.load(weight + channel).to(tl.float32)
+    b = tl.load(bias + channel).to(tl.float32)
+    mix0 = tl.load(mixes + channel).to(tl.float32)
+    if M > 1:
+        mix1 = tl.load(mixes + C + channel).to(tl.float32)
+    if M > 2:
+        mix2 = tl.load(mixes + 2 * C + channel).to(tl.float32)
 
-    token_mask = index < out_tokens
-    column = index % width
-    image_row = index // width
-    row = image_row % rows + top
-    token = (image_row // rows * height + row) * width + column  # in x
+    quarter = tl.full(vector.shape, 4, tl.int32)
+    if Q > 0:
+        quarter = lane // Q
     across, along = _neighbour_offset(quarter)
-    neighbour = token + along * width + across
-    neighbour_mask = token_mask & _within(column + across, row + along, width, height)
+    offset = along * width + across
+    # tokens repeat in rows for the neighbours across, in images for those along; the neighbour is outside of the image
+    # for the first tokens of a period, or for the last
+    period = tl.where(along == 0, width, width * height)
+    place = token % period
+    step = tl.num_programs(0) * VECTORS // V
+    advance = step % period
+    part = tokens.to(tl.int64) * C
     deviations = stats + tokens.to(tl.int64)
-    mask = token_mask[:, None] & lane_mask[None, :]
-    own = tl.load(x + token.to(tl.int64)[:, None] * C + channel, mask=mask, other=0.0)
-    other = tl.load(
-        x + neighbour.to(tl.int64)[:, None] * C + channel, mask=neighbour_mask[:, None] & lane_mask[None, :], other=0.0
-    )
-    mean = tl.load(stats + token, mask=token_mask, other=0.0)[:, None]
-    rstd = tl.load(deviations + token, mask=token_mask, other=0.0)[:, None]
-    other_mean = tl.load(stats + neighbour, mask=neighbour_mask, other=0.0)[:, None]
-    other_rstd = tl.load(deviations + neighbour, mask=neighbour_mask, other=0.0)[:, None]
+    for _ in range(start // V, tokens, step):
+        mask = token < tokens
+        inside = mask & (place + offset >= 0) & (place + offset < period)
+        neighbour = token + offset
+        at = token.to(tl.int64)[:, None] * C + channel
+        own = tl.load(x + at, mask=mask[:, None], other=0.0)
+        other = tl.load(x + neighbour.to(tl.int64)[:, None] * C + channel, mask=inside[:, None], other=0.0)
+        mean = tl.load(stats + token, mask=mask, other=0.0)[:, None]
+        rstd = tl.load(deviations + token, mask=mask, other=0.0)[:, None]
+        other_mean = tl.load(stats + neighbour, mask=inside, other=0.0)[:, None]
+        other_rstd = tl.load(deviations + neighbour, mask=inside, other=0.0)[:, None]
 
-    w = _parameter(weight, channel, mask)
-    b = _parameter(bias, channel, mask)
-    n = (own.to(tl.float32) - mean) * rstd * w + b
-    shifted = tl.where(neighbour_mask[:, None], (other.to(tl.float32) - other_mean) * other_rstd * w + b, 0.0)
-    to = index.to(tl.int64)[:, None] * C + channel
-    for m in tl.static_range(M):
-        mix = _parameter(mixes + m * C, channel, mask)
-        tl.store(out + out_tokens.to(tl.int64) * (m * C) + to, mix * n + (1.0 - mix) * shifted, mask=mask)
+        shifted = tl.where(inside[:, None], (other.to(tl.float32) - other_mean) * other_rstd * w + b, 0.0)
+        difference = (own.to(tl.float32) - mean) * rstd * w + b - shifted
+        tl.store(out + at, mix0 * difference + shifted, mask=mask[:, None])
+        if M > 1:
+            tl.store(out + part + at, mix1 * difference + shifted, mask=mask[:, None])
+        if M > 2:
+            tl.store(out + part * 2 + at, mix2 * difference + shifted, mask=mask[:, None])
+        token += step
+        place += advance
+        place = tl.where(place < period, place, place - period)
 
 
 @triton.jit
 def _blend(mixes, channel, mask, own, back):
     """The gradient of a token through one row of the mixes, and its factor in the gradient of the mix."""
-    mix = _parameter(mixes, channel, mask)
-    own = own.to(tl.float32)
     back = back.to(tl.float32)
-    return mix * own + (1.0 - mix) * back, own - back
+    difference = own.to(tl.float32) - back
+    return _parameter(mixes, channel, mask) * difference + back, difference
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "height", "width"])

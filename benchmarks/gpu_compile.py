@@ -37,13 +37,15 @@ def compile_layer(layer: tuple[int, int]) -> bool:
 
 
 def call(dim: int, side: int, device: str = "cuda") -> None:
-    """Run a linear layer's training step and inference under autocast, as the models are measured."""
-    from sola_vision.layers import LinearLayer
+    """Run training step and inference of a linear layer and of the norms of other layers under autocast, as the models
+    are measured.
+    """
+    from sola_vision.layers import LayerNorm, LinearLayer
 
-    layer = LinearLayer(dim).to(device)
+    layer, norm = LinearLayer(dim).to(device), LayerNorm(dim).to(device)
     x = torch.randn(2, side, side, dim, device=device, requires_grad=True)
     with torch.autocast(device, torch.bfloat16):
-        layer(x)[0].float().sum().backward()
+        (layer(x)[0].float().sum() + norm(x).sum() + norm(x.bfloat16()).sum()).backward()
         with torch.inference_mode():
             layer(x)
 

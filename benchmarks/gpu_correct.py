@@ -117,6 +117,7 @@ def passes(device: str = "cuda") -> dict[str, Any]:
     The error is the largest in units of the result's precision.
     """
     from sola_vision import ops
+    from sola_vision.layers.fused_gpu import layer_norm
 
     worst = 0.0
     for channels in (33, 96):
@@ -126,6 +127,7 @@ def passes(device: str = "cuda") -> dict[str, Any]:
         for dtype in (torch.float32, torch.bfloat16):
             half = [first.to(dtype), second.to(dtype)]
             calls: list[tuple[Callable[..., Tensor], list[Tensor]]] = [
+                (lambda a, w, b: layer_norm(a, w, b, 1e-6), [half[0], weight, bias]),
                 (
                     lambda a, w, b, m, to=dtype: ops.norm_shift(
                         a, w, b, 1e-6, m, dtype=to if a.dtype == torch.float32 else None

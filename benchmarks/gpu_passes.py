@@ -17,7 +17,7 @@ def passes(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
     bandwidth = copy_bandwidth()
     yield {"what": "bandwidth", "copy_tb_s": bandwidth / 1e12}
     for dtype in (torch.bfloat16, torch.float32):
-        for name in ("norm_shift", "gate", "gated_sum", "squared_relu"):
+        for name in ("layer_norm", "norm_shift", "gate", "gated_sum", "squared_relu"):
             if clock.over():
                 print(f"passes: time ran out before {name} {name_of(dtype)}", flush=True)
                 return
@@ -77,13 +77,15 @@ def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict
 
 
 def operands(name: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    """Return the operator's arguments. Weights and mixes of norm_shift have x's dtype, as in the layers."""
+    """Return the operator's arguments. Parameters have x's dtype, and so has the result of layer_norm."""
     g = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=g, device=device).to(dtype)
 
     image = (BATCH, SIDE, SIDE, CHANNELS)
+    if name == "layer_norm":
+        return draw(*image), draw(CHANNELS), draw(CHANNELS), 1e-6, dtype
     if name == "norm_shift":
         return draw(*image), draw(CHANNELS), draw(CHANNELS), 1e-6, draw(MIXES, CHANNELS).sigmoid(), 0, 0
     if name == "squared_relu":
@@ -93,6 +95,8 @@ def operands(name: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
 
 def backward_inputs(name: str, inputs: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
     """Return the arguments of the operator's backward."""
+    if name == "layer_norm":
+        return (*inputs[:4], grad)
     if name == "norm_shift":
         return (*inputs[:5], grad)
     if name == "gated_sum":

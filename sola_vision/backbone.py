@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sola_vision.config import SolaConfig
 from sola_vision.layers import (
     HiddenStateBridge,
+    LayerNorm,
     LinearLayer,
     PatchMerging,
     PositionEmbedding,
@@ -123,7 +124,7 @@ class SolaVision(nn.Module):
             ]
             self.stages.append(Stage(index, merge, layers, arriving, carried))
             self.feature_info.append({"num_chs": dim, "reduction": config.strides[index], "module": f"stages.{index}"})
-        self.norm: nn.Module = nn.LayerNorm(config.dims[-1], **dd)
+        self.norm: nn.Module = LayerNorm(config.dims[-1], **dd)
         self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
         self.apply(_initialise)
         # residual branches and the head start near zero, so the network starts near the identity (docs/log.md)

@@ -3,6 +3,7 @@
 
 from sola_vision.layers.bridge import HiddenStateBridge
 from sola_vision.layers.linear import ChannelMix, LinearLayer, LinearMixer
+from sola_vision.layers.norm import LayerNorm
 from sola_vision.layers.patches import PatchMerging, PositionEmbedding, Stem, resize_position
 from sola_vision.layers.softmax import ConvMlp, SoftmaxLayer, SoftmaxMixer
 
@@ -10,6 +11,7 @@ __all__ = [
     "ChannelMix",
     "ConvMlp",
     "HiddenStateBridge",
+    "LayerNorm",
     "LinearLayer",
     "LinearMixer",
     "PatchMerging",

@@ -23,6 +23,16 @@ from sola_vision.ops.autocast import autocasts
 def in_one_node(x: Tensor, norm: nn.LayerNorm, *projections: nn.Linear) -> bool:
     """True if a half of a layer, applied to x [B, H, W, C], can run as one autograd node on a GPU."""
     return (
+        in_eager_mode_on_gpu(x)
+        and is_unmodified(norm, *projections)
+        and not has_global_hook()
+        and parameters_agree(x, *(projection.weight for projection in projections))
+    )
+
+
+def in_eager_mode_on_gpu(x: Tensor) -> bool:
+    """True if an autograd node may launch Triton kernels on x [..., C], which no compiler, tracer or transform sees."""
+    return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # first: compilers cannot trace the rest
         and type(x) is Tensor
         and x.is_cuda
@@ -30,10 +40,15 @@ def in_one_node(x: Tensor, norm: nn.LayerNorm, *projections: nn.Linear) -> bool:
         and ops.missing_kernel("cuda") is None
         and ops.pinned() in (None, "native")
         and not (ops.seen_through(x) or ops.tangents())
-        and is_unmodified(norm, *projections)
-        and not has_global_hook()
-        and (torch.is_autocast_enabled("cuda") or all(projection.weight.dtype == x.dtype for projection in projections))
     )
+
+
+def parameters_agree(x: Tensor, *parameters: Tensor) -> bool:
+    """True if x on a GPU and its parameters have one device and, without autocast, one dtype; torch's operators raise
+    the error otherwise.
+    """
+    device, autocast = x.get_device(), torch.is_autocast_enabled(x.device.type)
+    return all(p.get_device() == device and (autocast or p.dtype == x.dtype) for p in parameters)
 
 
 def in_tiles(x: Tensor, *modules: nn.Module) -> bool:

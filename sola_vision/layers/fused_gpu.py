@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two halves of a linear layer as one autograd node each, for eager mode on a GPU.
+"""Layer norm and the two halves of a linear layer as one autograd node each, for eager mode on a GPU.
 
 There the network is limited by the host's time per call: every recorded operator, view and autocast conversion costs
 as much as a kernel launch, forward and backward. So a node launches its kernels one after the other on rows of
@@ -55,6 +55,37 @@ def channel_mix(
         return _ChannelMix.apply(dtype, norm.eps, residual, *tensors)
     with kernels_only():
         return _channel_mix(dtype, norm.eps, residual, *tensors)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [..., C] -> its layer norm; under autocast in float32, as torch's is."""
+    dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(dtype, eps, x, weight, bias)
+    with kernels_only():
+        return _op.layer_norm.default(x, weight, bias, eps, dtype)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> Tensor:
+        ctx.dtype, ctx.eps = dtype, eps
+        ctx.save_for_backward(*tensors)
+        with kernels_only():
+            return _op.layer_norm.default(*tensors, eps, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if needs_differentiable_backward((grad,)):
+            plain = partial(_plain_layer_norm, ctx.dtype, ctx.eps)
+            return None, None, *differentiable_backward(plain, ctx.saved_tensors, (grad,))
+        with kernels_only():
+            return None, None, *_op.layer_norm_backward.default(*ctx.saved_tensors, ctx.eps, grad)
+
+
+def _plain_layer_norm(dtype: torch.dtype, eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+    tensors = (x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype))
+    return (nn.functional.layer_norm(*tensors, eps),)
 
 
 def _spatial_mix(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sola_vision.layers.norm import LayerNorm
 from sola_vision.layers.unmodified import is_exactly
 from sola_vision.ops.path import transformed
 
@@ -32,7 +33,7 @@ class Stem(nn.Module):
         self.in_chans = in_chans
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size, device=device, dtype=dtype)
-        self.norm: nn.Module = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm: nn.Module = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, C_in, H, W] -> tokens [B, ceil(H/p), ceil(W/p), C]."""
@@ -120,7 +121,7 @@ class PatchMerging(nn.Module):
     ) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C_in] -> [B, ceil(H/2), ceil(W/2), C_out]."""

@@ -9,6 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from sola_vision.layers.norm import LayerNorm
 from sola_vision.layers.products import project
 from sola_vision.ops import attention
 
@@ -70,9 +71,9 @@ class SoftmaxLayer(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.norm1 = LayerNorm(dim, **dd)
         self.mixer = SoftmaxMixer(dim, head_dim=head_dim, **dd)
-        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.norm2 = LayerNorm(dim, **dd)
         self.mlp = ConvMlp(dim, **dd)
         self.drop_path = DropPath(drop_path)
 

@@ -14,10 +14,14 @@ def is_unmodified(*modules: nn.Module) -> bool:
     for module in modules:  # a plain loop: every layer runs this in every forward
         if not is_stock(module):
             return False
-        bias = _parameter(module, "bias")
-        if (type(bias) not in _TENSORS) if type(module) is nn.LayerNorm else bias is not None:
+        if not has_plain_parameters(module) if type(module) is nn.LayerNorm else _parameter(module, "bias") is not None:
             return False
     return True
+
+
+def has_plain_parameters(norm: nn.LayerNorm) -> bool:
+    """True if a norm has both parameters, and they are plain tensors."""
+    return type(_parameter(norm, "weight")) in _TENSORS and type(_parameter(norm, "bias")) in _TENSORS
 
 
 def is_stock(module: nn.Module) -> bool:

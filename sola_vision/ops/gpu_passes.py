@@ -40,6 +40,8 @@ def register(library: torch.library.Library) -> None:
     if importlib.util.find_spec("triton") is None:
         return
     for name, kernel in (
+        ("layer_norm", layer_norm),
+        ("layer_norm_backward", layer_norm_backward),
         ("norm_shift", norm_shift),
         ("norm_shift.dtype", norm_shift),
         ("norm_shift_backward", norm_shift_backward),
@@ -51,6 +53,41 @@ def register(library: torch.library.Library) -> None:
         ("squared_relu_backward", squared_relu_backward),
     ):
         library.impl(name, kernel, "CUDA")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return the layer norm of x [..., C] in `dtype`."""
+    if _unsupported(x) or dtype == torch.float64:
+        return passes._layer_norm(x, weight, bias, eps, dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if out.numel():
+        inputs = [tensor.contiguous() for tensor in (x, weight, bias)]
+        channels = x.shape[-1]
+        tokens, tile = x.numel() // channels, _tile(channels)
+        programs, constants = -(-tokens // tile["T"]), {"C": channels, **tile}
+        with on_device_of(x):
+            launch(_kernels().layer_norm, programs, (*inputs, out), (eps, tokens), constants, _OPTIONS)
+    return out
+
+
+def layer_norm_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `layer_norm` with respect to x, weight and bias, in their dtypes, given grad [..., C]."""
+    if _unsupported(x) or grad.dtype == torch.float64 or x.numel() == 0:
+        return passes._layer_norm_backward(x, weight, bias, eps, grad)
+    inputs = [tensor.contiguous() for tensor in (x, weight, grad)]
+    channels = x.shape[-1]
+    tokens, tile = x.numel() // channels, _tile(channels)
+    tiles = -(-tokens // tile["T"])
+    programs, constants = min(tiles, _PROGRAMS), {"C": channels, **tile}
+    with on_device_of(x):
+        gx = torch.empty_like(inputs[0])
+        partials = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+        sizes, tensors = (eps, tokens, tiles), (*inputs, gx, partials)
+        launch(_kernels().layer_norm_backward, programs, tensors, sizes, constants, _BACKWARD_OPTIONS)
+        gw, gb = partials.sum(0)
+    return gx, gw.to(weight.dtype), gb.to(bias.dtype)
 
 
 def norm_shift(
@@ -205,8 +242,8 @@ def _shift_grid(tokens: int, channels: int, itemsize: int) -> tuple[int, dict[st
 
 
 def _unsupported(x: Tensor) -> bool:
-    """True if the kernels of `norm_shift` do not support x [B, H, W, C]."""
-    return x.dtype == torch.float64 or x.shape[3] > _MAX_CHANNELS or x.numel() > _MAX_TOKENS * max(1, x.shape[3])
+    """True if the kernels of the norms do not support x [..., C]."""
+    return x.dtype == torch.float64 or x.shape[-1] > _MAX_CHANNELS or x.numel() > _MAX_TOKENS * max(1, x.shape[-1])
 
 
 def _any_float64(*tensors: Tensor) -> bool:

@@ -182,6 +182,11 @@ def _norm_shift(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tens
     return interpolated(n, mixes, top, bottom)
 
 
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    wide = _promoted(x, weight, bias)
+    return torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)
+
+
 def _gate(receptance: Tensor, value: Tensor) -> Tensor:
     return torch.sigmoid(receptance) * value
 
@@ -212,6 +217,19 @@ def _norm_shift_backward(
     return gx.contiguous(), gw, gb, gm
 
 
+def _layer_norm_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, shape, inputs = _promoted(x, weight, bias), x.shape[-1:], (x, weight, bias)
+    x, weight, bias = (tensor.to(wide) for tensor in inputs)
+    _, *statistics = torch.native_layer_norm(x, shape, weight, bias, eps)
+    gradients = torch.ops.aten.native_layer_norm_backward(
+        grad.to(wide), x, shape, *statistics, weight, bias, [True, True, True]
+    )
+    gx, gw, gb = (gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True))
+    return gx.contiguous(), gw, gb
+
+
 def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     sigmoid = torch.sigmoid(receptance)
     grad_value = grad * sigmoid
@@ -222,7 +240,12 @@ def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
     return (2 * torch.relu(x) * grad).to(x.dtype)
 
 
-_BACKWARDS = {"norm_shift": _norm_shift_backward, "gate": _gate_backward, "squared_relu": _squared_relu_backward}
+_BACKWARDS = {
+    "layer_norm": _layer_norm_backward,
+    "norm_shift": _norm_shift_backward,
+    "gate": _gate_backward,
+    "squared_relu": _squared_relu_backward,
+}
 
 # ---- registration
 
@@ -306,6 +329,17 @@ def register(library: torch.library.Library) -> None:
         if differentiate is not None:
             torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_tensors, lib=library)
 
+    norm = "(Tensor x, Tensor weight, Tensor bias, float eps, "
+    define(  # without a derivative: only autograd nodes call it
+        f"layer_norm{norm}ScalarType dtype) -> Tensor",
+        _layer_norm,
+        lambda x, weight, bias, eps, dtype: torch.empty(x.shape, dtype=dtype, device=x.device),
+    )
+    define(
+        f"layer_norm_backward{norm}Tensor grad) -> (Tensor, Tensor, Tensor)",
+        _layer_norm_backward,
+        lambda x, weight, bias, eps, grad: (_like(x), _like(weight), _like(bias)),
+    )
     shift = "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, "
     define(f"norm_shift{shift}int top, int bottom) -> Tensor", _norm_shift, _fake_norm_shift, _differentiate_norm_shift)
     define(

@@ -61,6 +61,56 @@ def statistics(x, stats, eps, tokens, C: tl.constexpr, BLOCK: tl.constexpr, T: t
     tl.store(stats + tokens.to(tl.int64) + token, rstd, mask=token_mask)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def layer_norm(x, weight, bias, out, eps, tokens, C: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+    """x, out [tokens, C]."""
+    token = (tl.program_id(0) * T + tl.arange(0, T))[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    mask = (token < tokens) & (channel < C)
+    at = token.to(tl.int64) * C + channel
+    v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    _, centred, rstd = _statistics(v, mask, eps, C)
+    n = centred * rstd[:, None] * _parameter(weight, channel, mask) + _parameter(bias, channel, mask)
+    tl.store(out + at, n, mask=mask)
+
+
+@triton.jit
+def _input_gradient(g, normal, rstd, C: tl.constexpr):
+    """The gradient of the norm's input, from those of its normalised values and these values [T, BLOCK]."""
+    level = (tl.reduce(g, 1, add) / C)[:, None]
+    slope = (tl.reduce(g * normal, 1, add) / C)[:, None]
+    return rstd * (g - level - normal * slope)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def layer_norm_backward(
+    x, weight, grad, grad_x, partials, eps, tokens, tiles, C: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """x, grad [tokens, C] -> grad_x [tokens, C], and for each program the sums over its tokens of the gradients of
+    weight and bias, partials [programs, 2, C].
+    """
+    channel = tl.arange(0, BLOCK)[None, :]
+    grad_weight = tl.full([T, BLOCK], 0.0, tl.float32)
+    grad_bias = tl.full([T, BLOCK], 0.0, tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        token = (tile * T + tl.arange(0, T))[:, None]
+        mask = (token < tokens) & (channel < C)
+        at = token.to(tl.int64) * C + channel
+        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        _, centred, rstd = _statistics(v, mask, eps, C)
+        rstd = rstd[:, None]
+        normal = tl.where(mask, centred * rstd, 0.0)  # without a token and with eps = 0: 0 times infinity
+        grad_weight += g * normal
+        grad_bias += g
+        g *= _parameter(weight, channel, mask)
+        tl.store(grad_x + at, _input_gradient(g, normal, rstd, C), mask=mask)
+    lane = tl.arange(0, BLOCK)
+    to = partials + tl.program_id(0) * (2 * C) + lane
+    tl.store(to, tl.reduce(grad_weight, 0, add), mask=lane < C)
+    tl.store(to + C, tl.reduce(grad_bias, 0, add), mask=lane < C)
+
+
 @triton.jit(do_not_specialize=["tokens", "height", "width"])
 def norm_shift(
     x, weight, bias, mixes, stats, out, tokens, height, width,
@@ -192,9 +242,7 @@ def norm_shift_backward(
         grad_weight += g * normal
         grad_bias += g
         g *= w
-        level = (tl.reduce(g, 1, add) / C)[:, None]
-        slope = (tl.reduce(g * normal, 1, add) / C)[:, None]
-        tl.store(grad_x + at, rstd * (g - level - normal * slope), mask=mask)
+        tl.store(grad_x + at, _input_gradient(g, normal, rstd, C), mask=mask)
 
     lane = tl.arange(0, BLOCK)
     lane_mask = lane < C

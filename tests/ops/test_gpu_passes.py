@@ -87,6 +87,51 @@ def test_norm_shift_and_its_gradients(shape, dtype, parameters, out_dtype):
         close(gradient, right, tensor.dtype, scale=30)  # one channel's norm divides by sqrt(eps)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [(WIDE, WIDE), (HALF, WIDE), (HALF, HALF), (torch.float16, torch.float16)]
+)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (2, 7, 96), (40, 3, 48), (3, 2, 3, 1500)])
+def test_layer_norm_and_its_gradients(monkeypatch, shape, dtype, out_dtype):
+    monkeypatch.setattr(gpu_passes, "_PROGRAMS", 3)
+    g = torch.Generator().manual_seed(shape[-1])
+    x = (torch.randn(shape, generator=g) * 3 + 1).to(DEVICE, dtype)
+    weight, bias = torch.randn(2, shape[-1], generator=g).to(DEVICE, out_dtype)
+    out = gpu_passes.layer_norm(x, weight, bias, 1e-5, out_dtype)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = torch.nn.functional.layer_norm(leaves[0], shape[-1:], *leaves[1:], 1e-5)
+    grad = random_like(out)
+    close(out, expected.detach(), out_dtype, scale=2)
+    actual = gpu_passes.layer_norm_backward(x, weight, bias, 1e-5, grad)
+    for tensor, gradient, right in zip(
+        (x, weight, bias), actual, torch.autograd.grad(expected, leaves, grad.double()), strict=True
+    ):
+        close(gradient, right, tensor.dtype, scale=5)
+
+
+def test_layer_norm_of_constant_strided_empty_and_large_values():
+    """Without eps a masked row of a tile divides by zero, and must not contribute."""
+    x, weight, bias, _ = shift_inputs(2, 5, 4, 24, 1, WIDE)
+    constant = gpu_passes.layer_norm_backward(torch.randn(3, 5).to(DEVICE), weight[:5], bias[:5], 0.0, x[0, 0, :3, :5])
+    assert all(gradient.isfinite().all() for gradient in constant)
+    permuted, grad = x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), random_like(x)
+    expected = gpu_passes.layer_norm(x, weight, bias, 1e-5, WIDE)
+    assert torch.equal(gpu_passes.layer_norm(permuted, weight, bias, 1e-5, WIDE), expected)
+    pairs = zip(
+        gpu_passes.layer_norm_backward(permuted, weight, bias, 1e-5, grad.mT.contiguous().mT),
+        gpu_passes.layer_norm_backward(x, weight, bias, 1e-5, grad),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for shape in ((0, 24), (2, 0)):
+        empty = x.new_zeros(shape)
+        some = weight[: shape[1]]
+        assert gpu_passes.layer_norm(empty, some, some, 1e-5, HALF).shape == shape
+        actual = gpu_passes.layer_norm_backward(empty, some, some, 1e-5, empty)
+        assert [(g.shape, g.any().item()) for g in actual] == [(t.shape, False) for t in (empty, some, some)]
+    large = gpu_passes.layer_norm(x + 1e4, weight, bias, 1e-5, WIDE)
+    torch.testing.assert_close(large, torch.nn.functional.layer_norm(x + 1e4, (24,), weight, bias), rtol=0, atol=0.01)
+
+
 @pytest.mark.parametrize("mixes", [1, 3, 4])
 def test_any_number_of_mixes(mixes):
     tensors = shift_inputs(1, 3, 4, 12, mixes, torch.float32)
@@ -234,6 +279,10 @@ def test_unsupported_inputs_use_the_plain_form(monkeypatch):
     actual = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
     right = passes._norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
     assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
+    norm = (x, *tensors[1:3], 1e-5)
+    assert torch.equal(gpu_passes.layer_norm(*norm, torch.float64), passes._layer_norm(*norm, torch.float64))
+    actual, right = (of(*norm, x) for of in (gpu_passes.layer_norm_backward, passes._layer_norm_backward))
+    assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
     assert torch.equal(gpu_passes.gate(x, x), passes._gate(x, x))
     assert torch.equal(gpu_passes.gated_sum(x, x, x), passes._gated_sum(x, x, x))
     assert torch.equal(gpu_passes.squared_relu(x), passes._squared_relu(x))
@@ -249,7 +298,7 @@ def test_register_registers_cuda_kernels():
     defined = torch.library.Library("sola_gpu_passes_test", "DEF")
     names = [
         *("norm_shift", "norm_shift.dtype", "norm_shift_backward", "gate", "gate_backward", "gated_sum", "gated_sum_"),
-        *("squared_relu", "squared_relu_backward"),
+        *("squared_relu", "squared_relu_backward", "layer_norm", "layer_norm_backward"),
     ]
     for name in names:
         schema = str(torch._C._get_schema(f"sola::{name.partition('.')[0]}", name.partition(".")[2]))
@@ -267,11 +316,13 @@ from triton.compiler import ASTSource
 from sola_vision.ops import gpu_passes, triton_passes as kernels
 
 wide, half = "*fp32", "*bf16"
-tile = gpu_passes._tile(96)
+tile, shift_tile = gpu_passes._tile(96), gpu_passes._shift_grid(3136, 96, 2)[1]
 flat = dict(BLOCK=gpu_passes._TILE_SIZE)
 for name, types, constants in [
     ("statistics", [half, wide, "fp32", "i32"], dict(C=96, **tile)),
-    ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 6], dict(C=96, M=3, **tile)),
+    ("layer_norm", [half, wide, wide, wide, "fp32", "i32"], dict(C=96, **tile)),
+    ("layer_norm_backward", [half, wide, wide, half, wide, "fp32", "i32", "i32"], dict(C=96, **tile)),
+    ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 3], dict(C=96, M=3, **shift_tile)),
     ("norm_shift_backward", [wide, wide, wide, wide, half, wide, wide, "fp32", *["i32"] * 4], dict(C=96, M=3, **tile)),
     ("gate", [half, half, half, "i32"], flat),
     ("gate_backward", [half, half, wide, half, half, "i64"], flat),
@@ -280,7 +331,7 @@ for name, types, constants in [
     ("squared_relu_backward", [half, half, half, "i32"], flat),
 ]:
     kernel = getattr(kernels, name)
-    options = gpu_passes._BACKWARD_OPTIONS if name == "norm_shift_backward" else gpu_passes._OPTIONS
+    options = gpu_passes._BACKWARD_OPTIONS if "norm" in name and "backward" in name else gpu_passes._OPTIONS
     signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)

@@ -230,7 +230,11 @@ def _paper(options: Namespace) -> None:
                 parameters = _number(row.paper.params, 2), _number(row.params, 2), _signed(row.params_difference)
                 table.add_row(row.paper.method, *macs, *parameters)
         show_table(table)
-    print("The paper's FLOPs are MACs of the backbone; a dash: not published, or not available in timm.")
+    print("The paper's FLOPs are multiply-adds (MACs). SoLA is counted without its head, the other networks with it.")
+    print(
+        "A dash: the paper has no number, or neither timm nor this package has the network (in Tables 4 and 5 ViT and "
+        "VRWKV include an adapter)."
+    )
 
 
 def _paper_row(row: Compared) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from sola_vision.analysis.paper import PaperRow, compare_with_paper
 from sola_vision.cli import main
+from sola_vision.commands import cost as command
 from sola_vision.data import ImageConfig
 from sola_vision.engine import save_weights
 from sola_vision.tasks import ModelConfig, build_model, load, metadata
@@ -133,6 +135,16 @@ def test_paper_tables(capsys):
     sola_t = next(r for r in rows if r["table"] == "7" and r["method"] == "SoLA-T")
     assert (sola_t["paper_gmacs"], round(sola_t["gmacs"], 3)) == (1.89, 1.943)
     assert round(sola_t["gmacs_difference_percent"], 1) == 2.8
+
+
+def test_paper_tables_say_what_a_dash_means(capsys, monkeypatch):
+    rows = [PaperRow("3", "PVT-T", (224, 224), 1.9, 13.2), PaperRow("4", "VRWKV-T", (1333, 800), 67.9, 8.4)]
+    monkeypatch.setattr(command, "compare_with_paper", lambda: compare_with_paper(rows))
+    assert main(["cost", "--paper"]) == 0
+    *_, heads, dashes = capsys.readouterr().out.splitlines()
+    assert heads.endswith("SoLA is counted without its head, the other networks with it.")
+    # Vision-RWKV is in this package, but Table 4 has it with an adapter
+    assert "neither timm nor this package has the network (in Tables 4 and 5 ViT and VRWKV include" in dashes
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="package")  # as the number of its threads; a session's fixture would come before
 def trained(tmp_path_factory, data):
-    """The folder of a finished run; tests must not write there."""
+    """The folder of a finished run; tests must not write there, and an error after the last of them says if one did."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     assert main([*TINY, "--data", str(data), "--out", str(folder)]) == 0
-    return folder
+    before = _files(folder)
+    yield folder
+    # a test that lists the folder would otherwise depend on the tests before it
+    assert {path for path, _ in before.items() ^ _files(folder).items()} == set(), "a test wrote into this folder"

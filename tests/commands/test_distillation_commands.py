@@ -62,7 +62,7 @@ def test_the_records_have_every_part_and_the_ceiling(sola, data, taught, trained
     for record in steps:
         answers = 0.5 * record["labels"] + 0.5 * record["targets"]
         assert record["loss"] == pytest.approx(answers + record["features"], rel=1e-5)
-    said = sola("eval", "--checkpoint", trained, "--data", data, "--workers", 0, "--json")
+    said = sola("eval", "--checkpoint", trained, "--data", data, "--workers", 0, "--json", "--out", "ceiling")
     evaluations = [record for record in _records(taught) if record["kind"] == "eval"]
     assert [record["teacher_top1"] for record in evaluations] == [pytest.approx(json.loads(said.out)["top1"])] * 2
     assert "teacher_top1" in json.loads((taught / "summary.json").read_text())
@@ -76,7 +76,7 @@ def test_the_student_is_a_classifier_like_any_other(sola, data, taught, trained)
     assert {name for name in state if name.startswith("model/projections.")} == {
         f"model/projections.{level}.{kind}" for level in range(4) for kind in ("weight", "bias")
     }
-    said = sola("eval", "--checkpoint", taught, "--data", data, "--workers", 0, "--json")
+    said = sola("eval", "--checkpoint", taught, "--data", data, "--workers", 0, "--json", "--out", "answers")
     assert json.loads(said.out)["top1"] == json.loads((taught / "summary.json").read_text())["best"]["top1"]
     assert sola("predict", data / "val" / "ant", "--checkpoint", taught, "--json").code == 0
     assert sola(*TINY, "--data", data, "--out", "next", "--init", taught, "--train.steps", 1).code == 0

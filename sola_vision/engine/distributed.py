@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -136,11 +137,24 @@ def parallel(model: nn.Module, strategy: str, world: World) -> nn.Module:
         return model
     if world.size == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_restride, stride=parameter.stride()))
     if world.device.type == "cuda":
         return nn.parallel.DistributedDataParallel(model, device_ids=[world.device.index])
     # After its first step DDP rebuilds its gradient buckets, so with three or more processes a resumed run would sum
     # gradients in another order than an uninterrupted one. It does not rebuild them with find_unused_parameters.
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=world.size > 2)
+
+
+def _restride(grad: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return a gradient with the strides of its parameter where they differ in dimensions of one element only.
+
+    The weights of depth-wise convolutions get such gradients from channels-last images. The memory is the same, but DDP
+    compares all strides and warns.
+    """
+    differing = {size for size, one, other in zip(grad.shape, grad.stride(), stride, strict=True) if one != other}
+    return grad.as_strided(grad.shape, stride) if differing == {1} else grad
 
 
 def _shard(model: nn.Module, world: World) -> None:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from sola_vision.tasks.coco_eval import RECALLS, THRESHOLDS, Score
+from sola_vision.tasks.fonts import pillow_font, save_figure
 from sola_vision.tasks.label_pictures import class_colours, enlargement
 from sola_vision.tasks.pictures import BLUE, GREEN, ORANGE, VERMILION
 
@@ -49,7 +50,8 @@ def draw_shapes(image: Image.Image, shapes: Sequence[Shape], classes: Sequence[s
         x0, y0, x1, y1 = (factor * value for value in shape.box)
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=_rgb(colours[shape.label]), width=width)
     if len(shapes) <= _LABELLED:
-        font = ImageFont.load_default(max(13, min(picture.size) // 36))
+        letters = "".join(["0123456789 %", *(classes[shape.label] for shape in shapes)])
+        font = pillow_font(letters, max(13, min(picture.size) // 36))
         taken: list[Box] = []
         for shape in reversed(shapes):
             _write(draw, shape, classes[shape.label], _rgb(colours[shape.label]), font, factor, taken, picture.size)
@@ -119,7 +121,7 @@ def draw_curves(scores: Sequence[Score], out: Path) -> None:
             axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
             if axes.lines:
                 axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
 
 
 def draw_worst(
@@ -137,7 +139,7 @@ def draw_worst(
         for axes, shapes, title in zip(row, (truth, found), titles, strict=True):
             axes.imshow(draw_shapes(image, shapes, classes))
             axes.set_title(title, fontsize=8, color="black" if shapes is truth else VERMILION)
-    figure.savefig(out, dpi=100)
+    save_figure(figure, out, dpi=100)
 
 
 def matches(truth: Sequence[Shape], found: Sequence[Shape], overlap: float = 0.5) -> list[Shape]:

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sola_vision.data import IGNORED, LabelRule
+from sola_vision.tasks.fonts import pillow_font, save_figure
 from sola_vision.tasks.pictures import shortened
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -92,9 +93,9 @@ def draw_overlay(
 def _legend(rows: Sequence[tuple[str, float, NDArray[np.uint8]]], height: int) -> Image.Image:
     # the font stays readable; a small picture gets a taller sheet instead
     size = max(11, min(22, height // 24))
-    font = ImageFont.load_default(size)
-    line, margin = round(1.5 * size), size // 2
     texts = [f"{name}  {100 * share:.1f} %" for name, share, _ in rows]
+    font = pillow_font("".join(texts), size)
+    line, margin = round(1.5 * size), size // 2
     widths = [font.getlength(text) for text in texts] or [0]
     sheet = Image.new("RGB", (round(max(widths)) + line + 3 * margin, line * len(rows) + 2 * margin), "white")
     draw = ImageDraw.Draw(sheet)
@@ -138,4 +139,4 @@ def draw_worst(examples: Sequence[Example], names: Sequence[str], out: Path) -> 
             if picture is not None:
                 axes.imshow(picture)
             axes.set_title(title, fontsize=8)
-    figure.savefig(out, dpi=100)
+    save_figure(figure, out, dpi=100)

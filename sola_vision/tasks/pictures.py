@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sola_vision.engine.log import read_records
+from sola_vision.tasks.fonts import save_figure
 
 # Okabe and Ito's colours, distinguishable by colour-blind readers and in print
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -42,7 +43,7 @@ def draw_learning_curve(metrics: Path, out: Path, metric: str) -> None:
         right.set_title(f"best {metric} {best:.2f}", loc="right", fontsize=10)
     # start at epoch 0, or the axis of a short run would only span tenths of an epoch
     left.set_xlim(0, 1.03 * max((epoch for epoch, _ in losses + scores), default=1))
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, dpi=120)
 
 
 def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None:
@@ -68,7 +69,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str], out: Path) -> None
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, dpi=120)
 
 
 def shortened(name: str, letters: int = 28) -> str:
@@ -94,7 +95,7 @@ def draw_predictions(examples: Sequence[tuple[Image.Image, str, str, float]], ou
         if not right:
             width, height = picture.size
             axes.add_patch(_frame(width, height))
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, dpi=120)
 
 
 def _frame(width: int, height: int) -> Rectangle:

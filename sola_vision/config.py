@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sola_vision.schedule import Bridges, Schedule, parse_bridges, parse_schedule
+from sola_vision.wording import amount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,8 @@ class SolaConfig:
         object.__setattr__(self, "dims", tuple(self.dims))
         if len(self.dims) != len(schedule.stages):
             raise ValueError(
-                f"schedule {self.schedule!r} has {len(schedule.stages)} stages but dims {self.dims} has "
-                f"{len(self.dims)} entries: give one number of channels per stage"
+                f"schedule {self.schedule!r} has {amount(len(schedule.stages), 'stage')} but dims {self.dims} has "
+                f"{amount(len(self.dims), 'entry', 'entries')}: give one number of channels per stage"
             )
         for name in ("patch_size", "img_size", "in_chans", "head_dim"):
             if getattr(self, name) < 1:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sola_vision.data import SUFFIXES, ImageConfig
 from sola_vision.tasks import Checkpoint, takes_one_size
+from sola_vision.wording import amount
 
 
 class Arguments(ArgumentParser):
@@ -131,7 +132,7 @@ def evaluation_folder(checkpoint: str) -> Path:
 def print_skipped_count(number: int) -> None:
     """Print how many images an evaluation has skipped."""
     if number:
-        images = "1 image could not be read and was" if number == 1 else f"{number} images could not be read and were"
+        images = amount(number, "image could not be read and was", "images could not be read and were")
         print(f"{images} skipped", file=sys.stderr)
 
 
@@ -139,7 +140,7 @@ def print_skipped(rows: Sequence[object], unreadable: Sequence[str]) -> None:
     """Print the images that could not be read; raise ValueError if no image could be."""
     if not rows:
         others = len(unreadable) - 1
-        more = f" (and {others} other image{'s' if others > 1 else ''})" if others else ""
+        more = f" (and {amount(others, 'other image')})" if others else ""
         raise ValueError(unreadable[0] + more)
     for reason in unreadable:
         print(f"sola: skipped: {reason}", file=sys.stderr)

@@ -28,6 +28,7 @@ from sola_vision.engine.distributed import gather_objects
 from sola_vision.engine.log import json_text
 from sola_vision.tasks import Checkpoint, Tally, load_checkpoint
 from sola_vision.tasks.pictures import draw_confusion, draw_predictions
+from sola_vision.wording import amount
 
 _OTHERS = """These are the options for a classifier. Of a detector or a segmentation network:
 `sola eval --checkpoint RUN --help`; of result files: `sola eval --results FILE --help` (detections),
@@ -151,7 +152,8 @@ def _spread(items: list[int], number: int) -> list[int]:
 
 
 def _print(result: dict[str, Any], out: Path) -> None:
-    title = f"{result['model']} on {result['data']} ({result['split']}, {result['images']} images)"
+    images = amount(result["images"], "image")
+    title = f"{result['model']} on {result['data']} ({result['split']}, {images})"
     table = Table(title=plain(title))
     for column in ("class", "images", "recall %", "precision %"):
         table.add_column(column, justify="left" if column == "class" else "right")

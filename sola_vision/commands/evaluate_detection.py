@@ -43,6 +43,7 @@ from sola_vision.tasks.box_pictures import Shape, counted, draw_curves, draw_wor
 from sola_vision.tasks.coco_eval import KINDS, MAX_DETS, Kind, Score, check_results, score
 from sola_vision.tasks.detection import NAMES, Detection, Findings
 from sola_vision.tasks.detector import DetectorCheckpoint, load_detector
+from sola_vision.wording import amount
 
 _WORST = 6
 _ROWS = 100  # longer tables are not printed, only written to classes.csv
@@ -113,7 +114,9 @@ def _score_file(options: Namespace) -> None:
         bare := [a for a in truth["annotations"] if not (a.get("segmentation") or "unmasked" in a)]
     ):
         if options.type:
-            raise ValueError(f"{options.annotations}: {len(bare)} annotations have no mask: use --type bbox")
+            raise ValueError(
+                f"{options.annotations}: {amount(len(bare), 'annotation')} without a mask: use --type bbox"
+            )
         kinds.remove("segm")
     for kind in kinds:
         check_results(results, truth, kind, str(path))
@@ -308,7 +311,7 @@ def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
     where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
     classes = [row for row in result["classes"] if row["objects"]]
     if len(classes) <= _ROWS:
-        table = Table(title=plain(f"{what} on {where}: {result['images']} images"))
+        table = Table(title=plain(f"{what} on {where}: {amount(result['images'], 'image')}"))
         names = [name for name in result["classes"][0] if name not in ("class", "category_id", "objects")]
         table.add_column("class")
         for column in ("objects", *(f"{name.replace('_', ' ').replace('ap', 'AP')} %" for name in names)):

@@ -34,6 +34,7 @@ from sola_vision.tasks.label_scores import pair_folders
 from sola_vision.tasks.pictures import draw_confusion
 from sola_vision.tasks.segmentation import PixelCounts, listed, share_right
 from sola_vision.tasks.segmenter import SegmentationCheckpoint, load_segmenter
+from sola_vision.wording import amount
 
 _WORST = 6
 _COLUMNS = ("class", "pixels", "iou", "accuracy", "precision")
@@ -265,7 +266,7 @@ def _print(result: dict[str, Any]) -> None:
     occurring = [row for row in classes if row["iou"] is not None]
     what = result.get("model", result.get("predictions"))
     where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
-    table = Table(title=plain(f"{what} on {where}: {result['images']} images, {result['rule']}"))
+    table = Table(title=plain(f"{what} on {where}: {amount(result['images'], 'image')}, {result['rule']}"))
     for column in ("class", "pixels %", "IoU %", "accuracy %", "precision %"):
         table.add_column(column, justify="left" if column == "class" else "right")
     total = max(1, sum(row["pixels"] for row in classes))
@@ -277,7 +278,8 @@ def _print(result: dict[str, Any]) -> None:
         print("no pixel of these images counts: every label is ignored")
         return
     print(
-        f"mIoU {result['miou']:.2f} % over the {len(occurring)} classes that occur, {result['miou_all']:.2f} % over "
+        f"mIoU {result['miou']:.2f} % over the "
+        f"{amount(len(occurring), 'class that occurs', 'classes that occur')}, {result['miou_all']:.2f} % over "
         f"all {len(classes)} (absent ones count as 0, as in ADE20K's script); mean accuracy "
         f"{result['mean_accuracy']:.2f} %, pixel accuracy {result['pixel_accuracy']:.2f} %"
     )

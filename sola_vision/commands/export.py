@@ -25,6 +25,7 @@ from sola_vision.engine.log import json_text
 from sola_vision.export import Exportable, Format, Precision, Report, classifier, detector_pyramid, export, segmenter
 from sola_vision.export import features as feature_maps
 from sola_vision.tasks import ModelConfig, build_model, load_checkpoint, read_description, takes_one_size
+from sola_vision.wording import amount
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -161,6 +162,6 @@ def _print(report: Report) -> None:
     print(f"{report.format}, {report.precision}, {report.bytes / 2**20:.1f} MiB; tolerance {report.tolerance:g}")
     print("images [batch, 3, height, width], normalised -> " + ", ".join(f"{n} {s}" for n, s in report.outputs.items()))
     if report.operators:
-        kinds = len(report.operators)
-        print(f"{sum(report.operators.values())} nodes of {kinds} standard operators, none of another domain")
+        kinds = amount(len(report.operators), "standard operator")
+        print(f"{amount(sum(report.operators.values()), 'node')} of {kinds}, none of another domain")
     print(f"needs {report.needs}")

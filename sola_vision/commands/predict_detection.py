@@ -35,6 +35,7 @@ from sola_vision.tasks.box_pictures import Shape, draw_shapes
 from sola_vision.tasks.detection import to_results
 from sola_vision.tasks.detector import DetectorCheckpoint, detect, load_detector
 from sola_vision.tasks.gallery import Card, write_gallery
+from sola_vision.wording import amount
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _write(rows: list[Prediction], checkpoint: DetectorCheckpoint, source: Path,
         cards = [
             Card(row.image, row.picture, [f"{count} {name}" for name, count in row.objects.items()]) for row in rows
         ]
-        write_gallery(out / "index.html", f"{checkpoint.name}: {len(rows)} images of {source.name}", cards)
+        write_gallery(out / "index.html", f"{checkpoint.name}: {amount(len(rows), 'image')} of {source.name}", cards)
 
 
 def _print(rows: list[Prediction]) -> None:

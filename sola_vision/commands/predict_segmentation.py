@@ -27,6 +27,7 @@ from sola_vision.engine import distributed
 from sola_vision.tasks.gallery import Card, write_gallery
 from sola_vision.tasks.label_pictures import draw_overlay, write_labels
 from sola_vision.tasks.segmenter import SegmentationCheckpoint, load_segmenter
+from sola_vision.wording import amount
 
 _SHOWN = 3  # classes of an image in the table
 
@@ -58,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
             Card(row.image, row.picture, [f"{name} {100 * share:.1f} %" for name, share in row.shares.items()])
             for row in rows
         ]
-        write_gallery(out / "index.html", f"{checkpoint.name}: {len(rows)} images of {source.name}", cards)
+        write_gallery(out / "index.html", f"{checkpoint.name}: {amount(len(rows), 'image')} of {source.name}", cards)
     if options.json:
         images = [asdict(row) for row in rows]
         document = {"model": checkpoint.name, "rule": str(checkpoint.rule), "out": str(out), "images": images}

@@ -30,6 +30,7 @@ from sola_vision.search.figures import draw_search
 from sola_vision.studies import SCALES, Scale
 from sola_vision.studies.images import Images
 from sola_vision.tasks import ModelConfig
+from sola_vision.wording import amount
 
 _CHOOSE_SHARE = 0.1  # of the training images, held out to compare schedules
 _COSTS = "costs.json"
@@ -104,8 +105,8 @@ def _network_config(base: SolaConfig, space: Space, classes: int) -> SolaConfig:
     stages = space.template.count("/") + 1
     if stages != len(base.dims):
         raise ValueError(
-            f"space {space.template!r} has {stages} stages but the scale's network has {len(base.dims)}: give one "
-            "group of letters for each stage"
+            f"space {space.template!r} has {amount(stages, 'stage')} but the scale's network has {len(base.dims)}: "
+            "give one group of letters for each stage"
         )
     return space.config(base, "L" * space.size).with_changes(num_classes=classes)
 
@@ -174,8 +175,8 @@ def _problem(
     )
     if options.method != "rule" and problem.num_train < train.batch_size:  # the rule trains nothing
         raise ValueError(
-            f"{options.data}: {problem.num_train} training images are fewer than one batch of {train.batch_size}: give "
-            "more images"
+            f"{options.data}: {amount(problem.num_train, 'training image')}, fewer than one batch of "
+            f"{train.batch_size}: give more images"
         )
     return problem
 

@@ -18,6 +18,7 @@ from sola_vision.engine.log import json_text
 from sola_vision.studies import SCALES, STUDIES, Study, custom, get_study, plan, run_plan, write_report
 from sola_vision.studies.fig1a import write_fig1a
 from sola_vision.studies.outcome import RESULTS, Outcome, write_plan
+from sola_vision.wording import amount
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -124,7 +125,7 @@ def _run(options: Namespace, folder: Path) -> int:
     outcome = write_report(folder, study.name)
     if busy:
         print(
-            f"{busy} runs are in progress in other processes; repeat the command when they have finished",
+            f"{amount(busy, 'run is', 'runs are')} in progress in other processes; repeat the command after that",
             file=sys.stderr,
         )
     _print([outcome], folder, options.json)

@@ -10,6 +10,7 @@ from sola_vision.engine import World
 from sola_vision.engine.loading import micro_batch_size
 from sola_vision.recipes import Recipe
 from sola_vision.tasks import Classification, build_model, initialise, metadata
+from sola_vision.wording import amount
 
 
 def prepare(request: Run, world: World) -> Job:
@@ -31,8 +32,8 @@ def prepare(request: Run, world: World) -> Job:
         train_set=train_set,
         val_set=val_set,
         metadata=metadata("classification", recipe.model, recipe.image, classes, model),
-        description=f"{recipe.model.name} on {len(train_set)} images of {len(classes)} classes from {request.data}, "
-        f"{len(val_set)} held out",
+        description=f"{recipe.model.name} on {amount(len(train_set), 'image')} of {len(classes)} classes from "
+        f"{request.data}, {len(val_set):,} held out",
         printed_metrics=("top1", "top5", "loss"),
         report=initialise(model, request.start, classes) if request.start else None,
         note=f"no held-out images of: {', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''}" if absent else None,

@@ -13,6 +13,7 @@ from sola_vision.recipes import DetectionRecipe
 from sola_vision.tasks import metadata
 from sola_vision.tasks.detection import Detection
 from sola_vision.tasks.detector import backbone_of, build_detector, start_detector
+from sola_vision.wording import amount
 
 
 def prepare(request: Run, world: World) -> Job:
@@ -44,8 +45,9 @@ def prepare(request: Run, world: World) -> Job:
             detector=stored,
             category_ids=train_set.category_ids,
         ),
-        description=f"{recipe.model.name} with {'Mask' if masks else 'Faster'} R-CNN on {len(train_set)} images of "
-        f"{len(classes)} classes{'' if masks else ' (boxes only)'} from {request.data}, {len(val_set)} held out, "
+        description=f"{recipe.model.name} with {'Mask' if masks else 'Faster'} R-CNN on "
+        f"{amount(len(train_set), 'image')} of {amount(len(classes), 'class', 'classes')}"
+        f"{'' if masks else ' (boxes only)'} from {request.data}, {len(val_set):,} held out, "
         f"maxDets {detector.max_detections}",
         printed_metrics=("box_ap", "box_ap50", "mask_ap", "mask_ap50"),
         report=start_detector(model, request.start, classes, detector.drop_bridges) if request.start else None,

@@ -13,6 +13,7 @@ from sola_vision.tasks import metadata
 from sola_vision.tasks.inference import Inference
 from sola_vision.tasks.segmentation import Segmentation, listed
 from sola_vision.tasks.segmenter import backbone_of, build_segmenter, start_segmenter
+from sola_vision.wording import amount
 
 
 def prepare(request: Run, world: World) -> Job:
@@ -47,8 +48,8 @@ def prepare(request: Run, world: World) -> Job:
             # settings that concern only the start of training are not stored
             segmenter={**vars(head), "drop_bridges": False, "frozen_stages": 0, "checkpointing": False},
         ),
-        description=f"{recipe.model.name} with UPerNet on {len(train_set)} images of {len(classes)} classes from "
-        f"{request.data} ({train_set.rule}), {len(val_set)} held out",
+        description=f"{recipe.model.name} with UPerNet on {amount(len(train_set), 'image')} of "
+        f"{amount(len(classes), 'class', 'classes')} from {request.data} ({train_set.rule}), {len(val_set):,} held out",
         printed_metrics=("miou", "mean_accuracy", "pixel_accuracy"),
         report=start_segmenter(model, request.start, classes, head.drop_bridges) if request.start else None,
         eval_collate=listed,

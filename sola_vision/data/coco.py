@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..wording import amount
 from .images import read_image
 from .run_lengths import mask_library, run_lengths, unusable_mask
 
@@ -91,7 +92,8 @@ class CocoFolder(Dataset[Any]):
         self.classes = names if classes is None else list(classes)
         if unknown := [name for name in names if name not in self.classes]:
             raise ValueError(
-                f"{self.file}: category {unknown[0]!r} is not among the {len(self.classes)} known classes "
+                f"{self.file}: category {unknown[0]!r} is not among the "
+                f"{amount(len(self.classes), 'known class', 'known classes')} "
                 f"({', '.join(self.classes[:5])}{', ...' if len(self.classes) > 5 else ''}): "
                 "rename or remove it, or train with it"
             )
@@ -105,7 +107,7 @@ class CocoFolder(Dataset[Any]):
         self.masks = self._decide_masks(by_image, masks)
         kept = [image for image in images.values() if keep_empty or any(a["object"] for a in by_image[image["id"]])]
         if not any(annotation["object"] for image in kept for annotation in by_image[image["id"]]):
-            raise ValueError(f"{self.file} has no objects in its {len(images)} images")
+            raise ValueError(f"{self.file} has no objects in its {amount(len(images), 'image')}")
         self.image_ids = [int(image["id"]) for image in kept]
         # one array of bytes instead of a million dictionaries: forked workers share it without copying
         records = [json.dumps(self._record(image, by_image[image["id"]], labels)).encode() for image in kept]
@@ -181,20 +183,22 @@ class CocoFolder(Dataset[Any]):
             return False
         if without:
             first = f"the first: annotation {without[0]}"
-            raise MissingMaskError(f"{self.file}: {len(without)} of {len(objects)} objects have no mask ({first})")
+            raise MissingMaskError(
+                f"{self.file}: no mask for {len(without)} of {amount(len(objects), 'object')} ({first})"
+            )
         return True
 
     def _check_files(self, images: list[dict[str, Any]]) -> None:
         """Raise FileNotFoundError if all files are missing; a few count as unreadable images when they are loaded."""
         missing = [image["file_name"] for image in images if not self._path(image["file_name"]).is_file()]
         if missing and len(missing) == len(images):
+            listed = f"like all {len(images)} images" if len(images) > 1 else "the only image"
             raise FileNotFoundError(
-                f"{self.folder / missing[0]}: not found, like all {len(images)} images listed in {self.file}; "
-                f"put them into {self.folder}"
+                f"{self.folder / missing[0]}: not found, {listed} listed in {self.file}; put them into {self.folder}"
             )
         if missing:
             logger.warning(
-                "%s: %d of %d images are missing (the first: %s)", self.file, len(missing), len(images), missing[0]
+                "%s: %d of %d image files not found (the first: %s)", self.file, len(missing), len(images), missing[0]
             )
 
 
@@ -213,7 +217,7 @@ class _Dropped:
         if self.reasons:
             count = sum(map(len, self.reasons.values()))
             why = "; ".join(f"{len(ids)} {why} (annotation {ids[0]})" for why, ids in self.reasons.items())
-            logger.warning("%s: %s %d of %d annotations: %s", file, what, count, total, why)
+            logger.warning("%s: %s %d of %s: %s", file, what, count, amount(total, "annotation"), why)
 
 
 def read_document(file: Path) -> dict[str, Any]:
@@ -324,7 +328,8 @@ def _sort(
         if not isinstance(category, int | float) or category not in labels:
             raise ValueError(
                 f"{file}: annotation {annotation.get('id')} has category_id {category!r:.80}, which "
-                f"is not among the {len(labels)} categories: add the category, or remove the annotation"
+                f"is not among the {amount(len(labels), 'category', 'categories')}: add the category, or remove "
+                "the annotation"
             )
         crowd = annotation.get("iscrowd") or 0
         if crowd not in (0, 1):

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..wording import amount
 from . import tar
 from .images import SUFFIXES, read_image
 
@@ -125,14 +126,17 @@ class _Listing:
     def log_ignored(self) -> None:
         """Log the number of files that were ignored."""
         if self.foreign or self.unsafe:
-            first = f" (the first: {_printable(self.foreign[0])})" if self.foreign else ""
-            logger.warning(
-                "%s: ignored %d files that are not images in a class folder%s, %d hidden files, "
-                "%d links or unsafe paths",
-                *(_printable(self.where), len(self.foreign), first, self.hidden, self.unsafe),
-            )
+            parts = []
+            if number := len(self.foreign):
+                what = amount(number, "file that is not an image", "files that are not images")
+                parts.append(f"{what} in a class folder (the first: {_printable(self.foreign[0])})")
+            if self.hidden:
+                parts.append(amount(self.hidden, "hidden file"))
+            if self.unsafe:
+                parts.append(amount(self.unsafe, "link or unsafe path", "links or unsafe paths"))
+            logger.warning("%s: ignored %s", _printable(self.where), ", ".join(parts))
         elif self.hidden:
-            logger.info("%s: ignored %d hidden files", _printable(self.where), self.hidden)
+            logger.info("%s: ignored %s", _printable(self.where), amount(self.hidden, "hidden file"))
 
     def check_classes(self, expected: Sequence[str] | None) -> list[str]:
         """Return the class names; ValueError if classes are missing, empty or not among the expected ones."""
@@ -145,7 +149,7 @@ class _Listing:
         empty = sorted(self.found_classes.keys() - full) if expected is None or not full else []
         if empty:
             others = len(empty) - 1
-            more = f" (and {others} other class{'es' if others > 1 else ''})" if others else ""
+            more = f" (and {amount(others, 'other class', 'other classes')})" if others else ""
             raise ValueError(
                 f"{where}{slash}{empty[0]}: class without images{more}; "
                 "add images (.jpg, .png, ...) or remove the folder"
@@ -156,11 +160,12 @@ class _Listing:
         names = [_printable(name) for name in expected]
         unknown = sorted(full - set(names))
         if unknown:
-            more = f" (and {len(unknown) - 1} others)" if len(unknown) > 1 else ""
+            more = f" (and {amount(len(unknown) - 1, 'other')})" if len(unknown) > 1 else ""
             some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise ValueError(
-                f"{where}{slash}{unknown[0]}: class {unknown[0]!r}{more} is not among the {len(names)} known "
-                f"classes ({some}); rename or remove the folder, or train with it"
+                f"{where}{slash}{unknown[0]}: class {unknown[0]!r}{more} is not among the "
+                f"{amount(len(names), 'known class', 'known classes')} ({some}); "
+                "rename or remove the folder, or train with it"
             )
         return names
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ..wording import amount
 from .images import CorruptImage
 
 IGNORED = -1
@@ -54,7 +55,7 @@ class LabelRule:
         wrong = labels[~ignored & ((classes < 0) | (classes >= self.num_classes))]
         if wrong.size:
             raise ValueError(
-                f"{name}: label {wrong.max()} in {wrong.size} pixels is not valid: {self}; "
+                f"{name}: label {wrong.max()} in {amount(wrong.size, 'pixel')} is not valid: {self}; "
                 "set ignore and num_classes to the data's rule, or repair the file"
             )
         classes[ignored] = IGNORED
@@ -121,7 +122,8 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
         raise ValueError(f"{path}: duplicate class name {twice!r}: use unique names")
     if num_classes is not None and num_classes != len(names):
         raise ValueError(
-            f"{path} names {len(names)} classes, but the number of classes is set to {num_classes}: change one of them"
+            f"{path} names {amount(len(names), 'class', 'classes')}, but the number of classes is set to "
+            f"{num_classes}: change one of them"
         )
     return names
 

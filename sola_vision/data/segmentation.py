@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..wording import amount
 from .images import SUFFIXES, CorruptImage, read_image
 from .labels import IGNORED, LabelRule, read_class_names, read_labels
 
@@ -58,7 +59,7 @@ class SegmentationFolder(Dataset[Any]):
             missing = self.labels_folder / f"{without[0]}.png"
             raise FileNotFoundError(f"{images[without[0]]}: no label {missing}{more}; add it or remove the image")
         if spare := len(labels.keys() - images.keys()):
-            logger.warning("%s: skipped %d labels without an image", self.labels_folder, spare)
+            logger.warning("%s: skipped %s without an image", self.labels_folder, amount(spare, "label"))
         self.names = list(images)
         self.images = [images[name] for name in self.names]
         self.labels = [labels[name] for name in self.names]
@@ -99,8 +100,8 @@ class SegmentationFolder(Dataset[Any]):
         # a class may be rare, or a set may only have background; but only 0 and the ignored 255 look like a binary mask
         if self.rule.num_classes > 1 and self.rule.ignore == 255 and seen == {IGNORED, 0}:
             raise ValueError(
-                f"{self.labels_folder}: the {len(chosen)} labels checked hold only class 0 and the ignored 255 "
-                f"({self.rule}); masks of 0 and 255 must be written as labels 0 and 1"
+                f"{self.labels_folder}: {amount(len(chosen), 'label checked holds', 'labels checked hold')} only class "
+                f"0 and the ignored 255 ({self.rule}); masks of 0 and 255 must be written as labels 0 and 1"
             )
 
 

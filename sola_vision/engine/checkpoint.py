@@ -27,6 +27,7 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..wording import amount
 from .distributed import on_main
 
 STATE = Path("last") / "state.safetensors"
@@ -158,8 +159,8 @@ def load_progress(folder: Path, total: int | None = None, optimizer: str | None 
         raise ValueError(f"{path} was not written by this version: resume with the version that wrote it") from None
     if total is not None and progress.step > total:
         raise ValueError(
-            f"{folder} is at step {progress.step}, past the {total} steps of this run: it was started with more "
-            "images or epochs; resume it with those, or choose another folder"
+            f"{folder} is at step {progress.step}, past the {amount(total, 'step')} of this run: it was started with "
+            "more images or epochs; resume it with those, or choose another folder"
         )
     before = progress.config.get("optimizer")
     if optimizer is not None and before not in (None, optimizer):
@@ -189,7 +190,8 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
             differing += [key for key in saved if key.startswith(f"{prefix}/") and key not in own]
             if differing:
                 raise ValueError(
-                    f"{path} belongs to another model: {len(differing)} keys differ ({', '.join(differing[:3])}); "
+                    f"{path} belongs to another model: {amount(len(differing), 'key differs', 'keys differ')} "
+                    f"({', '.join(differing[:3])}); "
                     "resume with the configuration that the run was started with"
                 )
             for key, value in own.items():
@@ -213,7 +215,7 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(header["groups"]) != len(current["param_groups"]):
         raise ValueError(
-            f"{path} has {len(header['groups'])} parameter groups instead of {len(current['param_groups'])}: "
+            f"{path} has {amount(len(header['groups']), 'parameter group')} instead of {len(current['param_groups'])}: "
             "resume with the weight_decay and layer_decay that the run was started with"
         )
     for group, values in zip(current["param_groups"], header["groups"], strict=True):

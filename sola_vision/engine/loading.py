@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from ..wording import amount
 from .config import TrainConfig
 from .distributed import World, gather_objects
 
@@ -88,7 +89,9 @@ class Skipped:
         if len(bad) > self.limit:
             first = f"repair or remove them; the first: {next(iter(bad.values()))}"
             if len(bad) == self.size:
-                raise ValueError(f"none of the {self.size} {self.what} images can be read: {first}")
+                none = "the only" if self.size == 1 else f"none of the {self.size}"
+                verb = "image cannot" if self.size == 1 else "images can"
+                raise ValueError(f"{none} {self.what} {verb} be read: {first}")
             raise ValueError(
                 f"{len(bad)} of the {self.size} {self.what} images cannot be read, more than the {self.limit} that "
                 f"may be skipped ({self.max_corrupt:g} of a dataset; only train.max_corrupt changes this): {first}"
@@ -163,7 +166,7 @@ def micro_batch_size(config: TrainConfig, world: World) -> int:
     if config.batch_size % parts:
         raise ValueError(
             f"batch_size={config.batch_size} must be a multiple of {parts}: accumulate={config.accumulate} "
-            f"times {world.size} processes"
+            f"times {amount(world.size, 'process', 'processes')}"
         )
     return config.batch_size // parts
 
@@ -171,7 +174,8 @@ def micro_batch_size(config: TrainConfig, world: World) -> int:
 def count_epoch_steps(size: int, config: TrainConfig) -> int:
     """Return the steps of an epoch over `size` images; the incomplete last batch is dropped."""
     if size < config.batch_size:
-        raise ValueError(f"batch_size={config.batch_size} is more than the {size} training images: lower it")
+        images = amount(size, "training image")
+        raise ValueError(f"batch_size={config.batch_size} is more than the {images}: lower it")
     return size // config.batch_size
 
 

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..wording import amount
 from .config import Task
 
 METRICS = Path("metrics.jsonl")
@@ -231,7 +232,7 @@ def _hardware(device: torch.device) -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {amount(os.cpu_count() or 1, 'core')}"
 
 
 def _commit() -> str | None:

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..wording import amount
 from .config import TrainConfig
 
 
@@ -63,12 +64,13 @@ def count_steps(config: TrainConfig, epoch_steps: int) -> int:
     if warmup >= total:
         if config.warmup_steps is None:
             given, shorter = (
-                f"warmup_epochs={config.warmup_epochs:g} ({warmup} steps)",
+                f"warmup_epochs={config.warmup_epochs:g} ({amount(warmup, 'step')})",
                 f"{total / epoch_steps / 10:.2g}",
             )
         else:
             given, shorter = f"warmup_steps={warmup}", str(total // 10)
-        raise ValueError(f"{given} must be shorter than the run of {total} steps: lower it, for example to {shorter}")
+        run = amount(total, "step")
+        raise ValueError(f"{given} must be shorter than the run of {run}: lower it, for example to {shorter}")
     return total
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from ..wording import amount
 from .checkpoint import BEST, STATE, Progress
 from .config import TrainConfig, list_changes
 from .log import METRICS, SUMMARY, check_unlocked
@@ -33,7 +34,7 @@ def changes(before: Progress, config: TrainConfig, images: Mapping[str, int]) ->
     """Return a readable line for each setting and number of images that differs from the saved state."""
     changed = list_changes(before.config, json.loads(json.dumps(asdict(config))))
     return changed + [
-        f"{number} {name} images (was {then})"
+        f"{amount(number, f'{name} image')} (was {then:,})"
         for name, number in images.items()
         if (then := before.images.get(name, number)) != number
     ]

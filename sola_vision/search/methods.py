@@ -96,7 +96,7 @@ def search(problem: Problem, method: str, log: Log) -> Found:
     """Run one of METHODS. An interrupted search reuses every training and evaluation that it had finished."""
     candidates = problem.costs.meeting(problem.budget)
     budget = problem.costs.text(problem.budget)
-    log(f"{len(candidates):,} of {len(list(problem.costs.space)):,} networks meet the budget of {budget}")
+    log(f"within the budget of {budget}: {len(candidates):,} of {len(list(problem.costs.space)):,} networks")
     if method == "rule":
         return _found(problem, method, rule(problem.costs, problem.budget), 0.0, [])
     if method == "gates":

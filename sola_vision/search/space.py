@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from sola_vision.config import SolaConfig
 from sola_vision.schedule import Bridge, Bridges, Layer, parse_bridges, parse_schedule
+from sola_vision.wording import amount
 
 _MOST = 65_536  # networks of a space; pricing and ranking all of them takes about a second
 
@@ -34,7 +35,7 @@ class Space:
         networks = math.prod(map(len, self.letters))
         if not self.size or networks > _MOST:
             raise ValueError(
-                f"space {self.template!r} has {self.size} open layers"
+                f"space {self.template!r} has {amount(self.size, 'open layer')}"
                 + (f" and so {networks:,} networks, more than {_MOST:,}" if self.size else "")
                 + ": mark open layers with ?, such as LL/LL/??????/LL"
                 + (", but fewer of them" if self.size else "")

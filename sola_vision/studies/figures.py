@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
+from sola_vision.wording import amount
 
 from .outcome import Outcome, Row
 
@@ -55,7 +56,9 @@ def _draw_costs(outcome: Outcome, done: Sequence[Row], axes: Axes) -> None:
     axes.set_xlabel(f"MMACs per image of {outcome.plan['cost_size']} pixels")
     axes.set_ylabel(f"{outcome.study.measure}, %")
     seeds = max((len(row.by_seed) for row in done), default=0)
-    axes.set_title(f"here: {outcome.plan['data']['name']}, up to {seeds} seeds, bars are standard errors", fontsize=9)
+    axes.set_title(
+        f"here: {outcome.plan['data']['name']}, up to {amount(seeds, 'seed')}, bars are standard errors", fontsize=9
+    )
     shown = {_colour(row) for row in done}
     for colour, text in ((LINEAR, "linear only"), (MIXED, "both kinds"), (SOFTMAX, "softmax only in what varies")):
         if colour in shown:

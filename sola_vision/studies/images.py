@@ -26,6 +26,7 @@ from sola_vision.data import (
     open_classification,
     shuffled_by_class,
 )
+from sola_vision.wording import amount
 
 _FEWEST = 5  # the minimum number of training images per class, below which accuracy is meaningless
 
@@ -69,13 +70,13 @@ class Images:
         count = len(self.train_indices)
         if count < _FEWEST * len(self.classes):
             raise ValueError(
-                f"{data}: {count} training images for {len(self.classes)} classes are too few: a study needs at least "
-                f"{_FEWEST} per class; add images, raise --limit or choose fewer classes"
+                f"{data}: {amount(count, 'training image')} for {len(self.classes)} classes, too few: a study needs "
+                f"at least {_FEWEST} per class; add images, raise --limit or choose fewer classes"
             )
         if not self.val_indices:
             raise ValueError(
-                f"{data}: none of its {len(self.val_files.targets)} held-out images, on which accuracy is measured, is "
-                f"of the {len(self.classes)} chosen classes; add images or choose other classes"
+                f"{data}: no held-out image, on which accuracy is measured, is of the {len(self.classes)} chosen "
+                "classes; add images or choose other classes"
             )
         both = fingerprint(self.train_files, self.train_indices) + fingerprint(self.val_files, self.val_indices)
         self.identity = Identity(Path(data).name, len(self.classes), count, len(self.val_indices), both)
@@ -156,6 +157,7 @@ def _read_names(path: Path) -> list[str]:
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
-            f"{path}: {len(names)} names of {len(set(names))} classes: write two or more, without duplicates"
+            f"{path}: {amount(len(names), 'name')} of {amount(len(set(names)), 'class', 'classes')}: write two or "
+            "more, without duplicates"
         )
     return sorted(names)

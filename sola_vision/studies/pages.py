@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..wording import amount
 from .figures import draw_study
 from .outcome import Judged, Outcome, gather
 
@@ -78,10 +79,10 @@ def _blocks(outcome: Outcome) -> list[Block]:
     data = plan["data"]
     blocks: list[Block] = []
     if outcome.missing:
-        blocks.append(Text(f"**Unfinished: {len(outcome.results)} of {total} runs are done.**"))
+        blocks.append(Text(f"**Unfinished: {len(outcome.results)} of {amount(total, 'run')} done.**"))
     if outcome.without_number:
-        how = f"**{outcome.without_number} of the finished runs have no {study.measure} and are excluded.**"
-        blocks.append(Text(f"{how} They diverged, or no held-out pixel counts."))
+        how = f"**Excluded: {amount(outcome.without_number, 'finished run')} without {study.measure}.**"
+        blocks.append(Text(f"{how} Training diverged, or no held-out pixel counts."))
     blocks += [
         Listing(
             [
@@ -91,9 +92,9 @@ def _blocks(outcome: Outcome) -> list[Block]:
                 f"Here, scale `{plan['scale']}`: {plan['what']}.",
                 f"Images: {data['name']}, {data['train']:,} for training and {data['val']:,} held out, "
                 f"{data['classes']} classes, {_pixels(plan)} (fingerprint {data['fingerprint']}).",
-                f"Training: {_count(plan['epochs'], 'epoch')}, {_count(plan['steps'], 'step')} of "
-                f"{plan['batch_size']} images, learning rate {plan['lr']:g}; the network after the last epoch is "
-                f"evaluated. {_count(plan['seeds'], 'seed')} per arm.",
+                f"Training: {amount(plan['epochs'], 'epoch')}, {amount(plan['steps'], 'step')} of "
+                f"{amount(plan['batch_size'], 'image')}, learning rate {plan['lr']:g}; the network after the last "
+                f"epoch is evaluated. {amount(plan['seeds'], 'seed')} per arm.",
                 *study.notes,
             ]
         ),
@@ -150,7 +151,7 @@ def _claims(outcome: Outcome) -> list[Block]:
         f"Differences are in points of {outcome.study.measure}, means over seeds of paired differences: the runs of a "
         "seed share the order of images and their augmentation. The interval is Student's t for paired runs, which "
         "assumes normally distributed differences; p is that of the exact one-sided sign-flip test, which does not"
-        + (f", and which cannot be below {0.5**n:.3g} with {_count(n, 'seed')}" if n else "")
+        + (f", and which cannot be below {0.5**n:.3g} with {amount(n, 'seed')}" if n else "")
         + ". A statement holds, or is reversed, if the interval excludes zero; otherwise these runs do not decide it. "
         + (f"The {len(rows)} intervals are not corrected for their number. " if len(rows) > 1 else "")
         + "Intervals cover the randomness of training on these images; other images, sizes or longer training may "
@@ -203,16 +204,12 @@ def _provenance(outcome: Outcome) -> list[Block]:
         f"{all_of('processes')}.",
         f"torch {all_of('torch')}, timm {all_of('timm')}, Python {all_of('python')}.",
         f"Commit of this project: {all_of('commit')}.",
-        f"The {_count(len(outcome.results), 'run')} took {hours:.2f} hours in total.",
+        f"The {amount(len(outcome.results), 'run')} took {hours:.2f} hours in total.",
         "Raw results: [results.json](results.json). To write this page again: `sola study "
         f"{outcome.study.name} --report --out FOLDER`.",
     ]
     commands = sorted({str(result.get("command")) for result in outcome.results})
     return [Code("\n".join(commands)), Listing(facts)]
-
-
-def _count(number: float, noun: str) -> str:
-    return f"{number:,.10g} {noun}" + ("" if number == 1 else "s")
 
 
 def _epochs(epochs: int, task: str) -> str:

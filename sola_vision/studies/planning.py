@@ -8,6 +8,7 @@ from typing import Any
 
 from sola_vision.config import SolaConfig
 from sola_vision.engine import TrainConfig
+from sola_vision.wording import amount
 
 from .definition import Arm, Study
 from .images import Images
@@ -87,7 +88,7 @@ def plan(
     train = first[0].train
     if images.identity.train < train.batch_size:
         raise ValueError(
-            f"{data}: {images.identity.train} training images are fewer than one batch of {train.batch_size}: "
+            f"{data}: {amount(images.identity.train, 'training image')}, fewer than one batch of {train.batch_size}: "
             "add images"
         )
     number = seeds or scale.seeds
@@ -128,8 +129,8 @@ def _config(base: SolaConfig, arm: Arm, classes: int) -> SolaConfig:
     stages = len(arm.schedule.split("/"))
     if stages != len(base.dims):
         raise ValueError(
-            f"schedule {arm.schedule!r} has {stages} stages but the scale's network has {len(base.dims)}: give one "
-            "group of letters per stage, separated by slashes"
+            f"schedule {arm.schedule!r} has {amount(stages, 'stage')} but the scale's network has {len(base.dims)}: "
+            "give one group of letters per stage, separated by slashes"
         )
     return base.with_changes(
         schedule=arm.schedule, bridges=arm.bridges, token_shift=arm.token_shift, num_classes=classes

@@ -14,6 +14,7 @@ from sola_vision.tasks.coco_eval import RECALLS, THRESHOLDS, Score
 from sola_vision.tasks.fonts import pillow_font, save_figure
 from sola_vision.tasks.label_pictures import class_colours, enlargement
 from sola_vision.tasks.pictures import BLUE, GREEN, ORANGE, VERMILION
+from sola_vision.wording import amount
 
 _LABELLED = 40  # with more objects than this, classes are shown by colour alone
 _CURVES = 12  # classes with a coloured curve and a legend entry
@@ -135,7 +136,7 @@ def draw_worst(
     for axes in grid.flat:
         axes.axis("off")
     for row, (name, image, truth, found, caption) in zip(grid, examples, strict=False):
-        titles = (f"{name}: {len(truth)} true objects", f"{len(found)} detections: {caption}")
+        titles = (f"{name}: {amount(len(truth), 'true object')}", f"{amount(len(found), 'detection')}: {caption}")
         for axes, shapes, title in zip(row, (truth, found), titles, strict=True):
             axes.imshow(draw_shapes(image, shapes, classes))
             axes.set_title(title, fontsize=8, color="black" if shapes is truth else VERMILION)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sola_vision.data import ImageConfig
 from sola_vision.engine import all_reduce_sum
+from sola_vision.wording import amount
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Classification:
         """Raise ValueError if `size` images cannot be mixed in pairs. Commands call this before they write files."""
         if self.mixup is not None and size % 2:
             raise ValueError(
-                f"a batch of {size} images cannot be mixed in pairs: choose an even batch size per process, "
+                f"a batch of {amount(size, 'image')} cannot be mixed in pairs: choose an even batch size per process, "
                 "or image.mixup 0 and image.cutmix 0"
             )
 

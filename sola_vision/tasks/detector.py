@@ -40,6 +40,7 @@ from sola_vision.tasks.rcnn import (
     L1RoIHeads,
     Preparation,
 )
+from sola_vision.wording import amount
 
 _STRIDES = (4, 8, 16, 32)
 _GRID = 224  # image size of the position embedding, as for the classifiers; it is interpolated for other sizes
@@ -213,7 +214,8 @@ def load_detector(path: str | Path) -> DetectorCheckpoint:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise foreign_metadata(path, error) from None
     if len(ids) != len(classes):
-        raise foreign_metadata(path, f"{len(classes)} classes but {len(ids)} category ids")
+        what = f"{amount(len(classes), 'class', 'classes')} but {amount(len(ids), 'category id')}"
+        raise foreign_metadata(path, what)
     name, network = read_network(path, values)
     model = _create(name, network, detector, image, len(classes))
     load_weights(model, path)

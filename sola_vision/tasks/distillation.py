@@ -24,6 +24,7 @@ from sola_vision.data import ImageConfig
 from sola_vision.tasks.classification import Classification, Tally
 from sola_vision.tasks.pyramid import below
 from sola_vision.tasks.teacher import Teacher, first_line
+from sola_vision.wording import amount
 
 
 @dataclass(kw_only=True)
@@ -179,9 +180,10 @@ def find_columns(targets: str, teacher: Teacher, classes: Sequence[str]) -> tupl
             )
         return list(range(count)), f"the teacher's {count} outputs are taken as the data's classes, sorted by name"
     if names is None:
-        why = f"the teacher has {count or 'no'} outputs, but the data has {len(classes)} classes"
+        outputs = amount(count, "output") if count else "no outputs"
+        why = f"the teacher has {outputs}, but the data has {len(classes)} classes"
     elif missing := [name for name in classes if name not in names]:
-        why = f"{len(missing)} of the data's {len(classes)} classes are not among the teacher's, such as {missing[0]!r}"
+        why = f"the teacher lacks {len(missing)} of the data's {len(classes)} classes, such as {missing[0]!r}"
     else:
         return [names.index(name) for name in classes], ""
     if targets == "auto":

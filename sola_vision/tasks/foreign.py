@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo
 
 from sola_vision.engine import read_weights
 from sola_vision.vrwkv_weights import from_published, is_published
+from sola_vision.wording import amount
 
 _log = logging.getLogger("sola_vision")
 
@@ -52,7 +53,7 @@ def _timm(file: Path) -> dict[str, Any]:
         image |= {key: [float(number) for number in image[key]] for key in ("mean", "std") if key in image}
         names = config.get("label_names") or cfg.get("label_names") or _imagenet(count)
         if len(names) != count:
-            raise ValueError(f"{len(names)} label_names for {count} classes")
+            raise ValueError(f"{amount(len(names), 'name')} in label_names for {amount(count, 'class', 'classes')}")
         classes = [names[str(index)] for index in range(count)] if isinstance(names, dict) else names
         if cfg.get("crop_mode") not in (None, "center"):
             _warn_crop(file, cfg["crop_mode"])

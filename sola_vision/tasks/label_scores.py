@@ -43,6 +43,6 @@ def pair_folders(predictions: Path, annotations: Path) -> list[LabelPair]:
     if missing:
         raise FileNotFoundError(
             f"{predictions / missing[0]}.png: no prediction for {truth[missing[0]]} "
-            f"({len(missing)} of {len(truth)} are missing); every annotation needs one"
+            f"(missing: {len(missing)} of {len(truth)}); every annotation needs one"
         )
     return [LabelPair(name, predicted[name], file) for name, file in truth.items()]

@@ -19,6 +19,7 @@ from sola_vision.data import ImageConfig
 from sola_vision.engine import read_metadata
 from sola_vision.tasks import foreign
 from sola_vision.vrwkv import VrwkvConfig
+from sola_vision.wording import amount
 
 Settings = TypeVar("Settings")
 
@@ -200,7 +201,8 @@ def describe_classifier(path: str | Path) -> ClassifierDescription:
             f"{path} is a checkpoint for {values['task']}: use a classifier's, or the name of its backbone, {name}"
         )
     if (channels := arguments.get("in_chans", 3)) != 3:
-        raise ValueError(f"{path} takes images of {channels} channels: use a checkpoint for RGB images, which have 3")
+        kind = f"images of {amount(channels, 'channel')}"
+        raise ValueError(f"{path} takes {kind}: use a checkpoint for RGB images, which have 3")
     try:
         image, num_classes = read_settings(ImageConfig, values["image"]), len(values["classes"])
     except (AttributeError, TypeError, ValueError) as error:

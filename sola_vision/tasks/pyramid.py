@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sola_vision.engine import LoadReport
 from sola_vision.layers import resize_position
 from sola_vision.tasks.model import create_network, explain_mismatch, own_fields
+from sola_vision.wording import amount
 
 _LEVELS = 4
 
@@ -80,7 +81,7 @@ class Pyramid(nn.Module):
                 hint = explain_mismatch(path, self.network) or "use the same network"
             raise ValueError(f"{path} does not fit the backbone: {report}; {hint}")
         self.body.load_state_dict(weights)
-        changed += [f"{len(bridges)} weights of bridges dropped"] if bridges else []
+        changed += [f"{amount(len(bridges), 'weight')} of bridges dropped"] if bridges else []
         return f"backbone from {path}" + (f" ({', '.join(changed)})" if changed else "")
 
     def freeze(self, stages: int) -> None:

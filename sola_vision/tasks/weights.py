@@ -36,6 +36,7 @@ from sola_vision.tasks.model import (
 )
 from sola_vision.vrwkv import VisionRwkv
 from sola_vision.vrwkv_weights import is_published, renamed
+from sola_vision.wording import amount
 
 _log = logging.getLogger("sola_vision")
 
@@ -74,7 +75,8 @@ def save_pretrained(
         known = map(str, range(count))
     names = list(known if classes is None else classes)
     if len(names) != count or len(set(names)) != count or not all(isinstance(label, str) for label in names):
-        raise ValueError(f"classes must be {count} different names, one for each output (got {names!r:.80})")
+        right = amount(count, "different name")
+        raise ValueError(f"classes must be {right}, one for each output (got {names!r:.80})")
     image = image or _image(model, cfg)
     about = metadata("classification", ModelConfig(name=name), image, names, model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +130,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(f"{path} is a backbone without a head: use a checkpoint of a classifier")
     channels = getattr(checkpoint.model, "in_chans", 3)
     if channels != 3:
-        raise ValueError(f"{path} takes images of {channels} channels, but images are read as RGB: use 3 channels")
+        kind = f"images of {amount(channels, 'channel')}"
+        raise ValueError(f"{path} takes {kind}, but images are read as RGB: use 3 channels")
     return checkpoint
 
 
@@ -173,7 +176,7 @@ def adapt(
             inputs, outputs = old.shape[1], new.shape[1]
             if inputs != outputs:
                 weights[first] = adapt_input_conv(outputs, old, base_chans=inputs)
-                notes.append(f"{first} from {inputs} to {outputs} channels")
+                notes.append(f"{first} from {inputs} to {amount(outputs, 'channel')}")
     heads = tuple(f"{module}." for module in _modules(cfg.get("classifier")))
     for name in [name for name in (*own, *weights) if name.startswith(heads) and not same_classes]:
         if name not in own:
@@ -229,7 +232,8 @@ def _settings(path: Path, values: Mapping[str, Any]) -> tuple[list[str], ImageCo
 def _names(saved: list[str], num_classes: int | None, classes: Sequence[str] | None) -> list[str]:
     if classes is not None:
         if num_classes not in (None, len(classes)):
-            raise ValueError(f"num_classes={num_classes} does not match {len(classes)} classes: use one of the two")
+            given = amount(len(classes), "class", "classes")
+            raise ValueError(f"num_classes={num_classes} does not match {given}: use one of the two")
         return [str(label) for label in classes]
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes={num_classes} must not be negative; use 0 for no head")
@@ -275,8 +279,9 @@ def _check_whole(model: nn.Module) -> None:
     differing = sorted(name for name in own.keys() | built.keys() if own.get(name) != built.get(name))
     if differing:
         raise ValueError(
-            f"{len(differing)} parameters, {differing[0]} first, do not match the network's config: it "
-            "was pruned or changed; save only its weights, with safetensors.torch.save_model"
+            f"{amount(len(differing), 'parameter does', 'parameters do')} not match the network's config "
+            f"({differing[0]} first): it was pruned or changed; save only its weights, with "
+            "safetensors.torch.save_model"
         )
 
 

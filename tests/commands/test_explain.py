@@ -105,7 +105,7 @@ def test_peers_are_explained_by_their_maps(photograph, tmp_path):
         (["PHOTO", "--size", "big"], "must be HEIGHTxWIDTH"),
         (["PHOTO", "--model", "sola_huge"], "'sola_huge' is unknown"),
         (["PHOTO", "--compare", "random"], "needs a checkpoint"),
-        (["PHOTO", "--compare", "LL"], "has 1 stages"),
+        (["PHOTO", "--compare", "LL"], "has 1 stage but dims"),
         (["PHOTO", "--checkpoint", "nowhere"], "nowhere"),
         (["PHOTO", "--checkpoint", "x", "--schedule", "L"], "leave out --model"),
         (["multiscale", "--size", "32x64"], "square"),

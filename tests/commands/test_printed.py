@@ -6,6 +6,8 @@ import re
 import pytest
 from small import CLASSES, TINY, write_images
 
+from sola_vision.commands import evaluate_segmentation
+
 
 @pytest.mark.parametrize(("count", "top5"), [(5, False), (6, True)])
 def test_percentages_have_their_unit_and_top5_is_of_more_than_five_classes(sola, tmp_path, count, top5):
@@ -32,3 +34,15 @@ def test_names_are_not_broken_where_the_output_is_no_terminal(sola, tmp_path, da
     said = sola("eval", "--checkpoint", trained, "--data", "long " * 30, "--workers", 0, "--out", "out")
     assert said.code == 0, said.err
     assert f"on {'long ' * 30} (val, 16 images)\n" in said.out
+
+
+@pytest.mark.parametrize(("number", "says"), [(1, "1 image, "), (2, "2 images, ")])
+def test_title_of_a_segmentation_counts_images_and_classes(capsys, number, says):
+    row = {"class": "sky", "pixels": 9, "iou": 50.0, "accuracy": 60.0, "precision": 70.0}
+    numbers = {"miou": 50.0, "miou_all": 25.0, "mean_accuracy": 60.0, "pixel_accuracy": 60.0}
+    rows = [row, {**dict.fromkeys(row, None), "class": "sea", "pixels": 0}]
+    result = {"predictions": "p", "annotations": "a", "images": number, "rule": "labels 0..1", "classes": rows}
+    evaluate_segmentation._print({**result, **numbers})
+    out = capsys.readouterr().out
+    assert f"p on a: {says}labels 0..1" in out
+    assert "mIoU 50.00 % over the 1 class that occurs, 25.00 % over all 2 " in out

@@ -68,7 +68,7 @@ def test_list_runs_nothing(sola, data, tmp_path):
         (("table3",), ["'table3' is unknown", "table2", "fig1a, custom and all"]),
         (("table2",), ["needs --data"]),
         (("table2", "--data", "nowhere"), ["nowhere: no such folder"]),
-        (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes are too few"]),
+        (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes, too few: "]),
         (("table2", "--data", "DATA", "--seeds", "0"), ["--seeds 0"]),
         (("table2", "--data", "DATA", "--schedules", "L"), ["--schedules needs custom"]),
         (("table2", "--data", "DATA", "--scale", "huge"), ["--scale", "huge"]),
@@ -141,7 +141,7 @@ def test_the_rule_needs_no_batch_of_images(sola, refused, data, tmp_path, monkey
     small = SCALES["small"]
     monkeypatch.setitem(SCALES, "small", replace(small, train=replace(small.train, batch_size=36)))
     words = (*SEARCH, "--budget", "L/L/LLS/L", "--data", data, "--out", tmp_path / "s")
-    refused(*words, names=["35 training images are fewer than one batch of 36"])
+    refused(*words, names=["35 training images, fewer than one batch of 36"])
     said = sola(*words, "--method", "rule")
     assert said.code == 0, said.err
     assert said.out == "L/L/LLS/L\n"

@@ -114,10 +114,10 @@ def test_crowds_are_no_objects_but_truth(tmp_path):
 def test_boxes_alone_and_mixed_masks(tmp_path):
     write(tmp_path / "boxes", [annotation(segmentation=[]), annotation(2)])
     assert not CocoFolder(tmp_path / "boxes", "val").masks
-    with pytest.raises(ValueError, match="2 of 2 objects have no mask"):
+    with pytest.raises(ValueError, match="no mask for 2 of 2 objects"):
         CocoFolder(tmp_path / "boxes", "val", masks=True)
     write(tmp_path / "mixed", [annotation(segmentation=SQUARE), annotation(2)])
-    with pytest.raises(ValueError, match=r"1 of 2 objects have no mask \(the first: annotation 2\)"):
+    with pytest.raises(ValueError, match=r"no mask for 1 of 2 objects \(the first: annotation 2\)"):
         CocoFolder(tmp_path / "mixed", "val")
     assert CocoFolder(tmp_path / "mixed", "val", masks=False).objects(0).segmentations is None
 
@@ -205,7 +205,7 @@ def test_an_image_of_another_size_and_a_missing_one_are_errors_of_that_image(tmp
     (tmp_path / "val" / "9.png").unlink()
     with caplog.at_level(logging.WARNING):
         data = CocoFolder(tmp_path, "val")
-    assert "1 of 3 images are missing (the first: 9.png)" in caplog.text
+    assert "1 of 3 image files not found (the first: 9.png)" in caplog.text
     assert data[0][0].size == (30, 20)
     with pytest.raises(ValueError, match=r"8\.png is 30x20, but 20x30 in "):
         data[1]
@@ -256,7 +256,7 @@ REFUSED = {
     "duplicate category 6 'cat'": change(categories=[{"id": 5, "name": "cat"}, {"id": 6, "name": "cat"}]),
     "category_id 5": change(categories=[{"id": 6, "name": "dog"}]),
     r"category_id \[5\]": change(annotations=[annotation(category=[5])]),
-    "like all 1 images": change(images=[{**IMAGE, "file_name": "elsewhere.png"}]),
+    "not found, the only image listed in": change(images=[{**IMAGE, "file_name": "elsewhere.png"}]),
 }
 
 

@@ -88,6 +88,18 @@ def test_image_folder_logs_how_many_files_it_ignored(tmp_path, caplog):
     assert "3 hidden" in caplog.text
 
 
+def test_image_folder_logs_one_ignored_file_in_the_singular_and_no_zeros(tmp_path, caplog):
+    write_tree(tmp_path, {"train/cat/1.png": png(1), "train/cat/notes.txt": b"", "train/.hidden/2.png": png(2)})
+    with caplog.at_level(logging.INFO):
+        ImageFolder(tmp_path, "train")
+        (tmp_path / "train/cat/notes.txt").unlink()
+        ImageFolder(tmp_path, "train")
+    one, other = caplog.messages
+    first = "1 file that is not an image in a class folder (the first: cat/notes.txt)"
+    assert one == f"{tmp_path}/train: ignored {first}, 1 hidden file"
+    assert other == f"{tmp_path}/train: ignored 1 hidden file"
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar below a top folder", "tar with ./", "shards", "shards one level up"])
 def test_image_folder_of_a_tar_equals_the_folder(tmp_path, kind):
     folder = write_tree(tmp_path / "folder", FILES)

@@ -195,7 +195,7 @@ def test_the_papers_scale_costs_what_table_8_says(masks):
 def test_images_that_do_not_suit(masks, tmp_path):
     with pytest.raises(ValueError, match=r"needs images/SPLIT and annotations/SPLIT .* not folders of classes"):
         planned(write_images(tmp_path / "classes"))
-    with pytest.raises(ValueError, match="3 training images are fewer than one batch of 4"):
+    with pytest.raises(ValueError, match="3 training images, fewer than one batch of 4"):
         planned(masks, limit=3)
     with pytest.raises(
         ValueError, match=r"label 255 in .* pixels is not valid: labels 0\.\.2 are classes, 9 is ignored"

@@ -18,7 +18,6 @@ from sola_vision.studies import STUDIES, plan, write_report
 from sola_vision.studies.fig1a import ACCURACY, MASK_AP, write_fig1a
 from sola_vision.studies.figures import _draw_depths
 from sola_vision.studies.outcome import RESULTS, gather, write_plan
-from sola_vision.studies.pages import _count
 from sola_vision.studies.scales import MEDIUM, SMALL
 
 
@@ -104,7 +103,7 @@ def test_a_run_without_a_number_counts_nowhere_and_the_page_says_so(data, tmp_pa
     assert (by_text["SoLA > Alternating"].n, by_text["SoLA > Stacked-Last"]) == (2, None)
     assert (outcome.missing, outcome.without_number) == (0, 4)
     page = (tmp_path / "table6" / "report.md").read_text()
-    assert "**4 of the finished runs have no top-1 accuracy and are excluded.**" in page
+    assert "**Excluded: 4 finished runs without top-1 accuracy.**" in page
     assert "| 53.55 ± 0.45 (2) |" in page
     files = [tmp_path / "table6" / RESULTS, *(tmp_path / "results").iterdir()]
     assert "nan" not in (page + "".join(file.read_text() for file in files)).lower()
@@ -215,8 +214,3 @@ def test_the_papers_own_differences():
     assert differences["equal budget: LLSLLS > SSLLLL"] == pytest.approx(0.47)
     assert differences["softmax late > early, one to three layers"] == pytest.approx(0.1233, abs=1e-3)
     assert STUDIES["fig5"].paper_difference(STUDIES["fig5"].claims[0]) is None
-
-
-def test_one_of_a_kind_is_singular():
-    counts = [_count(1, "seed"), _count(1.0, "epoch"), _count(0.5, "epoch"), _count(1_234_567, "step")]
-    assert counts == ["1 seed", "1 epoch", "0.5 epochs", "1,234,567 steps"]

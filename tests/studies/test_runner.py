@@ -146,7 +146,7 @@ def test_the_papers_scale_costs_what_table_1_says(data):
 
 
 def test_too_few_images_for_the_classes(data):
-    with pytest.raises(ValueError, match="12 training images for 3 classes are too few"):
+    with pytest.raises(ValueError, match="12 training images for 3 classes, too few"):
         planned(data, limit=12)
 
 

@@ -170,7 +170,7 @@ def test_classes_are_found_by_name_among_more_in_another_order():
 @pytest.mark.parametrize(
     ("classes", "outputs", "targets", "columns", "words"),
     [
-        (["cat", "owl"], 2, "auto", None, "4 of the data's 5 classes are not among the teacher's, such as 'ant'"),
+        (["cat", "owl"], 2, "auto", None, "the teacher lacks 4 of the data's 5 classes, such as 'ant'"),
         (["cat", "owl"], 2, "soft", "refused", "--distill.targets soft"),
         (None, 5, "auto", None, "--distill.targets soft if they are the data's"),
         (None, 5, "soft", [0, 1, 2, 3, 4], "taken as the data's classes"),

@@ -148,7 +148,7 @@ def test_one_channel_sees_grey_as_three_did(tmp_path, model):
     grey = torch.randn(2, 1, 32, 32)
     loaded = sola_vision.load(tmp_path / "f", in_chans=1)
     assert torch.allclose(loaded(grey), model(grey.expand(-1, 3, -1, -1)), atol=1e-4)
-    assert any("from 3 to 1 channels" in what for what in loaded.load_report.adapted)
+    assert any(what.endswith("from 3 to 1 channel") for what in loaded.load_report.adapted)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
@@ -207,7 +207,7 @@ def test_other_fields_change_the_network(tmp_path, sola):
 
 def test_requests_that_contradict_themselves(tmp_path, sola):
     sola_vision.save_pretrained(sola, tmp_path / "f")
-    with pytest.raises(ValueError, match="num_classes=2 does not match 1 classes"):
+    with pytest.raises(ValueError, match="num_classes=2 does not match 1 class: "):
         sola_vision.load(tmp_path / "f", num_classes=2, classes=["a"])
     with pytest.raises(ValueError, match="num_classes=-1"):
         sola_vision.load(tmp_path / "f", num_classes=-1)
@@ -315,7 +315,9 @@ def test_save_pretrained_refuses_what_it_could_not_bring_back(tmp_path, sola):
 
 def test_a_pruned_network_is_not_saved_as_a_whole_one(tmp_path, sola):
     sola.prune_intermediate_layers([1])
-    with pytest.raises(ValueError, match=r"140 parameters, norm\.bias first, .* pruned or changed"):
+    with pytest.raises(
+        ValueError, match=r"140 parameters do not match .* \(norm\.bias first\): it was pruned or changed"
+    ):
         sola_vision.save_pretrained(sola, tmp_path / "f")
     assert os.listdir(tmp_path) == []
 

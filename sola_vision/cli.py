@@ -31,7 +31,16 @@ _MODULES = {"eval": "evaluate"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 if the run failed, 2 for invalid input, 130 if interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of the results has closed the pipe (`sola cost ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
+        return 141
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -55,14 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with uncollected():
         command = importlib.import_module(f"sola_vision.commands.{_MODULES.get(verb, verb)}")
     try:
-        code = command.run(arguments[1:]) or 0
-        sys.stdout.flush()
-        return code
+        return command.run(arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of the results has closed the pipe (`sola cost ... | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
-        return 141
+    except BrokenPipeError:  # an OSError, but not one of the command's files
+        raise
     except (ValueError, OSError, ImportError, TrainingStopped) as error:
         if os.environ.get("SOLA_TRACEBACK"):
             raise

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sola_vision.commands.arguments import (
@@ -28,6 +26,7 @@ from sola_vision.commands.arguments import (
     print_skipped,
 )
 from sola_vision.commands.evaluate_detection import image_at
+from sola_vision.commands.results import watched
 from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
@@ -110,9 +109,8 @@ def _predict(
 ) -> Iterator[Prediction]:
     source, out = Path(options.source), Path(options.out)
     labels = {number: label for label, number in enumerate(checkpoint.category_ids)}
-    console = Console(stderr=True)
     number = 0
-    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+    for file in watched(files, len(files), "predicting"):
         name = _name(file, source)
         try:
             image = read_image(file)

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sola_vision.commands.arguments import Arguments, check_leftovers, image_files, out_folder, plain, print_skipped
 from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
+from sola_vision.commands.results import watched
 from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
 from sola_vision.engine import distributed
@@ -102,8 +101,7 @@ def _predict(
     transform = SegmentationEvalTransform(image_config)
     source, out = Path(options.source), Path(options.out)
     outputs = _outputs(files, source)
-    console = Console(stderr=True)
-    for file in track(files, "predicting", console=console, disable=not console.is_terminal, transient=True):
+    for file in watched(files, len(files), "predicting"):
         name = _name(file, source)
         try:
             image = read_image(file)

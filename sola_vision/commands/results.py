@@ -46,7 +46,10 @@ def agree_on_skipped(batches: EvaluationBatches) -> list[int]:
 def watched(items: Iterable[T], total: int, description: str, shown: bool = True) -> Iterator[T]:
     """Yield the items with a progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    with Progress(console=console, disable=not (shown and console.is_terminal), transient=True) as bar:
+    if not (shown and console.is_terminal):  # not Progress(disable=True), which prints an empty line before rich 14.3
+        yield from items
+        return
+    with Progress(console=console, transient=True) as bar:
         yield from bar.track(items, total=total, description=description)
 
 

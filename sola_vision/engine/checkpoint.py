@@ -243,7 +243,7 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         kept = "the previous one is unchanged" if path.exists() else "no previous one exists"
-        match = re.search(r"os error (\d+)", str(error))  # safetensors has no errno attribute
+        match = re.search(r"(?:os error|code:) (\d+)", str(error))  # safetensors has no errno attribute
         number = getattr(error, "errno", None) or (int(match.group(1)) if match else errno.EIO)
         raise OSError(number, f"cannot write a checkpoint ({error}; {kept}); make room and resume", str(path)) from None
 

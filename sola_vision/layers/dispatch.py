@@ -18,6 +18,7 @@ from sola_vision.layers.products import matrices_stay_narrow
 from sola_vision.layers.unmodified import has_global_hook, is_unmodified
 from sola_vision.ops import cpu
 from sola_vision.ops.autocast import autocasts
+from sola_vision.ops.path import exporting
 
 
 def in_one_node(x: Tensor, norm: nn.LayerNorm, *projections: nn.Linear) -> bool:
@@ -55,7 +56,7 @@ def in_tiles(x: Tensor, *modules: nn.Module) -> bool:
     """True if the CPU kernel can apply these norms and projections to x [..., C] in tiles of tokens."""
     weights = (module.weight for module in modules if isinstance(module, nn.Linear))
     # exported graphs have to run on any processor
-    return not torch.compiler.is_exporting() and _inference_on_cpu(x, *modules) and multiplied_in_tiles(x, *weights)
+    return not exporting() and _inference_on_cpu(x, *modules) and multiplied_in_tiles(x, *weights)
 
 
 def in_bands(x: Tensor, *modules: nn.Module) -> bool:

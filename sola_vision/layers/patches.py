@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sola_vision.layers.norm import LayerNorm
 from sola_vision.layers.unmodified import is_exactly
-from sola_vision.ops.path import transformed
+from sola_vision.ops.path import exporting, transformed
 
 
 class Stem(nn.Module):
@@ -77,10 +77,10 @@ class PositionEmbedding(nn.Module):
             weight = weight.contiguous(memory_format=torch.channels_last)  # x's layout
         size = (x.shape[1], x.shape[2])
         # an exported graph takes images of any size, so it always interpolates; on its own grid that is the identity
-        if torch.compiler.is_exporting() or weight.shape[-2:] != size:
+        if exporting() or weight.shape[-2:] != size:
             # autocast would round the products; a traced graph has to suit any device
             plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
-            by = _interpolate if plain or torch.compiler.is_exporting() else _interpolate_by_products
+            by = _interpolate if plain or exporting() else _interpolate_by_products
             weight = by(weight.to(torch.promote_types(weight.dtype, torch.float32)), size)
         return x + weight.to(x.dtype).permute(0, 2, 3, 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sola_vision.ops import cpu, softmax
 from sola_vision.ops.arguments import check_kind, size
-from sola_vision.ops.path import exporting_onnx, pinned, transformed
+from sola_vision.ops.path import exporting, exporting_onnx, pinned, transformed
 
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
@@ -52,7 +52,7 @@ def _use_sdpa(qkv: Tensor) -> bool:
         or not cpu.multiplies(torch.float32)  # depends on the current instruction set
         or _amx_is_faster(qkv)
         or pinned() in ("reference", "portable")
-        or torch.compiler.is_exporting()  # an exported graph must run on any device
+        or exporting()  # an exported graph must run on any device
         or torch.jit.is_tracing()
         or exporting_onnx()
     )

@@ -58,6 +58,12 @@ def seen_through(*tensors: Tensor) -> bool:
     return exporting_onnx() or transformed(*tensors)
 
 
+@torch.compiler.assume_constant_result
+def exporting() -> bool:
+    """True while `torch.export` traces. torch.compile of torch 2.11 takes torch's own function for true everywhere."""
+    return torch.compiler.is_exporting()
+
+
 def exporting_onnx() -> bool:
     """True while `torch.onnx.export`, which translates ATen operators only, is tracing and no path is pinned."""
     # a cheap test first: export always traces

@@ -14,6 +14,8 @@ from sola_vision.ops.arguments import register_fake
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
     """Return multi-head softmax attention by torch's SDPA, the definition: qkv [B, N, 3C] -> [B, N, C]."""
+    if type(qkv) is Tensor and not torch.jit.is_tracing() and qkv.shape[-1] == 0:
+        return qkv.clone()  # SDPA of torch 2.11 would end the process: an integer division by no heads
     return _tokens(scaled_dot_product_attention(*_heads(qkv, head_dim)))
 
 

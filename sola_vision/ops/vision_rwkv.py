@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sola_vision.ops.arguments import check_wkv
+from sola_vision.ops.path import exporting
 
 _CHUNKS = 32
 _EPS = 1e-6
@@ -34,7 +35,7 @@ def published_wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> T
     Raises ValueError if shapes or devices do not match, TypeError for unsupported dtypes.
     """
     check_wkv("published_wkv", decay, bonus, key, value)
-    if torch.compiler.is_exporting():
+    if exporting():
         raise ValueError("Vision-RWKV's published operator cannot be exported: build the network with eq9=True")
     batch, num_tokens, channels = key.shape
     if num_tokens == 0:

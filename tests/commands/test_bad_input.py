@@ -143,9 +143,10 @@ def test_process_ends_with_two_and_one_line():
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
 
 
-def test_a_closed_pipe_is_no_error():
+@pytest.mark.parametrize("command", [("cost", "sola_nano", "--size", "32", "--json"), ("--help",)])
+def test_a_closed_pipe_is_no_error(command):
     """As in `sola cost ... | head`."""
-    command = [sys.executable, "-m", "sola_vision", "cost", "sola_nano", "--size", "32", "--json"]
+    command = [sys.executable, "-m", "sola_vision", *command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""

@@ -25,6 +25,7 @@ SHAPES = [
     (3, 31, 1, 5),
     (1, 600, 1, 32),
 ]
+KERNEL_ERRORS = (ValueError, RuntimeError)  # of an exception in the kernel: torch 2.15 raises the latter
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -316,11 +317,11 @@ def test_invalid_shapes_and_dtypes_raise(shape, head_dim, message):
 @needs_kernel
 def test_the_kernel_rejects_invalid_shapes():
     for shape, head_dim in (((2, 3), 1), ((1, 3, 12), 5)):
-        with pytest.raises(ValueError, match="sola::attention: qkv is"):
+        with pytest.raises(KERNEL_ERRORS, match="sola::attention: qkv is"):
             torch.ops.sola.attention(torch.zeros(shape), head_dim)
     qkv, grad = inputs(1, 4, 1, 4)
     out, lse = torch.ops.sola.attention(qkv, 4)
-    with pytest.raises(ValueError, match="lse is"):
+    with pytest.raises(KERNEL_ERRORS, match="lse is"):
         torch.ops.sola.attention_backward(qkv, 4, out, lse[:, :, :2], grad)
 
 

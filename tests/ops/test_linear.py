@@ -268,7 +268,7 @@ def test_another_thread_may_switch_the_instruction_set(switch):
     thread.start()
     computed = 0
     while time.monotonic() < ended:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RuntimeError):  # the kernel's; torch 2.15 raises the latter
             assert torch.equal(sola.spatial_mix(*first, weights[0], weights[0], readout), expected)
             computed += 1
     thread.join()

@@ -101,7 +101,7 @@ def _spatial_mix(
 ) -> tuple[Tensor, ...]:
     """The branch's output, the read-out, and the tensors that the backward needs; with `keeps` the scan states too."""
     batch, height, width, channels = x.shape
-    mixes, weights = torch.stack(others[:3]), torch.stack(others[3:]).to(dtype)
+    mixes, weights = torch.stack(others[:3]), _stacked(others[3:], dtype)
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     projected = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
     receptance, key, value = projected.view(3, batch, height * width, channels).unbind()
@@ -154,7 +154,7 @@ def _channel_mix(
     dtype: torch.dtype, eps: float, residual: bool, x: Tensor, scale: Tensor, shift: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
     """The branch's output, with or without the residual, and the tensors that the backward needs."""
-    mixes, weights = torch.stack(others[:2]), [weight.to(dtype) for weight in others[2:]]
+    mixes, weights = torch.stack(others[:2]), _converted(others[2:], dtype)
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
     squared = _op.squared_relu.default(hidden)
@@ -193,6 +193,24 @@ class _ChannelMix(torch.autograd.Function):
             if ctx.residual:
                 grad_x += grad
         return None, None, None, grad_x, *grad_norm, *grad_mixes, *grad_weights
+
+
+def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights [D, K] as one tensor in `dtype`. Autograd, in double backward, cannot follow the single kernel."""
+    if torch.is_grad_enabled() or weights[0].dtype == dtype:
+        return torch.stack(tuple(weights)).to(dtype)
+    copies = weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype)
+    torch._foreach_copy_(copies.unbind(), list(weights))
+    return copies
+
+
+def _converted(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The weights in `dtype`, by one kernel as in `_stacked`."""
+    if torch.is_grad_enabled() or weights[0].dtype == dtype:
+        return [weight.to(dtype) for weight in weights]
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    torch._foreach_copy_(copies, list(weights))
+    return copies
 
 
 def _shaped(result: Tensor, x: Tensor) -> Tensor:

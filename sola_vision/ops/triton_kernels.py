@@ -332,7 +332,9 @@ def _sum_rows(first, count, lane_mask, C: tl.constexpr, AHEAD: tl.constexpr):
     for i in range(0, count, AHEAD):
         rows = ()
         for j in tl.static_range(AHEAD):
-            rows = rows + (tl.load(first + (i + j) * C, mask=lane_mask & (i + j < count), other=0.0),)
+            # a tile: in the interpreter of Triton 3.9 numbers compare to a Python bool, which is no mask
+            row = tl.full(lane_mask.shape, i + j, tl.int32)
+            rows = rows + (tl.load(first + (i + j) * C, mask=lane_mask & (row < count), other=0.0),)
         for j in tl.static_range(AHEAD):
             total += rows[j].to(tl.float64)
     return total

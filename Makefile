@@ -5,7 +5,7 @@ RUN := runs/digits
 # one single-threaded process per core: nearly all tests are too small for several threads
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test sanitize timm-suite check format figures docs clean
+.PHONY: demo test sanitize oldest timm-suite check format figures docs clean
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -39,6 +39,14 @@ sanitize: .venv/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib \
 		$(BIN)/python -m pytest -s $(addprefix tests/ops/test_,wkv.py cpu.py passes.py linear.py attention.py arguments.py)
+
+# runs the tests with the oldest versions that pyproject.toml allows
+OLDEST := .venv/oldest
+oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[dev]"
+	$(MAKE) test BIN=$(OLDEST)/bin -o .venv/installed
 
 # runs timm's own model tests, from its source distribution, on our models; TorchScript is skipped: PyTorch has
 # deprecated it, and it does not support the mixed layers of a schedule

@@ -30,7 +30,9 @@ _MODULES = {"eval": "evaluate"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 if the run failed, 2 for invalid input, 130 if interrupted."""
+    """Run one command and return its exit code: 0, 1 if the run failed, 2 for invalid input, 130 if interrupted, 141 if
+    nobody reads its results.
+    """
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -67,7 +69,7 @@ def _run(arguments: Sequence[str]) -> int:
         return command.run(arguments[1:]) or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # an OSError, but not one of the command's files
+    except BrokenPipeError:  # an OSError, but of standard output, not of a file that an option names
         raise
     except (ValueError, OSError, ImportError, TrainingStopped) as error:
         if os.environ.get("SOLA_TRACEBACK"):

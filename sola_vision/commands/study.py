@@ -125,7 +125,7 @@ def _run(options: Namespace, folder: Path) -> int:
     outcome = write_report(folder, study.name)
     if busy:
         print(
-            f"{amount(busy, 'run is', 'runs are')} in progress in other processes; repeat the command after that",
+            f"{amount(busy, 'run is', 'runs are')} in progress in other processes; repeat the command when finished",
             file=sys.stderr,
         )
     _print([outcome], folder, options.json)

@@ -196,8 +196,8 @@ class _ChannelMix(torch.autograd.Function):
 
 
 def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The weights [D, K] as one tensor in `dtype`. Autograd, in double backward, cannot follow the single kernel."""
-    if torch.is_grad_enabled() or weights[0].dtype == dtype:
+    """The weights [D, K] as one tensor in `dtype`, by one kernel, which autograd in double backward cannot follow."""
+    if torch.is_grad_enabled():
         return torch.stack(tuple(weights)).to(dtype)
     copies = weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype)
     torch._foreach_copy_(copies.unbind(), list(weights))

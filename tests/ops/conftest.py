@@ -28,6 +28,12 @@ def switch():
 
 
 @pytest.fixture
+def kernel_error():
+    """What torch raises for an exception in the kernel."""
+    return RuntimeError if torch.__version__ >= "2.15" else ValueError
+
+
+@pytest.fixture
 def poisoned_memory():
     """torch.empty is filled with NaN, which reveals values that a kernel does not write."""
     before = torch.are_deterministic_algorithms_enabled()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sola_vision import ops
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 from sola_vision.ops.double_backward import differentiable_backward, needs_differentiable_backward
+from sola_vision.ops.passes import _residual_sum as plain_residual_sum
 
 _op = torch.ops.sola
 
@@ -28,33 +28,51 @@ def spatial_mix(
     bonus: Tensor,
     mixes: Sequence[Tensor],
     projections: Sequence[nn.Linear],
+    *,
+    residual: bool,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The first half of a layer: x [B, H, W, C] before its norm -> the branch's output, without the residual, and the
-    read-out; both [B, H, W, C] in the products' dtype. mixes: receptance, key, value; projections: the same and output.
+    """The first half of a layer: x [B, H, W, C] before its norm -> x plus the branch's output, whose images factors [B]
+    multiply if given, or without `residual` the output alone in the products' dtype; and the read-out in that dtype,
+    both [B, H, W, C]. mixes: receptance, key, value; projections: the same and output.
     """
     weights = (projection.weight for projection in projections)
     tensors = (x, norm.weight, norm.bias, decay, bonus, *mixes, *weights)
     dtype = autocast_dtype(x)  # outside of the block below, in which autocast counts as disabled
     if torch.is_grad_enabled():
-        return _SpatialMix.apply(dtype, norm.eps, *tensors)
+        return _SpatialMix.apply(dtype, norm.eps, residual, factors, *tensors)
     with kernels_only():
-        mixed, readout, *_ = _spatial_mix(dtype, norm.eps, *tensors)
-    return mixed, readout
+        out, readout, *_ = _spatial_mix(dtype, norm.eps, residual, factors, *tensors)
+    return out, readout
 
 
 def channel_mix(
-    x: Tensor, norm: nn.LayerNorm, mixes: Sequence[Tensor], projections: Sequence[nn.Linear], *, residual: bool
+    x: Tensor,
+    norm: nn.LayerNorm,
+    mixes: Sequence[Tensor],
+    projections: Sequence[nn.Linear],
+    *,
+    residual: bool,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """The second half of a layer: x [B, H, W, C] before its norm -> x plus the branch's output, or without `residual`
-    the output alone in the products' dtype. mixes: key, receptance; projections: key, receptance, value.
+    """The second half of a layer: x [B, H, W, C] before its norm -> x plus the branch's output, as in `spatial_mix`, or
+    without `residual` the output alone. mixes: key, receptance; projections: key, receptance, value.
     """
     weights = (projection.weight for projection in projections)
     tensors = (x, norm.weight, norm.bias, *mixes, *weights)
     dtype = autocast_dtype(x)  # as above
     if torch.is_grad_enabled():
-        return _ChannelMix.apply(dtype, norm.eps, residual, *tensors)
+        return _ChannelMix.apply(dtype, norm.eps, residual, factors, *tensors)
     with kernels_only():
-        return _channel_mix(dtype, norm.eps, residual, *tensors)[0]
+        return _channel_mix(dtype, norm.eps, residual, factors, *tensors)[0]
+
+
+def residual_sum(x: Tensor, branch: Tensor, factors: Tensor | None) -> Tensor:
+    """x + branch, both [B, ...], multiplied by factors [B] if given."""
+    if torch.is_grad_enabled():
+        return _ResidualSum.apply(x, branch, factors)
+    with kernels_only():
+        return _op.residual_sum.default(x, None, branch, factors)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -88,9 +106,25 @@ def _plain_layer_norm(dtype: torch.dtype, eps: float, x: Tensor, weight: Tensor,
     return (nn.functional.layer_norm(*tensors, eps),)
 
 
+class _ResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, factors: Tensor | None) -> Tensor:
+        ctx.dtypes = x.dtype, branch.dtype
+        ctx.save_for_backward(factors)
+        with kernels_only():
+            return _op.residual_sum.default(x, None, branch, factors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factors,), (of_x, of_branch) = ctx.saved_tensors, ctx.dtypes
+        return grad.to(of_x), _branch_gradient(grad, factors, of_branch), None
+
+
 def _spatial_mix(
     dtype: torch.dtype,
     eps: float,
+    residual: bool,
+    factors: Tensor | None,
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -99,7 +133,7 @@ def _spatial_mix(
     *others: Tensor,
     keeps: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The branch's output, the read-out, and the tensors that the backward needs; with `keeps` the scan states too."""
+    """The half's two results and the tensors that the backward needs; with `keeps` the scan states too."""
     batch, height, width, channels = x.shape
     mixes, weights = torch.stack(others[:3]), _stacked(others[3:], dtype)
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
@@ -110,31 +144,39 @@ def _spatial_mix(
     else:
         readout, states = _op.wkv.default(decay, bonus, key, value), None
     gated = _op.gate.default(receptance, readout).flatten(0, 1)
-    mixed = torch.mm(gated, weights[3].t())
-    results = (_shaped(mixed, x), _shaped(readout, x))
+    out = torch.mm(gated, weights[3].t())
+    if residual:
+        out = _sum(x.reshape(out.shape), None, out, factors)
+    results = (_shaped(out, x), _shaped(readout, x))
     return *results, mixes, weights, shifted, receptance, key, value, gated, states
 
 
 class _SpatialMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, dtype: torch.dtype, eps: float, residual: bool, factors: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         with kernels_only():
-            mixed, readout, *kept = _spatial_mix(dtype, eps, *tensors, keeps=any(ctx.needs_input_grad))
-        ctx.dtype, ctx.eps = dtype, eps
+            out, readout, *kept = _spatial_mix(dtype, eps, residual, factors, *tensors, keeps=any(ctx.needs_input_grad))
+        ctx.dtype, ctx.eps, ctx.residual = dtype, eps, residual
         ctx.set_materialize_grads(False)
         # the returned read-out itself, so that autograd detects in-place changes of it
-        ctx.save_for_backward(*tensors, readout, *kept)
-        return mixed, readout
+        ctx.save_for_backward(factors, *tensors, readout, *kept)
+        return out, readout
 
     @staticmethod
-    def backward(ctx: Any, grad_mixed: Tensor | None, grad_read: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, shift, decay, bonus, *others = ctx.saved_tensors
-        if needs_differentiable_backward((grad_mixed, grad_read)):
-            inputs, half = (x, scale, shift, decay, bonus, *others[:7]), partial(_spatial_mix, ctx.dtype, ctx.eps)
-            return None, None, *differentiable_backward(half, inputs, (grad_mixed, grad_read))
+    def backward(ctx: Any, grad: Tensor | None, grad_read: Tensor | None) -> tuple[Tensor | None, ...]:
+        factors, x, scale, shift, decay, bonus, *others = ctx.saved_tensors
+        if needs_differentiable_backward((grad, grad_read)):
+            inputs = (x, scale, shift, decay, bonus, *others[:7])
+            half = partial(_spatial_mix, ctx.dtype, ctx.eps, ctx.residual, factors)
+            return None, None, None, None, *differentiable_backward(half, inputs, (grad, grad_read))
         last, readout, mixes, weights, shifted, receptance, key, value, gated, states = others[6:]
-        grad_mixed = torch.zeros_like(gated) if grad_mixed is None else grad_mixed.reshape(gated.shape)
         with kernels_only():
+            if grad is None:
+                grad_mixed = torch.zeros_like(gated)
+            else:
+                grad_mixed = _branch_gradient(grad, factors, gated.dtype).reshape(gated.shape)
             grad_gated = torch.mm(grad_mixed, weights[3]).view(key.shape)
             grad_receptance, grad_readout = _op.gate_backward.default(receptance, readout.view(key.shape), grad_gated)
             if grad_read is not None:
@@ -144,55 +186,99 @@ class _SpatialMix(torch.autograd.Function):
             rows = [grad.flatten(0, 1) for grad in (grad_receptance, grad_key, grad_value)]
             grad_shifted, grad_weights = _products_backward(rows, shifted, weights, last.dtype)
             grad_weights.append(_weight_gradient(grad_mixed, gated, last.dtype))
-            *grad_norm, grad_mixes = _op.norm_shift_backward.default(
-                x, scale, shift, ctx.eps, mixes, grad_shifted.view(3, *x.shape)
+            *grad_norm, grad_mixes = _norm_shift_backward(
+                x, scale, shift, ctx.eps, mixes, grad_shifted, grad if ctx.residual else None
             )
-        return None, None, *grad_norm, grad_decay, grad_bonus, *grad_mixes, *grad_weights
+        return None, None, None, None, *grad_norm, grad_decay, grad_bonus, *grad_mixes, *grad_weights
 
 
 def _channel_mix(
-    dtype: torch.dtype, eps: float, residual: bool, x: Tensor, scale: Tensor, shift: Tensor, *others: Tensor
+    dtype: torch.dtype,
+    eps: float,
+    residual: bool,
+    factors: Tensor | None,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *others: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The branch's output, with or without the residual, and the tensors that the backward needs."""
+    """The half's result and the tensors that the backward needs."""
     mixes, weights = torch.stack(others[:2]), _converted(others[2:], dtype)
     shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
     squared = _op.squared_relu.default(hidden)
     value = torch.mm(squared, weights[2].t())
     rows = x.reshape(value.shape)
-    out = ops.gated_sum(rows, receptance, value) if residual else _op.gate.default(receptance, value)
+    out = _sum(rows, receptance, value, factors) if residual else _op.gate.default(receptance, value)
     return _shaped(out, x), mixes, shifted, hidden, receptance, squared, value, *weights
 
 
 class _ChannelMix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, eps: float, residual: bool, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, dtype: torch.dtype, eps: float, residual: bool, factors: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         with kernels_only():
-            out, *kept = _channel_mix(dtype, eps, residual, *tensors)
+            out, *kept = _channel_mix(dtype, eps, residual, factors, *tensors)
         ctx.dtype, ctx.eps, ctx.residual = dtype, eps, residual
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(factors, *tensors, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, shift, *others = ctx.saved_tensors
+        factors, x, scale, shift, *others = ctx.saved_tensors
         if needs_differentiable_backward((grad,)):
-            inputs, half = (x, scale, shift, *others[:5]), partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual)
-            return None, None, None, *differentiable_backward(half, inputs, (grad,))
+            inputs = (x, scale, shift, *others[:5])
+            half = partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual, factors)
+            return None, None, None, None, *differentiable_backward(half, inputs, (grad,))
         last, mixes, shifted, hidden, receptance, squared, value, *weights = others[4:]
         with kernels_only():
-            grad_receptance, grad_value = _op.gate_backward.default(receptance, value, grad.reshape(value.shape))
+            operands = (receptance, value, grad.reshape(value.shape))
+            if factors is None:
+                grad_receptance, grad_value = _op.gate_backward.default(*operands)
+            else:
+                grad_receptance, grad_value = _op.gate_backward.scaled(*operands, factors)
             grad_hidden = _op.squared_relu_backward.default(hidden, torch.mm(grad_value, weights[2]))
             grad_shifted, grad_weights = _products_backward(
                 (grad_hidden, grad_receptance), shifted, weights, last.dtype
             )
             grad_weights.append(_weight_gradient(grad_value, squared, last.dtype))
-            grad_x, *grad_norm, grad_mixes = _op.norm_shift_backward.default(
-                x, scale, shift, ctx.eps, mixes, grad_shifted.view(2, *x.shape)
+            *grad_norm, grad_mixes = _norm_shift_backward(
+                x, scale, shift, ctx.eps, mixes, grad_shifted, grad if ctx.residual else None
             )
-            if ctx.residual:
-                grad_x += grad
-        return None, None, None, grad_x, *grad_norm, *grad_mixes, *grad_weights
+        return None, None, None, None, *grad_norm, *grad_mixes, *grad_weights
+
+
+def _sum(residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None) -> Tensor:
+    """The sum of a residual and a branch, gated if there is a receptance; differentiable in double backward."""
+    if torch.is_grad_enabled():
+        return plain_residual_sum(residual, receptance, value, factors)
+    return _op.residual_sum.default(residual, receptance, value, factors)
+
+
+def _branch_gradient(grad: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of a branch in `dtype`, given that of its sum with the residual."""
+    if factors is None or needs_differentiable_backward((grad,)):
+        return (grad if factors is None else grad * factors.view(-1, *[1] * (grad.ndim - 1))).to(dtype)
+    return _op.scaled.default(grad, factors, dtype)
+
+
+def _norm_shift_backward(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    mixes: Tensor,
+    grad: Tensor,
+    residual: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, scale, shift and mixes, given that of the shifted rows [M, T, C]; `residual` is another one
+    of x.
+    """
+    arguments = (x, scale, shift, eps, mixes, grad.view(len(mixes), *x.shape))
+    if residual is None:
+        return _op.norm_shift_backward.default(*arguments)
+    return _op.norm_shift_backward.residual(*arguments, residual)
 
 
 def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from sola_vision.layers.bands import bands
 from sola_vision.layers.dispatch import in_bands, in_one_node, in_tiles
 from sola_vision.layers.fused_gpu import channel_mix, spatial_mix
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
+from sola_vision.layers.residual import drop_factors, drops_nothing, is_stock
 from sola_vision.layers.unmodified import is_exactly, is_unhooked
 from sola_vision.ops import gate, gated_sum, wkv
 
@@ -79,7 +80,7 @@ class LinearMixer(nn.Module):
         projections = (self.receptance, self.key, self.value)
         if self.token_shift and in_one_node(x, norm, *projections, self.output):
             parts = (self.mix_receptance, self.mix_key, self.mix_value)
-            return spatial_mix(x, norm, self.decay, self.bonus, parts, (*projections, self.output))
+            return spatial_mix(x, norm, self.decay, self.bonus, parts, (*projections, self.output), residual=False)
         if self.token_shift:
             mixes = torch.stack((self.mix_receptance, self.mix_key, self.mix_value))
             receptance, key, value = shift_linear(x, norm, mixes, projections)
@@ -89,11 +90,15 @@ class LinearMixer(nn.Module):
         readout = self.read(key, value)
         return gate_linear(receptance, readout, self.output), readout
 
-    def add_to(self, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """x + the branch's output, and the read-out (see `forward`)."""
-        if not (self.token_shift and in_tiles(x, norm, self.receptance, self.key, self.value, self.output)):
+    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
+        """x + drop_path(the branch's output), and the read-out (see `forward`)."""
+        projections = (self.receptance, self.key, self.value, self.output)
+        if self.token_shift and in_one_node(x, norm, *projections):
+            parts, factors = (self.mix_receptance, self.mix_key, self.mix_value), drop_factors(drop_path, x)
+            return spatial_mix(x, norm, self.decay, self.bonus, parts, projections, residual=True, factors=factors)
+        if not (self.token_shift and drops_nothing(drop_path) and in_tiles(x, norm, *projections)):
             mixed, readout = self(x, norm)
-            return x + mixed, readout
+            return x + drop_path(mixed), readout
         # the receptance is computed where it gates, after the read-out
         mixes = torch.stack((self.mix_key, self.mix_value))
         readout = self.read(*shift_linear(x, norm, mixes, (self.key, self.value)))
@@ -148,11 +153,14 @@ class ChannelMix(nn.Module):
             hidden, receptance = (projection(n) for projection in projections)
         return receptance, squared_relu_linear(hidden, self.value)
 
-    def add_to(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x + the branch's output (see `forward`)."""
+    def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
+        """x + drop_path(the branch's output) (see `forward`)."""
         projections = (self.key, self.receptance, self.value)
         if self.token_shift and in_one_node(x, norm, *projections):
-            return channel_mix(x, norm, (self.mix_key, self.mix_receptance), projections, residual=True)
+            parts, factors = (self.mix_key, self.mix_receptance), drop_factors(drop_path, x)
+            return channel_mix(x, norm, parts, projections, residual=True, factors=factors)
+        if not drops_nothing(drop_path):
+            return x + drop_path(self(x, norm))
         if self.token_shift and in_tiles(x, norm, *projections):
             mixes = torch.stack((self.mix_key, self.mix_receptance))
             weights = (projection.weight for projection in projections)
@@ -165,13 +173,6 @@ class ChannelMix(nn.Module):
             receptance, value = self.project(band.with_neighbours(x), norm, band.top, band.bottom)
             gated_sum(band.of(x), receptance, value, out=band.of(out))
         return out
-
-
-def _drops_nothing(drop_path: nn.Module) -> bool:
-    """True if drop_path is the identity in this call, and no hook observes it."""
-    if type(drop_path) is nn.Identity:
-        return is_exactly(drop_path, nn.Identity)
-    return is_exactly(drop_path, DropPath) and not (drop_path.training and drop_path.drop_prob)
 
 
 def _branch(mix: nn.Module, kind: type[nn.Module], norm: nn.Module, x: Tensor) -> Any:
@@ -207,12 +208,12 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the same shape, and the hidden state's read-out [B, H, W, C] for bridges."""
-        undropped = _drops_nothing(self.drop_path)
-        if undropped and is_exactly(self.mixer, LinearMixer):
-            x, readout = self.mixer.add_to(x, self.norm1)
+        stock = is_stock(self.drop_path)
+        if stock and is_exactly(self.mixer, LinearMixer):
+            x, readout = self.mixer.add_to(x, self.norm1, self.drop_path)
         else:
             mixed, readout = _branch(self.mixer, LinearMixer, self.norm1, x)
             x = x + self.drop_path(mixed)
-        if undropped and is_exactly(self.channel_mix, ChannelMix):
-            return self.channel_mix.add_to(x, self.norm2), readout
+        if stock and is_exactly(self.channel_mix, ChannelMix):
+            return self.channel_mix.add_to(x, self.norm2, self.drop_path), readout
         return x + self.drop_path(_branch(self.channel_mix, ChannelMix, self.norm2, x)), readout

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sola_vision.layers.norm import LayerNorm
 from sola_vision.layers.products import project
+from sola_vision.layers.residual import add_branch
 from sola_vision.ops import attention
 
 
@@ -83,5 +84,5 @@ class SoftmaxLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """x [B, H, W, C] -> the same shape, and None: attention has no hidden state for a bridge to carry."""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x))), None
+        x = add_branch(x, self.mixer(self.norm1(x)), self.drop_path)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path), None

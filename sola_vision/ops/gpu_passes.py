@@ -45,8 +45,12 @@ def register(library: torch.library.Library) -> None:
         ("norm_shift", norm_shift),
         ("norm_shift.dtype", norm_shift),
         ("norm_shift_backward", norm_shift_backward),
+        ("norm_shift_backward.residual", norm_shift_backward),
         ("gate", gate),
         ("gate_backward", gate_backward),
+        ("gate_backward.scaled", gate_backward),
+        ("scaled", scaled),
+        ("residual_sum", residual_sum),
         ("gated_sum", gated_sum),
         ("gated_sum_", gated_sum_),
         ("squared_relu", squared_relu),
@@ -124,19 +128,19 @@ def norm_shift(
 
 
 def norm_shift_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of `norm_shift` with respect to x [B, H, W, C], weight, bias [C] and mixes [M, C], in the
-    inputs' dtypes, given grad [M, B, H, W, C] in any dtype.
+    inputs' dtypes, given grad [M, B, H, W, C] in any dtype. residual [B, H, W, C] is added to that of x.
     """
     batch, height, width, channels = x.shape
     if x.numel() == 0 or len(mixes) == 0:
         gx, gw, gb, gm = (x.new_zeros(tensor.shape, dtype=tensor.dtype) for tensor in (x, weight, bias, mixes))
-        return gx, gw, gb, gm
-    if _unsupported(x) or grad.dtype == torch.float64 or len(mixes) > _MAX_MIXES:
-        return passes._norm_shift_backward(x, weight, bias, eps, mixes, grad)
+        return gx if residual is None else gx.add_(residual), gw, gb, gm
+    if _unsupported(x) or _any_float64(grad, residual) or len(mixes) > _MAX_MIXES:
+        return passes._norm_shift_backward(x, weight, bias, eps, mixes, grad, residual)
     kernels = _kernels()
-    inputs = [tensor.contiguous() for tensor in (x, weight, bias, mixes, grad)]
+    inputs = [tensor.contiguous() for tensor in (x, weight, bias, mixes, grad, grad if residual is None else residual)]
     tile = _tile(channels)
     tokens = batch * height * width
     tiles = -(-tokens // tile["T"])
@@ -149,7 +153,7 @@ def norm_shift_backward(
             programs,
             (*inputs, gx, partials),
             (eps, tokens, tiles, height, width),
-            {"C": channels, "M": len(mixes), **tile},
+            {"C": channels, "M": len(mixes), **tile, "RESIDUAL": residual is not None},
             _BACKWARD_OPTIONS,
         )
         sums = partials.sum(0)
@@ -163,21 +167,36 @@ def gate(receptance: Tensor, value: Tensor) -> Tensor:
     return _launch("gate", (receptance, value), [passes._promoted(receptance, value)])[0]
 
 
-def gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `gate` with respect to receptance and value, in the inputs' dtypes."""
-    if _any_float64(receptance, value, grad):
-        return passes._gate_backward(receptance, value, grad)
-    inputs = (receptance, value, grad)
-    grad_receptance, grad_value = _launch("gate_backward", inputs, [receptance.dtype, value.dtype])
+def gate_backward(
+    receptance: Tensor, value: Tensor, grad: Tensor, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `gate` with respect to receptance and value, in the inputs' dtypes; with factors [B],
+    those of the gate whose images they multiply.
+    """
+    if _any_float64(receptance, value, grad, factors):
+        return passes._gate_backward(receptance, value, grad, factors)
+    inputs, flags = (receptance, value, grad), {"SCALED": factors is not None}
+    grad_receptance, grad_value = _launch("gate_backward", inputs, [receptance.dtype, value.dtype], factors, flags)
     return grad_receptance, grad_value
+
+
+def scaled(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `passes._scaled`."""
+    if _any_float64(x, factors) or dtype == torch.float64:
+        return passes._scaled(x, factors, dtype)
+    return _launch("scaled", (x,), [dtype], factors, {"SCALED": True})[0]
+
+
+def residual_sum(residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None) -> Tensor:
+    """Return `passes._residual_sum`."""
+    if _any_float64(residual, receptance, value, factors):
+        return passes._residual_sum(residual, receptance, value, factors)
+    return _residual_sum(residual, receptance, value, factors)
 
 
 def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor) -> Tensor:
     """Return `passes.gated_sum` in the promoted dtype."""
-    inputs = (residual, receptance, value)
-    if _any_float64(*inputs):
-        return passes._gated_sum(*inputs)
-    return _launch("gated_sum", inputs, [passes._promoted(*inputs)])[0]
+    return residual_sum(residual, receptance, value, None)
 
 
 def gated_sum_(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor) -> None:
@@ -185,7 +204,15 @@ def gated_sum_(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor)
     if _any_float64(residual, receptance, value, out):
         passes._gated_sum_out(residual, receptance, value, out)
     else:
-        _launch("gated_sum", (residual, receptance, value), out=out)
+        _residual_sum(residual, receptance, value, None, out)
+
+
+def _residual_sum(
+    residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    inputs = (residual, value if receptance is None else receptance, value)
+    flags = {"GATED": receptance is not None, "SCALED": factors is not None}
+    return _launch("residual_sum", inputs, [passes._promoted(*inputs)], factors, flags, out)[0]
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -210,17 +237,29 @@ def _kernels() -> Any:
 
 
 def _launch(
-    name: str, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype] = (), out: Tensor | None = None
+    name: str,
+    inputs: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    factors: Tensor | None = None,
+    flags: dict[str, bool] | None = None,
+    out: Tensor | None = None,
 ) -> Sequence[Tensor]:
-    """Launch an element-wise kernel on `inputs` of one shape; return a result for each of `dtypes`, or write `out`."""
+    """Launch an element-wise kernel on `inputs` of one shape; return a result for each of `dtypes`, or write `out`. A
+    kernel with flags takes factors too, which it does not read unless SCALED: one for each image.
+    """
     first = inputs[0]
     inputs = [x.contiguous() for x in inputs]
     outs = [torch.empty(first.shape, dtype=dtype, device=first.device) for dtype in dtypes] if out is None else [out]
-    count = first.numel()
-    if count:
+    images, constants = 1, {"BLOCK": _TILE_SIZE}
+    if flags is not None:
+        inputs.append(first if factors is None else factors.contiguous())
+        constants |= flags
+        images = len(inputs[-1]) if flags["SCALED"] else 1
+    if first.numel():
+        count = first.numel() // images
         with on_device_of(first):
             kernel = getattr(_kernels(), name)
-            launch(kernel, -(-count // _TILE_SIZE), (*inputs, *outs), (count,), {"BLOCK": _TILE_SIZE}, _OPTIONS)
+            launch(kernel, images * -(-count // _TILE_SIZE), (*inputs, *outs), (count,), constants, _OPTIONS)
     return outs
 
 
@@ -246,5 +285,5 @@ def _unsupported(x: Tensor) -> bool:
     return x.dtype == torch.float64 or x.shape[-1] > _MAX_CHANNELS or x.numel() > _MAX_TOKENS * max(1, x.shape[-1])
 
 
-def _any_float64(*tensors: Tensor) -> bool:
-    return any(x.dtype == torch.float64 for x in tensors)
+def _any_float64(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.dtype == torch.float64 for x in tensors)

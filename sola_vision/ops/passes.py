@@ -195,6 +195,25 @@ def _gated_sum(residual: Tensor, receptance: Tensor, value: Tensor) -> Tensor:
     return residual + torch.sigmoid(receptance) * value
 
 
+def _residual_sum(residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None) -> Tensor:
+    """residual + factor * value, or with a receptance factor * gate; factors [B], one for each of the images that the
+    others consist of, by default 1.
+    """
+    dtype = _promoted(residual, value) if receptance is None else _promoted(residual, receptance, value)
+    branch = value if receptance is None else _gate(receptance, value)
+    return (residual + (branch if factors is None else _of_images(branch, factors))).to(dtype)
+
+
+def _scaled(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each of the images that x consists of times its factor, in another dtype."""
+    return _of_images(x, factors).to(dtype)
+
+
+def _of_images(x: Tensor, factors: Tensor) -> Tensor:
+    # an empty tensor has no shape that -1 could complete
+    return (x.reshape(len(factors), -1) * factors[:, None]).view(x.shape) if x.numel() else x.clone()
+
+
 def _squared_relu(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
@@ -203,7 +222,7 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 
 def _norm_shift_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # with grad mode enabled this is double backward: the inputs are part of a graph, and so are the results
     create_graph = torch.is_grad_enabled()
@@ -214,7 +233,14 @@ def _norm_shift_backward(
                 tensor.requires_grad_()
         out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
         gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=create_graph)
-    return gx.contiguous(), gw, gb, gm
+    return (gx if residual is None else gx + residual.to(gx.dtype)).contiguous(), gw, gb, gm
+
+
+def _norm_shift_residual_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gx, *others = torch.ops.sola.norm_shift_backward.default(x, weight, bias, eps, mixes, grad)
+    return gx.add_(residual), *others
 
 
 def _layer_norm_backward(
@@ -230,8 +256,12 @@ def _layer_norm_backward(
     return gx.contiguous(), gw, gb
 
 
-def _gate_backward(receptance: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_backward(
+    receptance: Tensor, value: Tensor, grad: Tensor, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     sigmoid = torch.sigmoid(receptance)
+    if factors is not None:
+        grad = _of_images(grad, factors)
     grad_value = grad * sigmoid
     return (grad_value * (1 - sigmoid) * value).to(receptance.dtype), grad_value.to(value.dtype)
 
@@ -353,11 +383,33 @@ def register(library: torch.library.Library) -> None:
         _norm_shift_backward,
         _fake_norm_shift_backward,
     )
+    define(
+        f"norm_shift_backward.residual{shift}Tensor grad, Tensor residual) -> (Tensor, Tensor, Tensor, Tensor)",
+        _norm_shift_residual_backward,
+        lambda *arguments: _fake_norm_shift_backward(*arguments[:-1]),
+    )
     define("gate(Tensor receptance, Tensor value) -> Tensor", _gate, _promoted_like, _differentiate_gate)
     define(
         "gate_backward(Tensor receptance, Tensor value, Tensor grad) -> (Tensor, Tensor)",
         _gate_backward,
         lambda receptance, value, grad: (_like(receptance), _like(value)),
+    )
+    define(
+        "gate_backward.scaled(Tensor receptance, Tensor value, Tensor grad, Tensor factors) -> (Tensor, Tensor)",
+        _gate_backward,
+        lambda receptance, value, grad, factors: (_like(receptance), _like(value)),
+    )
+    define(  # without a derivative, as layer_norm
+        "residual_sum(Tensor residual, Tensor? receptance, Tensor value, Tensor? factors) -> Tensor",
+        _residual_sum,
+        lambda residual, receptance, value, factors: _promoted_like(
+            residual, value, *(() if receptance is None else (receptance,))
+        ),
+    )
+    define(
+        "scaled(Tensor x, Tensor factors, ScalarType dtype) -> Tensor",
+        _scaled,
+        lambda x, factors, dtype: torch.empty(x.shape, dtype=dtype, device=x.device),
     )
     define(
         "gated_sum(Tensor residual, Tensor receptance, Tensor value) -> Tensor",

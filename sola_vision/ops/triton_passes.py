@@ -184,11 +184,12 @@ def _blend(mixes, channel, mask, own, back):
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "height", "width"])
 def norm_shift_backward(
-    x, weight, bias, mixes, grad, grad_x, partials, eps, tokens, tiles, height, width,
-    C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    x, weight, bias, mixes, grad, residual, grad_x, partials, eps, tokens, tiles, height, width,
+    C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, C], grad [M, tokens, C] -> grad_x [tokens, C], and for each program the sums over its tokens of the
-    gradients of weight, bias and mixes, partials [programs, 2 + M, C]. M is at most 3.
+    gradients of weight, bias and mixes, partials [programs, 2 + M, C]. M is at most 3. RESIDUAL adds another gradient
+    of x, residual [tokens, C], to grad_x.
 
     A token t receives its own gradient and that of the token r(t) whose neighbour it is. With n the norm and s(t) the
     neighbour of t, sum_t g(t) (n(t) - n(s(t))) = sum_t n(t) (g(t) - g(r(t))), which needs no other token's norm.
@@ -241,8 +242,10 @@ def norm_shift_backward(
             g += more
         grad_weight += g * normal
         grad_bias += g
-        g *= w
-        tl.store(grad_x + at, _input_gradient(g, normal, rstd, C), mask=mask)
+        g = _input_gradient(g * w, normal, rstd, C)
+        if RESIDUAL:
+            g += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_x + at, g, mask=mask)
 
     lane = tl.arange(0, BLOCK)
     lane_mask = lane < C
@@ -257,13 +260,27 @@ def norm_shift_backward(
 
 
 # ---- element-wise kernels for any shape. Triton's specialization of `count` (divisible by 16) lets a thread load
-# several values at once: the end of the tensor is then never between them
+# several values at once: the end of the tensor is then never between them. SCALED kernels multiply each image by one of
+# its `factors`; `count` is then that of an image
 
 
 @triton.jit
 def _block(count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return at, at < count
+
+
+@triton.jit
+def _block_of_image(factors, count, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+    """A block within one image, and the image's factor."""
+    if SCALED:
+        blocks = (count + BLOCK - 1) // BLOCK
+        image = (tl.program_id(0) // blocks).to(tl.int64)
+        at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        return image * count + at, at < count, tl.load(factors + image).to(tl.float32)
+    else:
+        at, mask = _block(count, BLOCK)
+        return at, mask, 1.0
 
 
 @triton.jit
@@ -285,10 +302,12 @@ def gate(receptance, value, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gate_backward(receptance, value, grad, grad_receptance, grad_value, count, BLOCK: tl.constexpr):
-    at, mask = _block(count, BLOCK)
+def gate_backward(
+    receptance, value, grad, factors, grad_receptance, grad_value, count, BLOCK: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    at, mask, factor = _block_of_image(factors, count, BLOCK, SCALED)
     v = tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * factor
     sigmoid = _sigmoid(receptance, at, mask)
     grad_v = g * sigmoid
     tl.store(grad_receptance + at, grad_v * (1.0 - sigmoid) * v, mask=mask)
@@ -296,11 +315,21 @@ def gate_backward(receptance, value, grad, grad_receptance, grad_value, count, B
 
 
 @triton.jit
-def gated_sum(residual, receptance, value, out, count, BLOCK: tl.constexpr):
-    at, mask = _block(count, BLOCK)
+def residual_sum(
+    residual, receptance, value, factors, out, count, BLOCK: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    at, mask, factor = _block_of_image(factors, count, BLOCK, SCALED)
     r = tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(value + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, r + _sigmoid(receptance, at, mask) * v, mask=mask)
+    if GATED:
+        v = _sigmoid(receptance, at, mask) * v
+    tl.store(out + at, r + v * factor, mask=mask)
+
+
+@triton.jit
+def scaled(x, factors, out, count, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+    at, mask, factor = _block_of_image(factors, count, BLOCK, SCALED)
+    tl.store(out + at, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * factor, mask=mask)
 
 
 @triton.jit

@@ -28,20 +28,42 @@ def calls(made):
     second = (mix.key, mix.receptance, mix.value)
     of_first = (mixer.mix_receptance, mixer.mix_key, mixer.mix_value)
     of_second = (mix.mix_key, mix.mix_receptance)
+
+    def factors(x):
+        return torch.arange(len(x), dtype=x.dtype, device=x.device) * 1.5
+
+    def dropped(x, branch):
+        return x + branch * factors(x)[:, None, None, None]
+
+    def spatial(x, **options):
+        return fused_gpu.spatial_mix(x, made.norm1, mixer.decay, mixer.bonus, of_first, first, **options)
+
+    def channel(x, **options):
+        return (fused_gpu.channel_mix(x, made.norm2, of_second, second, **options),)
+
     return {
-        "spatial": (
-            lambda x: mixer(x, made.norm1),
-            lambda x: fused_gpu.spatial_mix(x, made.norm1, mixer.decay, mixer.bonus, of_first, first),
+        "spatial": (lambda x: mixer(x, made.norm1), lambda x: spatial(x, residual=False)),
+        "spatial with residual": (
+            lambda x: (x + mixer(x, made.norm1)[0], mixer(x, made.norm1)[1]),
+            lambda x: spatial(x, residual=True),
         ),
-        "channel": (
-            lambda x: (mix(x, made.norm2),),
-            lambda x: (fused_gpu.channel_mix(x, made.norm2, of_second, second, residual=False),),
+        "spatial with drop path": (
+            lambda x: (dropped(x, mixer(x, made.norm1)[0]), mixer(x, made.norm1)[1]),
+            lambda x: spatial(x, residual=True, factors=factors(x)),
         ),
-        "channel with residual": (
-            lambda x: (x + mix(x, made.norm2),),
-            lambda x: (fused_gpu.channel_mix(x, made.norm2, of_second, second, residual=True),),
+        "channel": (lambda x: (mix(x, made.norm2),), lambda x: channel(x, residual=False)),
+        "channel with residual": (lambda x: (x + mix(x, made.norm2),), lambda x: channel(x, residual=True)),
+        "channel with drop path": (
+            lambda x: (dropped(x, mix(x, made.norm2)),),
+            lambda x: channel(x, residual=True, factors=factors(x)),
         ),
     }
+
+
+HALVES = [
+    *("spatial", "spatial with residual", "spatial with drop path"),
+    *("channel", "channel with residual", "channel with drop path"),
+]
 
 
 def found(call, x, grads, parameters, **options):
@@ -55,7 +77,7 @@ def found(call, x, grads, parameters, **options):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "result", "read-out"])
 def test_node_is_the_modules(device, size, half, wanted):
     """Also where nobody asks for the read-out's gradient, or only for it, as at the source of a last bridge."""
@@ -65,7 +87,7 @@ def test_node_is_the_modules(device, size, half, wanted):
     made = layer(size[-1], dtype, device)
     x, *grads = torch.randn(3, *size, dtype=dtype, device=device)
     grads = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    if grads[0] is None and half != "spatial":
+    if grads[0] is None and "spatial" not in half:
         pytest.skip("this half has no read-out")
     by_modules, by_node = calls(made)[half]
     with ops.use("portable"):
@@ -150,10 +172,10 @@ def test_a_graph_that_wants_nothing_of_a_node_goes_on():
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+@pytest.mark.parametrize("half", HALVES)
 def test_node_under_autocast(device, half, dtype):
     """Products and read-out in half precision, the gradients of the wide parameters wide."""
-    if device == "cpu" and "residual" in half:
+    if device == "cpu" and half == "channel with residual":
         pytest.skip("the CPU's kernels take operands of one dtype")
     if device == "cpu" and ops.missing_kernel("cpu") is not None:
         pytest.skip("a node calls kernels")
@@ -178,7 +200,7 @@ def test_node_under_autocast(device, half, dtype):
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_kernel), CUDA])
-@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+@pytest.mark.parametrize("half", HALVES)
 def test_many_gradients_come_as_one(device, half):
     made = layer(8, torch.float32, device)
     x, *grads = torch.randn(3, 2, 3, 4, 8, device=device)
@@ -193,7 +215,7 @@ def test_many_gradients_come_as_one(device, half):
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("half", ["spatial", "channel", "channel with residual"])
+@pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("by", [0, 1], ids=["modules", "node"])
 def test_backwards_are_differentiated_again(device, half, by):
     """Nobody is told half of a second derivative: `torch.autograd.grad` asks no node that has none."""

@@ -224,6 +224,48 @@ def test_gates_and_squared_relu(count, dtypes):
     close(gpu_passes.squared_relu_backward(own[2], grad), right, dtypes[2], scale=2)
 
 
+@pytest.mark.parametrize("dtypes", [[WIDE] * 4, [HALF] * 4, [WIDE, HALF, HALF, WIDE], [HALF, WIDE, HALF, HALF]])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 7), (2, 4100), (3, 16, 48)])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_residual_sum_of_images_with_factors(shape, dtypes, gated, dropped):
+    g = torch.Generator().manual_seed(shape[-1])
+    own = [(torch.randn(shape, generator=g) * 5).to(DEVICE, dtype) for dtype in dtypes[:3]]
+    factors = torch.randn(shape[0], generator=g).to(DEVICE, dtypes[3]) if dropped else None
+    residual, receptance, value = (t.double().requires_grad_() for t in own)
+    wide = None if factors is None else factors.double()
+    exact = passes._residual_sum(residual, receptance if gated else None, value, wide)
+    branch = torch.sigmoid(receptance) * value if gated else value
+    by_hand = residual + (branch if wide is None else branch * wide.view(-1, *[1] * (len(shape) - 1)))
+    torch.testing.assert_close(exact, by_hand)
+    used = own if gated else (own[0], own[2])
+    dtype = torch.promote_types(used[0].dtype, torch.promote_types(used[1].dtype, used[-1].dtype))
+    actual = gpu_passes.residual_sum(own[0], own[1] if gated else None, own[2], factors)
+    close(actual, exact.detach(), dtype)
+    plain = passes._residual_sum(own[0], own[1] if gated else None, own[2], factors)
+    assert (plain.dtype, plain.shape) == (dtype, actual.shape)
+    grad = torch.randn(shape, generator=g).to(DEVICE, dtypes[0])
+    if not gated and dropped:
+        (right,) = torch.autograd.grad(exact, value, grad.double())
+        close(gpu_passes.scaled(grad, factors, dtypes[2]), right, dtypes[2])
+    if gated and dropped:
+        found = gpu_passes.gate_backward(own[1], own[2], grad, factors)
+        right = torch.autograd.grad(exact, (receptance, value), grad.double())
+        for gradient, wanted, of in zip(found, right, dtypes[1:3], strict=True):
+            close(gradient, wanted, of, scale=2)
+
+
+@pytest.mark.parametrize("dtype", [WIDE, HALF])
+@pytest.mark.parametrize("mixes", [0, 2, 4])
+def test_norm_shift_backward_adds_another_gradient(dtype, mixes):
+    tensors = shift_inputs(2, 5, 3, 24, mixes, dtype, WIDE)
+    grad, residual = random_like(torch.empty(mixes, 2, 5, 3, 24)), random_like(tensors[0], WIDE, seed=2)
+    alone, *others = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad)
+    both, *same = gpu_passes.norm_shift_backward(*tensors[:3], 1e-5, tensors[3], grad, residual)
+    close(both, alone.double() + residual.double(), dtype, scale=2)
+    assert all(torch.equal(a, b) for a, b in zip(others, same, strict=True))
+
+
 def test_extremes_and_nan():
     nan, inf = float("nan"), float("inf")
     receptance = torch.tensor([nan, 1e4, -1e4, inf, -inf, 45.0, -45.0], device=DEVICE)
@@ -259,6 +301,11 @@ def test_empty_inputs(shape):
     assert [g.shape for g in actual] == [x.shape, weight.shape, bias.shape, mixes.shape]
     assert not any(g.any() for g in actual)
     assert gpu_passes.gated_sum(x, x, x).shape == shape
+    factors = torch.ones(shape[0], device=DEVICE)
+    assert gpu_passes.residual_sum(x, x, x, factors).shape == gpu_passes.scaled(x, factors, HALF).shape == shape
+    assert [passes._scaled(x, factors, HALF).shape, passes._residual_sum(x, x, x, factors).shape] == [shape] * 2
+    actual = gpu_passes.norm_shift_backward(x, weight, bias, 1e-5, mixes, out, x)
+    assert actual[0].shape == shape
     gpu_passes.gated_sum_(x, x, x, torch.empty_like(x))
 
 
@@ -285,6 +332,11 @@ def test_unsupported_inputs_use_the_plain_form(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
     assert torch.equal(gpu_passes.gate(x, x), passes._gate(x, x))
     assert torch.equal(gpu_passes.gated_sum(x, x, x), passes._gated_sum(x, x, x))
+    factors = x[:, 0, 0, 0]
+    assert torch.equal(gpu_passes.residual_sum(x, x, x, factors), passes._residual_sum(x, x, x, factors))
+    assert torch.equal(gpu_passes.scaled(x, factors, torch.float32), passes._scaled(x, factors, torch.float32))
+    actual, right = (of(x, x, x, factors) for of in (gpu_passes.gate_backward, passes._gate_backward))
+    assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
     assert torch.equal(gpu_passes.squared_relu(x), passes._squared_relu(x))
     assert torch.equal(gpu_passes.squared_relu_backward(x, x), passes._squared_relu_backward(x, x))
     monkeypatch.setattr(gpu_passes, "_MAX_CHANNELS", 3)
@@ -298,6 +350,7 @@ def test_register_registers_cuda_kernels():
     names = [
         *("norm_shift", "norm_shift.dtype", "norm_shift_backward", "gate", "gate_backward", "gated_sum", "gated_sum_"),
         *("squared_relu", "squared_relu_backward", "layer_norm", "layer_norm_backward"),
+        *("norm_shift_backward.residual", "gate_backward.scaled", "scaled", "residual_sum"),
     ]
     with torch.library._scoped_library("sola_gpu_passes_test", "DEF") as defined:  # ONNX export reads all that remain
         for name in names:
@@ -323,10 +376,17 @@ for name, types, constants in [
     ("layer_norm", [half, wide, wide, wide, "fp32", "i32"], dict(C=96, **tile)),
     ("layer_norm_backward", [half, wide, wide, half, wide, "fp32", "i32", "i32"], dict(C=96, **tile)),
     ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 3], dict(C=96, M=3, **shift_tile)),
-    ("norm_shift_backward", [wide, wide, wide, wide, half, wide, wide, "fp32", *["i32"] * 4], dict(C=96, M=3, **tile)),
+    (
+        "norm_shift_backward",
+        [wide, wide, wide, wide, half, wide, wide, wide, "fp32", *["i32"] * 4],
+        dict(C=96, M=3, **tile, RESIDUAL=True),
+    ),
     ("gate", [half, half, half, "i32"], flat),
-    ("gate_backward", [half, half, wide, half, half, "i64"], flat),
-    ("gated_sum", [wide, half, half, wide, "i32"], flat),
+    ("gate_backward", [half, half, wide, wide, half, half, "i64"], dict(**flat, SCALED=False)),
+    ("gate_backward", [half, half, wide, wide, half, half, "i32"], dict(**flat, SCALED=True)),
+    ("residual_sum", [wide, half, half, wide, wide, "i32"], dict(**flat, GATED=True, SCALED=True)),
+    ("residual_sum", [wide, half, half, wide, wide, "i32"], dict(**flat, GATED=False, SCALED=False)),
+    ("scaled", [wide, wide, half, "i32"], dict(**flat, SCALED=True)),
     ("squared_relu", [half, half, "i32"], flat),
     ("squared_relu_backward", [half, half, half, "i32"], flat),
 ]:

@@ -5,7 +5,8 @@
     python benchmarks/gpu.py operator --vision-rwkv DIR     # its speed against HBM, SDPA, portable, Vision-RWKV's CUDA
     python benchmarks/gpu.py passes                         # the element-wise passes against HBM and plain torch
     python benchmarks/gpu.py models                         # images/s and memory against timm's models, eager
-    python benchmarks/gpu.py models --compiled --only NAME ...
+    python benchmarks/gpu.py models --mode graph           # replays of CUDA graphs, which launch nothing
+    python benchmarks/gpu.py models --mode compiled --only NAME ...
     python benchmarks/gpu.py models --size 1024 --batch 8
     python benchmarks/gpu.py profile                        # the kernels that take the time
     python benchmarks/gpu.py all --vision-rwkv DIR          # compile, correct, operator, models, passes, profile
@@ -76,7 +77,8 @@ def parse() -> argparse.Namespace:
         names[name].add_argument("--only", nargs="+", default=usual, metavar="NAME", help="timm names")
         names[name].add_argument("--batch", type=positive, default=128)
         names[name].add_argument("--size", type=positive, default=224, help="height and width of images")
-    names["models"].add_argument("--compiled", action="store_true", help="under torch.compile: takes minutes per model")
+    modes = ("eager", "graph", "compiled")
+    names["models"].add_argument("--mode", choices=modes, default="eager", help="compiled takes minutes per model")
     for name in ("operator", "passes", "models", "all"):
         names[name].add_argument("--rounds", type=positive, default=5)
     for sub in names.values():
@@ -113,7 +115,7 @@ def selected_parts(args: argparse.Namespace) -> dict[str, Part]:
         return {
             "correct": lambda: correct(clock),
             "operator": lambda: operator(args.rounds, clock, args.vision_rwkv),
-            "models": lambda: gpu_models.models(gpu_models.MODELS, 224, 128, args.rounds, clock, False),
+            "models": lambda: gpu_models.models(gpu_models.MODELS, 224, 128, args.rounds, clock, "eager"),
             "passes": lambda: passes(args.rounds, clock),
             "profile": lambda: gpu_profile.profiles(gpu_profile.MODELS, 224, 128, clock),
         }
@@ -125,9 +127,9 @@ def selected_parts(args: argparse.Namespace) -> dict[str, Part]:
         return {"passes": lambda: passes(args.rounds, clock)}
     if args.part == "profile":
         return {"profile": lambda: gpu_profile.profiles(args.only, args.size, args.batch, clock)}
-    name = "models" + f"-{args.size}" * (args.size != 224) + "-compiled" * args.compiled
+    name = "models" + f"-{args.size}" * (args.size != 224) + f"-{args.mode}" * (args.mode != "eager")
     return {
-        name: lambda: gpu_models.models(args.only, args.size, args.batch, args.rounds, clock, args.compiled),
+        name: lambda: gpu_models.models(args.only, args.size, args.batch, args.rounds, clock, args.mode),
     }
 
 

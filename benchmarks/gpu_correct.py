@@ -51,7 +51,7 @@ def correct(clock: Clock) -> Iterator[dict[str, Any]]:
     error = value_error(inputs, exact, out)
     good = error <= 5e-6 and max(errors) <= 1e-5
     yield {"what": "definition", "shape": [2, 300, 33], "forward": error, "gradients_wukv": errors, "ok": good}
-    for check in (extremes, cuda_graph, compiled, passes):
+    for check in (extremes, cuda_graph, compiled, passes, network):
         try:
             yield check()
         except Exception as failure:  # run the other checks too
@@ -117,9 +117,9 @@ def passes(device: str = "cuda") -> dict[str, Any]:
     The error is the largest in units of the result's precision.
     """
     from sola_vision import ops
-    from sola_vision.layers.fused_gpu import layer_norm
+    from sola_vision.layers.fused_gpu import layer_norm, residual_sum
 
-    worst = 0.0
+    worst, factors = 0.0, torch.tensor([0.5, 2.0], device=device)
     for channels in (33, 96):
         g = torch.Generator().manual_seed(0)
         x, first, second = (torch.randn(2, 9, 7, channels, generator=g).to(device) for _ in range(3))
@@ -137,10 +137,46 @@ def passes(device: str = "cuda") -> dict[str, Any]:
                 (ops.gate, half),
                 (ops.gated_sum, [x, *half]),
                 (ops.squared_relu, half[:1]),
+                (lambda a, b: residual_sum(a, b, factors), [x, half[0]]),
             ]
             for run, inputs in calls:
                 worst = max(worst, pass_error(run, inputs) / torch.finfo(dtype).eps)
     return {"what": "passes", "worst_in_eps": worst, "ok": worst <= 8}
+
+
+def network(device: str = "cuda") -> dict[str, Any]:
+    """Compare a network with bridges and drop path, in float32, with its plain form, where the same seed drops the same
+    images; and replay its inference under autocast as a CUDA graph.
+    """
+    from sola_vision import SolaVision, nano, ops
+
+    torch.manual_seed(0)
+    made = SolaVision(nano(bridges="paper", num_classes=10, drop_path_rate=0.3)).to(device).train()
+    images = torch.randn(3, 3, 64, 96, device=device)
+
+    def trained() -> list[Tensor]:
+        torch.manual_seed(1)
+        logits = made(images)
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), list(made.parameters()))]
+
+    found = trained()
+    with ops.use("portable"):
+        exact = trained()
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True))
+    made.eval()
+
+    @torch.inference_mode()
+    def inferred() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            logits: Tensor = made(images)
+        return logits
+
+    same = True
+    if device == "cuda":
+        expected, replay = inferred(), graphed(inferred)
+        replay().zero_()
+        same = torch.equal(replay(), expected)
+    return {"what": "network", "worst": worst, "graph_bit_equal": same, "ok": worst <= 1e-3 and same}
 
 
 def pass_error(run: Callable[..., Tensor], inputs: list[Tensor]) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from gpu_timing import Clock, Job, first_line, interleaved
+from gpu_timing import Clock, Job, first_line, graphed, interleaved
 
 # those of the measures come first, since time may run out before the last
 MODELS = [
@@ -23,13 +23,12 @@ MODELS = [
 CLASSES = 1000
 
 
-def models(
-    names: list[str], size: int, batch: int, rounds: int, clock: Clock, compiled: bool
-) -> Iterator[dict[str, Any]]:
-    """Yield images/s under bfloat16 autocast, every model in its best memory layout, and the memory that it adds."""
-    mode = "compiled" if compiled else "eager"
+def models(names: list[str], size: int, batch: int, rounds: int, clock: Clock, mode: str) -> Iterator[dict[str, Any]]:
+    """Yield images/s under bfloat16 autocast, every model in its best memory layout, and the memory that it adds. mode:
+    "eager"; "compiled"; "graph", a replay of a CUDA graph, which launches nothing.
+    """
     jobs: dict[str, Job] = {}
-    memory: dict[str, float] = {}
+    memory: dict[str, float | None] = {}
     for name in names:
         if clock.over():
             print(f"models: time ran out before {name}", flush=True)
@@ -42,7 +41,7 @@ def models(
             print(f"models: {name} skipped: {first_line(error)}", flush=True)
         # cached blocks of one model's activations may not fit those of another
         torch.cuda.empty_cache()
-    for key, (median, spread) in interleaved(jobs, rounds, clock).items():
+    for key, (median, spread) in interleaved(jobs, rounds, clock, hidden=False).items():
         name, direction = key.split()
         yield {
             "what": "model",
@@ -58,10 +57,14 @@ def models(
         }
 
 
-def prepared(name: str, size: int, batch: int, mode: str) -> tuple[dict[str, Job], dict[str, float]]:
-    """Return the jobs of a network, already called once, and the MiB that each of them needs."""
+def prepared(name: str, size: int, batch: int, mode: str) -> tuple[dict[str, Job], dict[str, float | None]]:
+    """Return the jobs of a network, already called once, and the MiB that each of them needs; None for graphs, which
+    share memory with nothing.
+    """
     before = torch.cuda.memory_allocated()
     jobs = model_jobs(name, size, batch, mode)
+    if mode == "graph":
+        return {key: graphed(job) for key, job in jobs.items()}, dict.fromkeys(jobs)
     return jobs, {key: peak(job, before) for key, job in jobs.items()}
 
 
@@ -86,7 +89,7 @@ def model_jobs(name: str, size: int, batch: int, mode: str, device: str = "cuda"
     if layout is not None:
         model, images = model.to(memory_format=layout), images.to(memory_format=layout)
     labels = torch.randint(CLASSES, (batch,), device=device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=mode == "graph")
     network = torch.compile(model) if mode == "compiled" else model
 
     def infer() -> None:

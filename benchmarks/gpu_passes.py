@@ -17,7 +17,7 @@ def passes(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
     bandwidth = copy_bandwidth()
     yield {"what": "bandwidth", "copy_tb_s": bandwidth / 1e12}
     for dtype in (torch.bfloat16, torch.float32):
-        for name in ("layer_norm", "norm_shift", "gate", "gated_sum", "squared_relu"):
+        for name in ("layer_norm", "norm_shift", "gate", "gated_sum", "residual_sum", "squared_relu"):
             if clock.over():
                 print(f"passes: time ran out before {name} {name_of(dtype)}", flush=True)
                 return
@@ -45,7 +45,9 @@ def passes(rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict[str, Job], dict[str, int]]:
-    """Return jobs by "path direction", and the least bytes that a direction moves. gated_sum has gate's backward."""
+    """Return jobs by "path direction", and the least bytes that a direction moves. gated_sum has gate's backward, that
+    of residual_sum is the multiplication by each image's factor.
+    """
     from sola_vision.ops import passes as plain
 
     inputs = operands(name, dtype, device)
@@ -53,9 +55,12 @@ def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     out = kernel(*inputs)
     grad = torch.randn_like(out)
-    backward = "gate" if name == "gated_sum" else name
     back_inputs = backward_inputs(name, inputs, grad)
-    kernel_back, portable_back = getattr(torch.ops.sola, f"{backward}_backward"), plain._BACKWARDS[backward]
+    if name == "residual_sum":
+        kernel_back, portable_back = torch.ops.sola.scaled, plain._scaled
+    else:
+        backward = "gate" if name == "gated_sum" else name
+        kernel_back, portable_back = getattr(torch.ops.sola, f"{backward}_backward"), plain._BACKWARDS[backward]
     gradients = kernel_back(*back_inputs)
     moved = {
         "forward": nbytes(*tensors, out),
@@ -88,6 +93,8 @@ def operands(name: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
         return draw(*image), draw(CHANNELS), draw(CHANNELS), 1e-6, dtype
     if name == "norm_shift":
         return draw(*image), draw(CHANNELS), draw(CHANNELS), 1e-6, draw(MIXES, CHANNELS).sigmoid(), 0, 0
+    if name == "residual_sum":
+        return draw(*image), None, draw(*image), draw(BATCH)
     if name == "squared_relu":
         return (draw(*image[:3], 4 * CHANNELS),)
     return tuple(draw(*image) for _ in range({"gate": 2, "gated_sum": 3}[name]))
@@ -101,6 +108,8 @@ def backward_inputs(name: str, inputs: tuple[Any, ...], grad: Tensor) -> tuple[A
         return (*inputs[:5], grad)
     if name == "gated_sum":
         return (*inputs[1:], grad)
+    if name == "residual_sum":
+        return grad, inputs[3], grad.dtype
     return (*inputs, grad)
 
 

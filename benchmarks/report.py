@@ -292,10 +292,12 @@ def gpu_models_table(results: Results) -> str:
     for key, line in lines.items():
         cells = []
         for row in (line.get(way) for way in ("inference", "training")):
-            numbers = ("images_per_second", "peak_mib")
-            cells += (
-                ["", "", ""] if row is None else [f"{row[x]:,.0f}" for x in numbers] + [f"{100 * row['spread']:.1f}"]
-            )
+            memory = None if row is None else row["peak_mib"]
+            cells += [
+                "" if row is None else f"{row['images_per_second']:,.0f}",
+                "" if memory is None else f"{memory:,.0f}",
+                "" if row is None else f"{100 * row['spread']:.1f}",
+            ]
         rows.append((*key, *cells))
     head = ["network", "size", "batch", "mode"]
     for way in ("inference", "training"):

@@ -217,7 +217,7 @@ def test_slow_jobs_get_fewer_calls(scripts, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(gpu_timing, "timed", lambda job: job())
+    monkeypatch.setattr(gpu_timing, "timed", lambda job, hidden: job())
     times = gpu_timing.interleaved({name: job(name) for name in now}, 2, gpu_timing.Clock(1))
     assert times == {name: (value, 0.0) for name, value in now.items()}
     assert called == {"quick": 2 * 12, "slow": 2 * 5, "slower": 2 * 3}
@@ -237,6 +237,7 @@ def test_passes_are_compared_with_their_plain_forms(scripts, monkeypatch):
     assert gpu_correct.passes("cpu")["ok"]
     monkeypatch.setattr(gpu_correct, "pass_error", lambda run, inputs: 1e-1)
     assert not gpu_correct.passes("cpu")["ok"]
+    assert gpu_correct.network("cpu")["ok"]
 
 
 def test_stored_commands_have_no_folders(scripts):

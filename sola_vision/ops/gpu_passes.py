@@ -22,7 +22,7 @@ from sola_vision.ops.launch import launch, on_device_of
 _TILE_SIZE = 2048
 # of the norms' backwards: values per tile; programs that iterate over the tokens, as many as an H100 runs at once, each
 # of which writes one row of sums; and stages: 1, or 2 to copy a tile to shared memory while the one before is processed
-_BACKWARD_TILE_SIZE, _PROGRAMS, _STAGES = 2048, 264, 2
+_BACKWARD_TILE_SIZE, _PROGRAMS, _STAGES = 1024, 528, 1
 # bytes of shared memory that a multiprocessor needs for the copies of its programs: an H100's 228 KiB suffice
 _SHARED_MEMORY = 200 * 2**10
 # of `norm_shift`: values per tile, one vector of a half-precision result per thread; programs that iterate over the
@@ -33,7 +33,7 @@ _MAX_CHANNELS, _MAX_MIXES, _MAX_TOKENS = 4096, 3, 1 << 30
 # fused multiply-adds explicitly, because Triton's default changes between versions
 _OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 # two programs of the backward per multiprocessor: without the limit the compiler would use slightly more registers
-_BACKWARD_OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": True}
+_BACKWARD_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
 if torch.version.hip is None:
     _BACKWARD_OPTIONS["maxnreg"] = 128
 

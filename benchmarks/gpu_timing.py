@@ -4,6 +4,7 @@
 A time is the median over rounds of the shortest call in each, with its spread (interquartile range over median).
 """
 
+import functools
 import re
 import statistics
 import time
@@ -87,11 +88,13 @@ def graphed(job: Job) -> Job:
     with torch.cuda.graph(graph):
         kept = job()
 
-    def replay() -> Any:
-        graph.replay()
-        return kept  # the graph's outputs
+    return functools.partial(_replay, graph, kept, job)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, outputs: Any, _job: Job) -> Any:
+    """Replay a graph; its outputs and the tensors that the captured job owns must stay alive as long."""
+    graph.replay()
+    return outputs
 
 
 def copy_bandwidth() -> float:

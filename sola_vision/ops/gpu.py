@@ -19,6 +19,7 @@ from sola_vision.ops.launch import launch, on_device_of
 _FORWARD_CHUNK, _BACKWARD_CHUNK = 32, 16
 # maximum registers per thread: what the narrow path of a phase needs. The wide path, which is rare, has the same limit
 _SUMS, _OUTPUTS, _BACK_SUMS, _GRADIENTS = 96, 128, 80, 144
+_OUTPUTS_OF_SHORT_CHUNKS = 96  # of at most _BACKWARD_CHUNK tokens
 # chunk sums that one program of phase 2 scans serially, and the number of chunks above which they are scanned in groups
 _GROUP = 32
 _LONG = 256
@@ -78,7 +79,8 @@ def _forward(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor, length: i
         if out.numel() != 0:
             call.compute_states()
             inputs = (call.step, call.references, call.bonus, call.key, call.value)
-            call.launch("outputs", _OUTPUTS, *inputs, out, call.states)
+            registers = _OUTPUTS if call.length > _BACKWARD_CHUNK else _OUTPUTS_OF_SHORT_CHUNKS
+            call.launch("outputs", registers, *inputs, out, call.states)
     return out, call.saved
 
 

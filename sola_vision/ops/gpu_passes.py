@@ -21,21 +21,17 @@ from sola_vision.ops.launch import launch, on_device_of
 # values per tile: enough loads in flight, while a thread's share still fits in registers
 _TILE_SIZE = 2048
 # of the norms' backwards: values per tile; programs that iterate over the tokens, as many as an H100 runs at once, each
-# of which writes one row of sums; and stages: 1, or 2 to copy a tile to shared memory while the one before is processed
-_BACKWARD_TILE_SIZE, _PROGRAMS, _STAGES = 1024, 528, 1
-# bytes of shared memory that a multiprocessor needs for the copies of its programs: an H100's 228 KiB suffice
-_SHARED_MEMORY = 200 * 2**10
+# of which writes one row of sums
+_BACKWARD_TILE_SIZE, _PROGRAMS = 1024, 528
 # of `norm_shift`: values per tile, one vector of a half-precision result per thread; programs that iterate over the
 # tokens, four times as many as an H100 runs at once
-_SHIFT_TILE_SIZE, _SHIFT_PROGRAMS, _SHIFT_STAGES = 1024, 3168, 1
+_SHIFT_TILE_SIZE, _SHIFT_PROGRAMS = 1024, 3168
 # above these limits a tile of one token or its sums would not fit in registers, or a token's index not in int32
 _MAX_CHANNELS, _MAX_MIXES, _MAX_TOKENS = 4096, 3, 1 << 30
 # fused multiply-adds explicitly, because Triton's default changes between versions
 _OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-# two programs of the backward per multiprocessor: without the limit the compiler would use slightly more registers
-_BACKWARD_OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-if torch.version.hip is None:
-    _BACKWARD_OPTIONS["maxnreg"] = 128
+# four programs of a backward per multiprocessor: without the limit the compiler would use slightly more registers
+_BACKWARD_OPTIONS = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": 128}
 
 
 def register(library: torch.library.Library) -> None:
@@ -87,7 +83,7 @@ def layer_norm_backward(
     channels = x.shape[-1]
     tokens, tile = x.numel() // channels, _tile(channels, _BACKWARD_TILE_SIZE)
     tiles = -(-tokens // tile["T"])
-    programs, constants = min(tiles, _PROGRAMS), {"C": channels, **tile, "STAGES": _stages(x)}
+    programs, constants = min(tiles, _PROGRAMS), {"C": channels, **tile}
     with on_device_of(x):
         gx = torch.empty_like(inputs[0])
         partials = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
@@ -126,7 +122,7 @@ def norm_shift(
             programs, tile = _shift_grid(tokens, channels, min(x.element_size(), out.element_size()))
             sizes, constants = (
                 (tokens, height, width),
-                {"C": channels, "M": len(mixes), **tile, "STAGES": _SHIFT_STAGES},
+                {"C": channels, "M": len(mixes), **tile},
             )
             launch(kernels.norm_shift, programs, (*inputs, stats, out), sizes, constants, _OPTIONS)
     # bands, whose first and last rows are only neighbours, exist on a CPU only; here they need not be fast
@@ -159,7 +155,7 @@ def norm_shift_backward(
             programs,
             (*inputs, gx, partials),
             (eps, tokens, tiles, height, width),
-            {"C": channels, "M": len(mixes), **tile, "STAGES": _stages(x), "RESIDUAL": residual is not None},
+            {"C": channels, "M": len(mixes), **tile, "RESIDUAL": residual is not None},
             _BACKWARD_OPTIONS,
         )
         sums = partials.sum(0)
@@ -273,17 +269,6 @@ def _tile(channels: int, size: int = _TILE_SIZE) -> dict[str, int]:
     """Return the channels (BLOCK) and tokens (T) of a tile of at least `size` values, powers of two."""
     block = max(16, 1 << (channels - 1).bit_length())
     return {"BLOCK": block, "T": max(1, size // block)}
-
-
-def _stages(x: Tensor) -> int:
-    """Return the stages of a norm's backward on the device of x."""
-    return _STAGES if not x.is_cuda or _shared_memory(x.get_device()) >= _SHARED_MEMORY else 1
-
-
-@cache
-def _shared_memory(device: int) -> int:
-    """Return the bytes of shared memory of a multiprocessor."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)
 
 
 def _shift_grid(tokens: int, channels: int, itemsize: int) -> tuple[int, dict[str, int]]:

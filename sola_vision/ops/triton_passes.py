@@ -84,8 +84,7 @@ def _input_gradient(g, normal, rstd, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def layer_norm_backward(
-    x, weight, grad, grad_x, partials, eps, tokens, tiles,
-    C: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, STAGES: tl.constexpr,
+    x, weight, grad, grad_x, partials, eps, tokens, tiles, C: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """x, grad [tokens, C] -> grad_x [tokens, C], and for each program the sums over its tokens of the gradients of
     weight and bias, partials [programs, 2, C].
@@ -93,7 +92,7 @@ def layer_norm_backward(
     channel = tl.arange(0, BLOCK)[None, :]
     grad_weight = tl.full([T, BLOCK], 0.0, tl.float32)
     grad_bias = tl.full([T, BLOCK], 0.0, tl.float32)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token = (tile * T + tl.arange(0, T))[:, None]
         mask = (token < tokens) & (channel < C)
         at = token.to(tl.int64) * C + channel
@@ -115,7 +114,7 @@ def layer_norm_backward(
 @triton.jit(do_not_specialize=["tokens", "height", "width"])
 def norm_shift(
     x, weight, bias, mixes, stats, out, tokens, height, width,
-    C: tl.constexpr, M: tl.constexpr, VECTOR: tl.constexpr, VECTORS: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, VECTOR: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, C] -> out [M, tokens, C]. M is at most 3.
 
@@ -151,7 +150,7 @@ def norm_shift(
     advance = step % period
     part = tokens.to(tl.int64) * C
     deviations = stats + tokens.to(tl.int64)
-    for _ in tl.range(start // V, tokens, step, num_stages=STAGES):
+    for _ in range(start // V, tokens, step):
         mask = token < tokens
         inside = mask & (place + offset >= 0) & (place + offset < period)
         neighbour = token + offset
@@ -186,8 +185,7 @@ def _blend(mixes, channel, mask, own, back):
 @triton.jit(do_not_specialize=["tokens", "tiles", "height", "width"])
 def norm_shift_backward(
     x, weight, bias, mixes, grad, residual, grad_x, partials, eps, tokens, tiles, height, width,
-    C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    STAGES: tl.constexpr, RESIDUAL: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """x [tokens, C], grad [M, tokens, C] -> grad_x [tokens, C], and for each program the sums over its tokens of the
     gradients of weight, bias and mixes, partials [programs, 2 + M, C]. M is at most 3. RESIDUAL adds another gradient
@@ -211,7 +209,7 @@ def norm_shift_backward(
     grad_mix1 = tl.full([T, BLOCK], 0.0, tl.float32)
     grad_mix2 = tl.full([T, BLOCK], 0.0, tl.float32)
 
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token = (tile * T + tl.arange(0, T))[:, None]
         mask = (token < tokens) & (channel < C)
         neighbour_mask = mask & _within(token % width - across, token // width % height - along, width, height)

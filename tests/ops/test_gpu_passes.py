@@ -374,12 +374,12 @@ flat = dict(BLOCK=gpu_passes._TILE_SIZE)
 for name, types, constants in [
     ("statistics", [half, wide, "fp32", "i32"], dict(C=96, **tile)),
     ("layer_norm", [half, wide, wide, wide, "fp32", "i32"], dict(C=96, **tile)),
-    ("layer_norm_backward", [half, wide, wide, half, wide, "fp32", "i32", "i32"], dict(C=96, **tile, STAGES=2)),
-    ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 3], dict(C=96, M=3, **shift_tile, STAGES=1)),
+    ("layer_norm_backward", [half, wide, wide, half, wide, "fp32", "i32", "i32"], dict(C=96, **tile)),
+    ("norm_shift", [wide, wide, wide, wide, wide, half, *["i32"] * 3], dict(C=96, M=3, **shift_tile)),
     (
         "norm_shift_backward",
         [wide, wide, wide, wide, half, wide, wide, wide, "fp32", *["i32"] * 4],
-        dict(C=96, M=3, **tile, STAGES=2, RESIDUAL=True),
+        dict(C=96, M=3, **tile, RESIDUAL=True),
     ),
     ("gate", [half, half, half, "i32"], flat),
     ("gate_backward", [half, half, wide, wide, half, half, "i64"], dict(**flat, SCALED=False)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer norm and the two halves of a linear layer as one autograd node each, for eager mode on a GPU.
+"""Layer norm, residual sum and the two halves of a linear layer as one autograd node each, for eager mode on a GPU.
 
 There the network is limited by the host's time per call: every recorded operator, view and autocast conversion costs
 as much as a kernel launch, forward and backward. So a node launches its kernels one after the other on rows of

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from sola_vision.ops.autocast import autocast_dtype, kernels_only
 from sola_vision.ops.double_backward import differentiable_backward, needs_differentiable_backward
-from sola_vision.ops.passes import _residual_sum as plain_residual_sum
 
 _op = torch.ops.sola
 
@@ -250,17 +249,26 @@ class _ChannelMix(torch.autograd.Function):
 
 
 def _sum(residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None) -> Tensor:
-    """The sum of a residual and a branch, gated if there is a receptance; differentiable in double backward."""
-    if torch.is_grad_enabled():
-        return plain_residual_sum(residual, receptance, value, factors)
-    return _op.residual_sum.default(residual, receptance, value, factors)
+    """The sum of a residual and a branch, which is gated if there is a receptance."""
+    if not torch.is_grad_enabled():
+        return _op.residual_sum.default(residual, receptance, value, factors)
+    branch = value if receptance is None else _op.gate.default(receptance, value)  # differentiated in double backward
+    return residual + (branch if factors is None else _multiplied(branch, factors))
 
 
 def _branch_gradient(grad: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The gradient of a branch in `dtype`, given that of its sum with the residual."""
-    if factors is None or needs_differentiable_backward((grad,)):
-        return (grad if factors is None else grad * factors.view(-1, *[1] * (grad.ndim - 1))).to(dtype)
+    if factors is None:
+        return grad.to(dtype)
+    if needs_differentiable_backward((grad,)):
+        return _multiplied(grad, factors).to(dtype)
     return _op.scaled.default(grad, factors, dtype)
+
+
+def _multiplied(x: Tensor, factors: Tensor) -> Tensor:
+    """The images that x [B or T, ...] consists of times their factors [B], by torch's operators."""
+    repeated = factors.repeat_interleave(len(x) // max(1, len(factors)))
+    return x * repeated.view(-1, *[1] * (x.ndim - 1))
 
 
 def _norm_shift_backward(

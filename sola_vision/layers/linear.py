@@ -19,7 +19,7 @@ from sola_vision.layers.bands import bands
 from sola_vision.layers.dispatch import in_bands, in_one_node, in_tiles
 from sola_vision.layers.fused_gpu import channel_mix, spatial_mix
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
-from sola_vision.layers.residual import drop_factors, drops_nothing, is_stock
+from sola_vision.layers.residual import drop_factors, drops_nothing, is_fusible
 from sola_vision.layers.unmodified import is_exactly, is_unhooked
 from sola_vision.ops import gate, gated_sum, wkv
 
@@ -208,12 +208,12 @@ class LinearLayer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the same shape, and the hidden state's read-out [B, H, W, C] for bridges."""
-        stock = is_stock(self.drop_path)
-        if stock and is_exactly(self.mixer, LinearMixer):
+        fusible = is_fusible(self.drop_path)
+        if fusible and is_exactly(self.mixer, LinearMixer):
             x, readout = self.mixer.add_to(x, self.norm1, self.drop_path)
         else:
             mixed, readout = _branch(self.mixer, LinearMixer, self.norm1, x)
             x = x + self.drop_path(mixed)
-        if stock and is_exactly(self.channel_mix, ChannelMix):
+        if fusible and is_exactly(self.channel_mix, ChannelMix):
             return self.channel_mix.add_to(x, self.norm2, self.drop_path), readout
         return x + self.drop_path(_branch(self.channel_mix, ChannelMix, self.norm2, x)), readout

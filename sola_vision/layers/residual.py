@@ -13,7 +13,7 @@ from sola_vision.layers.unmodified import is_exactly
 def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
     """x + drop_path(branch), both [B, H, W, C]; in eager mode on a GPU by one kernel."""
     if (
-        is_stock(drop_path)
+        is_fusible(drop_path)
         and in_eager_mode_on_gpu(x)
         and in_eager_mode_on_gpu(branch)
         and x.shape == branch.shape
@@ -23,20 +23,20 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
     return x + drop_path(branch)
 
 
-def is_stock(drop_path: nn.Module) -> bool:
-    """True if `drop_factors` may take the place of calling the module, since no hook observes it."""
+def is_fusible(drop_path: nn.Module) -> bool:
+    """True for timm's DropPath or an nn.Identity that no hook observes: kernels may apply its factors instead."""
     kind = nn.Identity if type(drop_path) is nn.Identity else DropPath
     return is_exactly(drop_path, kind)
 
 
 def drops_nothing(drop_path: nn.Module) -> bool:
-    """True if a stock module is the identity in this call."""
+    """True if a fusible module is the identity in this call."""
     return type(drop_path) is nn.Identity or not (drop_path.training and drop_path.drop_prob)
 
 
 def drop_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """The factors [B] that a stock module would multiply the images of x [B, ...] by, or None if they are all 1; drawn
-    as timm's drop_path does, so that a seed drops the same images.
+    """The factors [B] that a fusible module would multiply the images of x [B, ...] by, or None if all are 1; drawn as
+    timm's drop_path draws them, so that a seed drops the same images.
     """
     if drops_nothing(drop_path):
         return None

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "sola_vision"
 MAY_IMPORT = {
     "version": set(),
     "wording": set(),
+    "fonts": set(),
     "schedule": set(),
     "config": {"schedule", "wording"},
     "ops": set(),
@@ -23,10 +24,10 @@ MAY_IMPORT = {
     "engine": {"wording"},
     "tasks": {
         *("config", "schedule", "layers", "ops", "backbone", "sola", "vrwkv_weights", "vrwkv"),
-        *("data", "engine", "version", "wording"),
+        *("data", "engine", "version", "wording", "fonts"),
     },
-    "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola"},
-    "bench": {"ops", "sola", "analysis", "tasks"},
+    "analysis": {"config", "schedule", "layers", "ops", "backbone", "sola", "fonts"},
+    "bench": {"ops", "sola", "analysis", "tasks", "fonts"},
     "search": {
         *("config", "schedule", "layers", "ops", "backbone", "sola", "data", "engine", "tasks", "analysis"),
         "wording",

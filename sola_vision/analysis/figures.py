@@ -12,6 +12,7 @@ from matplotlib.ticker import NullLocator
 from sola_vision.analysis.cost import Cost
 from sola_vision.analysis.receptive import FieldMap, field_statistics
 from sola_vision.analysis.scaling import Point
+from sola_vision.fonts import save_figure
 
 # Okabe and Ito's colours, each with its own marker: distinguishable for colour-blind readers and in print
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,7 +42,7 @@ def draw_scaling(points: Sequence[Point], out: Path) -> None:
         axes.set_xticks(sizes, [str(s) for s in sizes], minor=False)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
 
 
 def draw_costs(costs: Sequence[Cost], out: Path) -> None:
@@ -78,7 +79,7 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
             axes.grid(alpha=0.3)
     if figure.axes[0].get_legend_handles_labels()[0]:
         figure.axes[0].legend(fontsize=8)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)
 
 
 def style(number: int) -> dict[str, str]:
@@ -129,4 +130,4 @@ def draw_fields(networks: Sequence[tuple[str, dict[str, FieldMap]]], out: Path) 
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
     bottom.legend(*bottom.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(out, dpi=100)
+    save_figure(figure, out, dpi=100)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sola_vision.analysis.explain import LayerView
 from sola_vision.analysis.trace import Patch
+from sola_vision.fonts import save_figure
 
 # readable for the colour-blind: a ramp of rising lightness, and two hues diverging from zero
 _RISING, _TWO_SIDED = "cividis", "PuOr_r"
@@ -61,7 +62,7 @@ def draw_sheet(
             left = _LEFT + c * (_PANEL + _BAR + _GAP)
             bottom = figure_size[1] - _TOP - (r + 1) * row_height + 0.06
             _draw(figure, figure_size, (left, bottom, _PANEL, panel_height), panel, (height, width))
-    figure.savefig(out, dpi=_DPI)
+    save_figure(figure, out, dpi=_DPI)
 
 
 def _depth(columns: Sequence[tuple[str, Sequence[LayerView]]]) -> int:

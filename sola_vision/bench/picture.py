@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sola_vision.analysis.figures import style
+from sola_vision.fonts import save_figure
 
 _CONDITION = ("dtype", "layout", "compiled")
 
@@ -39,4 +40,4 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(out, dpi=110)
+    save_figure(figure, out, dpi=110)

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from sola_vision.fonts import pillow_font, save_figure
 from sola_vision.tasks.coco_eval import RECALLS, THRESHOLDS, Score
-from sola_vision.tasks.fonts import pillow_font, save_figure
 from sola_vision.tasks.label_pictures import class_colours, enlargement
 from sola_vision.tasks.pictures import BLUE, GREEN, ORANGE, VERMILION
 from sola_vision.wording import amount

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from sola_vision.data import IGNORED, LabelRule
-from sola_vision.tasks.fonts import pillow_font, save_figure
+from sola_vision.fonts import pillow_font, save_figure
 from sola_vision.tasks.pictures import shortened
 
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sola_vision.engine.log import read_records
-from sola_vision.tasks.fonts import save_figure
+from sola_vision.fonts import save_figure
 
 # Okabe and Ito's colours, distinguishable by colour-blind readers and in print
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"

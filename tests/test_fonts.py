@@ -11,7 +11,9 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from sola_vision.tasks import fonts
+from sola_vision import fonts
+from sola_vision.analysis.figures import draw_scaling
+from sola_vision.analysis.scaling import Point
 from sola_vision.tasks.box_pictures import Shape, draw_shapes
 from sola_vision.tasks.label_pictures import draw_overlay
 from sola_vision.tasks.pictures import draw_confusion
@@ -68,6 +70,12 @@ def test_an_installed_font_draws_what_others_lack(tmp_path, caplog):
     image, classes = Image.new("RGB", (8, 8)), np.zeros((8, 8), int)
     cat, dog, box = (draw_overlay(image, classes, [name]) for name in (CAT, DOG, EMU))
     assert cat.tobytes() == dog.tobytes() != box.tobytes()
+    pictures = []
+    for name in (CAT, DOG, EMU):  # a run's folder names its network
+        draw_scaling([Point(name, 64, 1.0)], tmp_path / "s.png")
+        pictures.append((tmp_path / "s.png").read_bytes())
+    cat, dog, box = pictures
+    assert cat == dog != box
     shape = Shape((0.0, 0.0, 8.0, 8.0), 0, 0.5)
     cat, dog, box = (draw_shapes(image, [shape], [name]) for name in (CAT, DOG, EMU))
     assert cat.tobytes() == dog.tobytes() != box.tobytes()

@@ -48,19 +48,17 @@ def pass_jobs(name: str, dtype: torch.dtype, device: str = "cuda") -> tuple[dict
     """Return jobs by "path direction", and the least bytes that a direction moves. gated_sum has gate's backward, that
     of residual_sum is the multiplication by each image's factor.
     """
-    from sola_vision.ops import passes as plain
+    from sola_vision.ops import gpu_passes
+    from sola_vision.ops.passes import PLAIN
 
     inputs = operands(name, dtype, device)
-    kernel, portable = getattr(torch.ops.sola, name), getattr(plain, f"_{name}")
+    kernel, portable = getattr(gpu_passes, name), getattr(PLAIN, name)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     out = kernel(*inputs)
     grad = torch.randn_like(out)
     back_inputs = backward_inputs(name, inputs, grad)
-    if name == "residual_sum":
-        kernel_back, portable_back = torch.ops.sola.scaled, plain._scaled
-    else:
-        backward = "gate" if name == "gated_sum" else name
-        kernel_back, portable_back = getattr(torch.ops.sola, f"{backward}_backward"), plain._BACKWARDS[backward]
+    backward = {"gated_sum": "gate_backward", "residual_sum": "scaled"}.get(name, f"{name}_backward")
+    kernel_back, portable_back = getattr(gpu_passes, backward), getattr(PLAIN, backward)
     gradients = kernel_back(*back_inputs)
     moved = {
         "forward": nbytes(*tensors, out),

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sola_vision.ops.autocast import autocast_dtype, kernels_only
+from sola_vision.ops import gpu_passes
+from sola_vision.ops.autocast import KernelsOnly, autocast_dtype
 from sola_vision.ops.double_backward import differentiable_backward, needs_differentiable_backward
+from sola_vision.ops.passes import PLAIN
 
 _op = torch.ops.sola
 
@@ -40,7 +42,7 @@ def spatial_mix(
     dtype = autocast_dtype(x)  # outside of the block below, in which autocast counts as disabled
     if torch.is_grad_enabled():
         return _SpatialMix.apply(dtype, norm.eps, residual, factors, *tensors)
-    with kernels_only():
+    with KernelsOnly():
         out, readout, *_ = _spatial_mix(dtype, norm.eps, residual, factors, *tensors)
     return out, readout
 
@@ -62,7 +64,7 @@ def channel_mix(
     dtype = autocast_dtype(x)  # as above
     if torch.is_grad_enabled():
         return _ChannelMix.apply(dtype, norm.eps, residual, factors, *tensors)
-    with kernels_only():
+    with KernelsOnly():
         return _channel_mix(dtype, norm.eps, residual, factors, *tensors)[0]
 
 
@@ -70,8 +72,8 @@ def residual_sum(x: Tensor, branch: Tensor, factors: Tensor | None) -> Tensor:
     """x + branch, both [B, ...], multiplied by factors [B] if given."""
     if torch.is_grad_enabled():
         return _ResidualSum.apply(x, branch, factors)
-    with kernels_only():
-        return _op.residual_sum.default(x, None, branch, factors)
+    with KernelsOnly():
+        return _passes(x).residual_sum(x, None, branch, factors)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -79,8 +81,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
     if torch.is_grad_enabled():
         return _LayerNorm.apply(dtype, eps, x, weight, bias)
-    with kernels_only():
-        return _op.layer_norm.default(x, weight, bias, eps, dtype)
+    with KernelsOnly():
+        return _passes(x).layer_norm(x, weight, bias, eps, dtype)
+
+
+def _passes(x: Tensor) -> Any:
+    """The passes on tensors like x: their kernels, without the dispatcher, which takes the host about as long as a
+    launch; or their definitions, where autograd records them (double backward) and in tests on a CPU.
+    """
+    return gpu_passes if x.is_cuda and not torch.is_grad_enabled() else PLAIN
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -88,21 +97,19 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, eps: float, *tensors: Tensor) -> Tensor:
         ctx.dtype, ctx.eps = dtype, eps
         ctx.save_for_backward(*tensors)
-        with kernels_only():
-            return _op.layer_norm.default(*tensors, eps, dtype)
+        with KernelsOnly():
+            return _passes(tensors[0]).layer_norm(*tensors, eps, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if needs_differentiable_backward((grad,)):
-            plain = partial(_plain_layer_norm, ctx.dtype, ctx.eps)
-            return None, None, *differentiable_backward(plain, ctx.saved_tensors, (grad,))
-        with kernels_only():
-            return None, None, *_op.layer_norm_backward.default(*ctx.saved_tensors, ctx.eps, grad)
 
+            def norm(*tensors: Tensor) -> tuple[Tensor]:
+                return (PLAIN.layer_norm(*tensors, ctx.eps, ctx.dtype),)
 
-def _plain_layer_norm(dtype: torch.dtype, eps: float, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-    tensors = (x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype))
-    return (nn.functional.layer_norm(*tensors, eps),)
+            return None, None, *differentiable_backward(norm, ctx.saved_tensors, (grad,))
+        with KernelsOnly():
+            return None, None, *_passes(grad).layer_norm_backward(*ctx.saved_tensors, ctx.eps, grad)
 
 
 class _ResidualSum(torch.autograd.Function):
@@ -110,13 +117,14 @@ class _ResidualSum(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, branch: Tensor, factors: Tensor | None) -> Tensor:
         ctx.dtypes = x.dtype, branch.dtype
         ctx.save_for_backward(factors)
-        with kernels_only():
-            return _op.residual_sum.default(x, None, branch, factors)
+        with KernelsOnly():
+            return _passes(x).residual_sum(x, None, branch, factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (factors,), (of_x, of_branch) = ctx.saved_tensors, ctx.dtypes
-        return grad.to(of_x), _branch_gradient(grad, factors, of_branch), None
+        run = PLAIN if needs_differentiable_backward((grad,)) else _passes(grad)
+        return grad.to(of_x), grad.to(of_branch) if factors is None else run.scaled(grad, factors, of_branch), None
 
 
 def _spatial_mix(
@@ -134,18 +142,19 @@ def _spatial_mix(
 ) -> tuple[Tensor, ...]:
     """The half's two results and the tensors that the backward needs; with `keeps` the scan states too."""
     batch, height, width, channels = x.shape
+    run = _passes(x)
     mixes, weights = torch.stack(others[:3]), _stacked(others[3:], dtype)
-    shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+    shifted = run.norm_shift(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     projected = torch.bmm(shifted, weights[:3].mT)  # [3, T, C]
     receptance, key, value = projected.view(3, batch, height * width, channels).unbind()
     if keeps:
         readout, states = _op.wkv_with_states.default(decay, bonus, key, value)
     else:
         readout, states = _op.wkv.default(decay, bonus, key, value), None
-    gated = _op.gate.default(receptance, readout).flatten(0, 1)
+    gated = run.gate(receptance, readout).flatten(0, 1)
     out = torch.mm(gated, weights[3].t())
     if residual:
-        out = _sum(x.reshape(out.shape), None, out, factors)
+        out = run.residual_sum(x.reshape(out.shape), None, out, factors)
     results = (_shaped(out, x), _shaped(readout, x))
     return *results, mixes, weights, shifted, receptance, key, value, gated, states
 
@@ -155,7 +164,7 @@ class _SpatialMix(torch.autograd.Function):
     def forward(
         ctx: Any, dtype: torch.dtype, eps: float, residual: bool, factors: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with kernels_only():
+        with KernelsOnly():
             out, readout, *kept = _spatial_mix(dtype, eps, residual, factors, *tensors, keeps=any(ctx.needs_input_grad))
         ctx.dtype, ctx.eps, ctx.residual = dtype, eps, residual
         ctx.set_materialize_grads(False)
@@ -171,13 +180,15 @@ class _SpatialMix(torch.autograd.Function):
             half = partial(_spatial_mix, ctx.dtype, ctx.eps, ctx.residual, factors)
             return None, None, None, None, *differentiable_backward(half, inputs, (grad, grad_read))
         last, readout, mixes, weights, shifted, receptance, key, value, gated, states = others[6:]
-        with kernels_only():
+        run = _passes(x)
+        with KernelsOnly():
             if grad is None:
                 grad_mixed = torch.zeros_like(gated)
             else:
-                grad_mixed = _branch_gradient(grad, factors, gated.dtype).reshape(gated.shape)
+                grad_mixed = grad.to(gated.dtype) if factors is None else run.scaled(grad, factors, gated.dtype)
+                grad_mixed = grad_mixed.reshape(gated.shape)
             grad_gated = torch.mm(grad_mixed, weights[3]).view(key.shape)
-            grad_receptance, grad_readout = _op.gate_backward.default(receptance, readout.view(key.shape), grad_gated)
+            grad_receptance, grad_readout = run.gate_backward(receptance, readout.view(key.shape), grad_gated)
             if grad_read is not None:
                 grad_readout += grad_read.reshape(key.shape)
             grad_wkv = _op.wkv_backward.default(decay, bonus, key, value, states, grad_readout)
@@ -185,9 +196,8 @@ class _SpatialMix(torch.autograd.Function):
             rows = [grad.flatten(0, 1) for grad in (grad_receptance, grad_key, grad_value)]
             grad_shifted, grad_weights = _products_backward(rows, shifted, weights, last.dtype)
             grad_weights.append(_weight_gradient(grad_mixed, gated, last.dtype))
-            *grad_norm, grad_mixes = _norm_shift_backward(
-                x, scale, shift, ctx.eps, mixes, grad_shifted, grad if ctx.residual else None
-            )
+            residual, grad_shifted = grad if ctx.residual else None, grad_shifted.view(3, *x.shape)
+            *grad_norm, grad_mixes = run.norm_shift_backward(x, scale, shift, ctx.eps, mixes, grad_shifted, residual)
         return None, None, None, None, *grad_norm, grad_decay, grad_bonus, *grad_mixes, *grad_weights
 
 
@@ -202,13 +212,14 @@ def _channel_mix(
     *others: Tensor,
 ) -> tuple[Tensor, ...]:
     """The half's result and the tensors that the backward needs."""
+    run = _passes(x)
     mixes, weights = torch.stack(others[:2]), _converted(others[2:], dtype)
-    shifted = _op.norm_shift.dtype(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
+    shifted = run.norm_shift(x, scale, shift, eps, mixes, 0, 0, dtype).flatten(1, 3)
     hidden, receptance = torch.mm(shifted[0], weights[0].t()), torch.mm(shifted[1], weights[1].t())
-    squared = _op.squared_relu.default(hidden)
+    squared = run.squared_relu(hidden)
     value = torch.mm(squared, weights[2].t())
     rows = x.reshape(value.shape)
-    out = _sum(rows, receptance, value, factors) if residual else _op.gate.default(receptance, value)
+    out = run.residual_sum(rows, receptance, value, factors) if residual else run.gate(receptance, value)
     return _shaped(out, x), mixes, shifted, hidden, receptance, squared, value, *weights
 
 
@@ -217,7 +228,7 @@ class _ChannelMix(torch.autograd.Function):
     def forward(
         ctx: Any, dtype: torch.dtype, eps: float, residual: bool, factors: Tensor | None, *tensors: Tensor
     ) -> Tensor:
-        with kernels_only():
+        with KernelsOnly():
             out, *kept = _channel_mix(dtype, eps, residual, factors, *tensors)
         ctx.dtype, ctx.eps, ctx.residual = dtype, eps, residual
         ctx.save_for_backward(factors, *tensors, *kept)
@@ -231,62 +242,17 @@ class _ChannelMix(torch.autograd.Function):
             half = partial(_channel_mix, ctx.dtype, ctx.eps, ctx.residual, factors)
             return None, None, None, None, *differentiable_backward(half, inputs, (grad,))
         last, mixes, shifted, hidden, receptance, squared, value, *weights = others[4:]
-        with kernels_only():
-            operands = (receptance, value, grad.reshape(value.shape))
-            if factors is None:
-                grad_receptance, grad_value = _op.gate_backward.default(*operands)
-            else:
-                grad_receptance, grad_value = _op.gate_backward.scaled(*operands, factors)
-            grad_hidden = _op.squared_relu_backward.default(hidden, torch.mm(grad_value, weights[2]))
+        run = _passes(x)
+        with KernelsOnly():
+            grad_receptance, grad_value = run.gate_backward(receptance, value, grad.reshape(value.shape), factors)
+            grad_hidden = run.squared_relu_backward(hidden, torch.mm(grad_value, weights[2]))
             grad_shifted, grad_weights = _products_backward(
                 (grad_hidden, grad_receptance), shifted, weights, last.dtype
             )
             grad_weights.append(_weight_gradient(grad_value, squared, last.dtype))
-            *grad_norm, grad_mixes = _norm_shift_backward(
-                x, scale, shift, ctx.eps, mixes, grad_shifted, grad if ctx.residual else None
-            )
+            residual, grad_shifted = grad if ctx.residual else None, grad_shifted.view(2, *x.shape)
+            *grad_norm, grad_mixes = run.norm_shift_backward(x, scale, shift, ctx.eps, mixes, grad_shifted, residual)
         return None, None, None, None, *grad_norm, *grad_mixes, *grad_weights
-
-
-def _sum(residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None) -> Tensor:
-    """The sum of a residual and a branch, which is gated if there is a receptance."""
-    if not torch.is_grad_enabled():
-        return _op.residual_sum.default(residual, receptance, value, factors)
-    branch = value if receptance is None else _op.gate.default(receptance, value)  # differentiated in double backward
-    return residual + (branch if factors is None else _multiplied(branch, factors))
-
-
-def _branch_gradient(grad: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The gradient of a branch in `dtype`, given that of its sum with the residual."""
-    if factors is None:
-        return grad.to(dtype)
-    if needs_differentiable_backward((grad,)):
-        return _multiplied(grad, factors).to(dtype)
-    return _op.scaled.default(grad, factors, dtype)
-
-
-def _multiplied(x: Tensor, factors: Tensor) -> Tensor:
-    """The images that x [B or T, ...] consists of times their factors [B], by torch's operators."""
-    repeated = factors.repeat_interleave(len(x) // max(1, len(factors)))
-    return x * repeated.view(-1, *[1] * (x.ndim - 1))
-
-
-def _norm_shift_backward(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    mixes: Tensor,
-    grad: Tensor,
-    residual: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The gradients of x, scale, shift and mixes, given that of the shifted rows [M, T, C]; `residual` is another one
-    of x.
-    """
-    arguments = (x, scale, shift, eps, mixes, grad.view(len(mixes), *x.shape))
-    if residual is None:
-        return _op.norm_shift_backward.default(*arguments)
-    return _op.norm_shift_backward.residual(*arguments, residual)
 
 
 def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

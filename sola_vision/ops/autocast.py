@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Autocast for custom operators: chosen arguments are cast to the autocast dtype."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +23,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if x.dtype != torch.float64 and autocasts(x) else x.dtype
 
 
-@contextmanager
-def kernels_only() -> Iterator[None]:
-    """Dispatch the calls inside the block below autograd and autocast: for autograd nodes that do the work of both."""
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_KEYS):
-        yield
+class KernelsOnly:
+    """Dispatch the calls inside the block below autograd and autocast: for autograd nodes that do the work of both.
+
+    A class, because a generator takes longer to enter and to leave.
+    """
+
+    def __enter__(self) -> None:
+        self._guards = torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_KEYS)
+        for guard in self._guards:
+            guard.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(*error)
 
 
 def register(library: torch.library.Library, name: str, operator: Any, positions: Sequence[int]) -> None:

@@ -39,17 +39,11 @@ def register(library: torch.library.Library) -> None:
     if importlib.util.find_spec("triton") is None:
         return
     for name, kernel in (
-        ("layer_norm", layer_norm),
-        ("layer_norm_backward", layer_norm_backward),
         ("norm_shift", norm_shift),
         ("norm_shift.dtype", norm_shift),
         ("norm_shift_backward", norm_shift_backward),
-        ("norm_shift_backward.residual", norm_shift_backward),
         ("gate", gate),
         ("gate_backward", gate_backward),
-        ("gate_backward.scaled", gate_backward),
-        ("scaled", scaled),
-        ("residual_sum", residual_sum),
         ("gated_sum", gated_sum),
         ("gated_sum_", gated_sum_),
         ("squared_relu", squared_relu),

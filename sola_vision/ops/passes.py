@@ -8,6 +8,7 @@ recomputes everything else.
 """
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -176,10 +177,20 @@ def _promoted(*tensors: Tensor) -> torch.dtype:
 # ---- the definitions
 
 
-def _norm_shift(x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, top: int, bottom: int) -> Tensor:
+def _norm_shift(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mixes: Tensor,
+    top: int,
+    bottom: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     # int: during TorchScript tracing sizes are tensors
     n = torch.nn.functional.layer_norm(x, (int(x.shape[-1]),), weight, bias, eps)
-    return interpolated(n, mixes, top, bottom)
+    out = interpolated(n, mixes, top, bottom)
+    return out if dtype is None else out.to(dtype)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -224,23 +235,26 @@ def _squared_relu(x: Tensor) -> Tensor:
 def _norm_shift_backward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # with grad mode enabled this is double backward: the inputs are part of a graph, and so are the results
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [tensor.view_as(tensor) if create_graph else tensor.detach() for tensor in (x, weight, bias, mixes)]
-        for tensor in inputs:
-            if not tensor.requires_grad:
-                tensor.requires_grad_()
-        out = _norm_shift(inputs[0], inputs[1], inputs[2], eps, inputs[3], 0, 0)
-        gx, gw, gb, gm = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=create_graph)
-    return (gx if residual is None else gx + residual.to(gx.dtype)).contiguous(), gw, gb, gm
-
-
-def _norm_shift_residual_backward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mixes: Tensor, grad: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gx, *others = torch.ops.sola.norm_shift_backward.default(x, weight, bias, eps, mixes, grad)
-    return gx.add_(residual), *others
+    # written out, since autograd does not record below its own dispatch keys, where the kernels fall back to this
+    inputs = (x, weight, bias, mixes)
+    wide = torch.promote_types(_promoted(*inputs), torch.float32)
+    value, scale, shift, mix, grad = (tensor.to(wide) for tensor in (*inputs, grad))
+    centred = value - value.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normal = centred * rstd
+    n = normal * scale + shift
+    gm = (grad * (n - quad_shift(n))).sum((1, 2, 3))
+    own = (mix[:, None, None, None] * grad).sum(0)
+    # of a shift: each token's gradient comes from the token whose neighbour it is, which is the opposite shift
+    gn = own + quad_shift((grad.sum(0) - own).flip(1, 2)).flip(1, 2)
+    gw, gb = (gn * normal).sum((0, 1, 2)), gn.sum((0, 1, 2))
+    gn = gn * scale
+    gx = rstd * (gn - gn.mean(-1, keepdim=True) - normal * (gn * normal).mean(-1, keepdim=True))
+    if residual is not None:
+        gx = gx + residual
+    gradients = (gx.contiguous(), gw, gb, gm)
+    gx, gw, gb, gm = (gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, inputs, strict=True))
+    return gx, gw, gb, gm
 
 
 def _layer_norm_backward(
@@ -270,12 +284,20 @@ def _squared_relu_backward(x: Tensor, grad: Tensor) -> Tensor:
     return (2 * torch.relu(x) * grad).to(x.dtype)
 
 
-_BACKWARDS = {
-    "layer_norm": _layer_norm_backward,
-    "norm_shift": _norm_shift_backward,
-    "gate": _gate_backward,
-    "squared_relu": _squared_relu_backward,
-}
+# by the names of the kernels, with their arguments (`gpu_passes.py`)
+PLAIN = SimpleNamespace(
+    layer_norm=_layer_norm,
+    layer_norm_backward=_layer_norm_backward,
+    norm_shift=_norm_shift,
+    norm_shift_backward=_norm_shift_backward,
+    gate=_gate,
+    gate_backward=_gate_backward,
+    gated_sum=_gated_sum,
+    residual_sum=_residual_sum,
+    scaled=_scaled,
+    squared_relu=_squared_relu,
+    squared_relu_backward=_squared_relu_backward,
+)
 
 # ---- registration
 
@@ -321,7 +343,7 @@ def _save_tensors(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(name: str) -> Any:
     """Return an operator's backward; its plain form, which is differentiable, in double backward."""
-    return _BACKWARDS[name] if torch.is_grad_enabled() else getattr(torch.ops.sola, f"{name}_backward")
+    return getattr(PLAIN if torch.is_grad_enabled() else torch.ops.sola, f"{name}_backward")
 
 
 def _differentiate_norm_shift(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -359,17 +381,6 @@ def register(library: torch.library.Library) -> None:
         if differentiate is not None:
             torch.library.register_autograd(f"sola::{name}", differentiate, setup_context=_save_tensors, lib=library)
 
-    norm = "(Tensor x, Tensor weight, Tensor bias, float eps, "
-    define(  # without a derivative: only autograd nodes call it
-        f"layer_norm{norm}ScalarType dtype) -> Tensor",
-        _layer_norm,
-        lambda x, weight, bias, eps, dtype: torch.empty(x.shape, dtype=dtype, device=x.device),
-    )
-    define(
-        f"layer_norm_backward{norm}Tensor grad) -> (Tensor, Tensor, Tensor)",
-        _layer_norm_backward,
-        lambda x, weight, bias, eps, grad: (_like(x), _like(weight), _like(bias)),
-    )
     shift = "(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, "
     define(f"norm_shift{shift}int top, int bottom) -> Tensor", _norm_shift, _fake_norm_shift, _differentiate_norm_shift)
     define(
@@ -383,33 +394,11 @@ def register(library: torch.library.Library) -> None:
         _norm_shift_backward,
         _fake_norm_shift_backward,
     )
-    define(
-        f"norm_shift_backward.residual{shift}Tensor grad, Tensor residual) -> (Tensor, Tensor, Tensor, Tensor)",
-        _norm_shift_residual_backward,
-        lambda *arguments: _fake_norm_shift_backward(*arguments[:-1]),
-    )
     define("gate(Tensor receptance, Tensor value) -> Tensor", _gate, _promoted_like, _differentiate_gate)
     define(
         "gate_backward(Tensor receptance, Tensor value, Tensor grad) -> (Tensor, Tensor)",
         _gate_backward,
         lambda receptance, value, grad: (_like(receptance), _like(value)),
-    )
-    define(
-        "gate_backward.scaled(Tensor receptance, Tensor value, Tensor grad, Tensor factors) -> (Tensor, Tensor)",
-        _gate_backward,
-        lambda receptance, value, grad, factors: (_like(receptance), _like(value)),
-    )
-    define(  # without a derivative, as layer_norm
-        "residual_sum(Tensor residual, Tensor? receptance, Tensor value, Tensor? factors) -> Tensor",
-        _residual_sum,
-        lambda residual, receptance, value, factors: _promoted_like(
-            residual, value, *(() if receptance is None else (receptance,))
-        ),
-    )
-    define(
-        "scaled(Tensor x, Tensor factors, ScalarType dtype) -> Tensor",
-        _scaled,
-        lambda x, factors, dtype: torch.empty(x.shape, dtype=dtype, device=x.device),
     )
     define(
         "gated_sum(Tensor residual, Tensor receptance, Tensor value) -> Tensor",

@@ -175,8 +175,6 @@ def test_a_graph_that_wants_nothing_of_a_node_goes_on():
 @pytest.mark.parametrize("half", HALVES)
 def test_node_under_autocast(device, half, dtype):
     """Products and read-out in half precision, the gradients of the wide parameters wide."""
-    if device == "cpu" and half == "channel with residual":
-        pytest.skip("the CPU's kernels take operands of one dtype")
     if device == "cpu" and ops.missing_kernel("cpu") is not None:
         pytest.skip("a node calls kernels")
     made = layer(32, torch.float32, device)

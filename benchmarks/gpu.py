@@ -5,11 +5,11 @@
     python benchmarks/gpu.py operator --vision-rwkv DIR     # its speed against HBM, SDPA, portable, Vision-RWKV's CUDA
     python benchmarks/gpu.py passes                         # the element-wise passes against HBM and plain torch
     python benchmarks/gpu.py models                         # images/s and memory against timm's models, eager
-    python benchmarks/gpu.py models --mode graph           # replays of CUDA graphs, which launch nothing
+    python benchmarks/gpu.py models --mode graph            # replays of CUDA graphs, which launch nothing
     python benchmarks/gpu.py models --mode compiled --only NAME ...
     python benchmarks/gpu.py models --size 1024 --batch 8
     python benchmarks/gpu.py profile                        # the kernels that take the time
-    python benchmarks/gpu.py all --vision-rwkv DIR          # compile, correct, operator, models, passes, profile
+    python benchmarks/gpu.py all --vision-rwkv DIR          # compile and all of these, networks as graphs too
     python benchmarks/gpu.py build-vision-rwkv DIR          # in advance, e.g. during another part
     python benchmarks/gpu.py compile                        # in advance: the networks' kernels, on all cores
 
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
         "passes": add("passes", help="speed of the element-wise passes"),
         "models": add("models", help="throughput and memory of networks, inference and training, bf16"),
         "profile": add("profile", help="the kernels that take the time of networks and of the operator"),
-        "all": add("all", help="compile, correct, operator, models, passes, profile"),
+        "all": add("all", help="compile, correct, operator, models (eager, graph), passes, profile"),
     }
     add("compile", help="compile the networks' kernels, one process per width")
     build = add("build-vision-rwkv", help="build Vision-RWKV's kernel into torch's cache of extensions")
@@ -116,6 +116,7 @@ def selected_parts(args: argparse.Namespace) -> dict[str, Part]:
             "correct": lambda: correct(clock),
             "operator": lambda: operator(args.rounds, clock, args.vision_rwkv),
             "models": lambda: gpu_models.models(gpu_models.MODELS, 224, 128, args.rounds, clock, "eager"),
+            "models-graph": lambda: gpu_models.models(gpu_models.MODELS, 224, 128, args.rounds, clock, "graph"),
             "passes": lambda: passes(args.rounds, clock),
             "profile": lambda: gpu_profile.profiles(gpu_profile.MODELS, 224, 128, clock),
         }

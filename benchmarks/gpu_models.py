@@ -58,8 +58,8 @@ def models(names: list[str], size: int, batch: int, rounds: int, clock: Clock, m
 
 
 def prepared(name: str, size: int, batch: int, mode: str) -> tuple[dict[str, Job], dict[str, float | None]]:
-    """Return the jobs of a network, already called once, and the MiB that each of them needs; None for graphs, which
-    share memory with nothing.
+    """Return the jobs of a network, already called once, and the MiB that each of them needs; None for graphs, each of
+    which keeps memory of its own.
     """
     before = torch.cuda.memory_allocated()
     jobs = model_jobs(name, size, batch, mode)

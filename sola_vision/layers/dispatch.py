@@ -27,7 +27,7 @@ def in_one_node(x: Tensor, norm: nn.LayerNorm, *projections: nn.Linear) -> bool:
         in_eager_mode_on_gpu(x)
         and is_unmodified(norm, *projections)
         and not has_global_hook()
-        and parameters_agree(x, *(projection.weight for projection in projections))
+        and operands_agree(x, *(projection.weight for projection in projections))
     )
 
 
@@ -41,15 +41,17 @@ def in_eager_mode_on_gpu(x: Tensor) -> bool:
         and ops.missing_kernel("cuda") is None
         and ops.pinned() in (None, "native")
         and not (ops.seen_through(x) or ops.tangents())
+        # dispatch modes, such as those of make_fx and of FlopCounterMode, see operators, but not launches
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
-def parameters_agree(x: Tensor, *parameters: Tensor) -> bool:
-    """True if x on a GPU and its parameters have one device and, without autocast, one dtype; torch's operators raise
-    the error otherwise.
+def operands_agree(x: Tensor, *others: Tensor) -> bool:
+    """True if x on a GPU and others, such as parameters, have one device and, without autocast, one dtype; torch's
+    operators raise the error otherwise.
     """
     device, autocast = x.get_device(), torch.is_autocast_enabled(x.device.type)
-    return all(p.get_device() == device and (autocast or p.dtype == x.dtype) for p in parameters)
+    return all(other.get_device() == device and (autocast or other.dtype == x.dtype) for other in others)
 
 
 def in_tiles(x: Tensor, *modules: nn.Module) -> bool:

@@ -40,6 +40,7 @@ def spatial_mix(
     weights = (projection.weight for projection in projections)
     tensors = (x, norm.weight, norm.bias, decay, bonus, *mixes, *weights)
     dtype = autocast_dtype(x)  # outside of the block below, in which autocast counts as disabled
+    assert residual or factors is None
     if torch.is_grad_enabled():
         return _SpatialMix.apply(dtype, norm.eps, residual, factors, *tensors)
     with KernelsOnly():
@@ -62,6 +63,7 @@ def channel_mix(
     weights = (projection.weight for projection in projections)
     tensors = (x, norm.weight, norm.bias, *mixes, *weights)
     dtype = autocast_dtype(x)  # as above
+    assert residual or factors is None
     if torch.is_grad_enabled():
         return _ChannelMix.apply(dtype, norm.eps, residual, factors, *tensors)
     with KernelsOnly():
@@ -124,7 +126,7 @@ class _ResidualSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (factors,), (of_x, of_branch) = ctx.saved_tensors, ctx.dtypes
         run = PLAIN if needs_differentiable_backward((grad,)) else _passes(grad)
-        return grad.to(of_x), grad.to(of_branch) if factors is None else run.scaled(grad, factors, of_branch), None
+        return grad.to(of_x), _branch_gradient(run, grad, factors, of_branch), None
 
 
 def _spatial_mix(
@@ -185,8 +187,7 @@ class _SpatialMix(torch.autograd.Function):
             if grad is None:
                 grad_mixed = torch.zeros_like(gated)
             else:
-                grad_mixed = grad.to(gated.dtype) if factors is None else run.scaled(grad, factors, gated.dtype)
-                grad_mixed = grad_mixed.reshape(gated.shape)
+                grad_mixed = _branch_gradient(run, grad, factors, gated.dtype).reshape(gated.shape)
             grad_gated = torch.mm(grad_mixed, weights[3]).view(key.shape)
             grad_receptance, grad_readout = run.gate_backward(receptance, readout.view(key.shape), grad_gated)
             if grad_read is not None:
@@ -253,6 +254,11 @@ class _ChannelMix(torch.autograd.Function):
             residual, grad_shifted = grad if ctx.residual else None, grad_shifted.view(2, *x.shape)
             *grad_norm, grad_mixes = run.norm_shift_backward(x, scale, shift, ctx.eps, mixes, grad_shifted, residual)
         return None, None, None, None, *grad_norm, *grad_mixes, *grad_weights
+
+
+def _branch_gradient(run: Any, grad: Tensor, factors: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of a branch in `dtype`, given that of its sum with the residual."""
+    return grad.to(dtype) if factors is None else run.scaled(grad, factors, dtype)
 
 
 def _stacked(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,7 @@ class LinearMixer(nn.Module):
         return gate_linear(receptance, readout, self.output), readout
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> tuple[Tensor, Tensor]:
-        """x + drop_path(the branch's output), and the read-out (see `forward`)."""
+        """x + drop_path(the branch's output), and the read-out (see `forward`). drop_path must be fusible."""
         projections = (self.receptance, self.key, self.value, self.output)
         if self.token_shift and in_one_node(x, norm, *projections):
             parts, factors = (self.mix_receptance, self.mix_key, self.mix_value), drop_factors(drop_path, x)
@@ -154,7 +154,7 @@ class ChannelMix(nn.Module):
         return receptance, squared_relu_linear(hidden, self.value)
 
     def add_to(self, x: Tensor, norm: nn.LayerNorm, drop_path: nn.Module) -> Tensor:
-        """x + drop_path(the branch's output) (see `forward`)."""
+        """x + drop_path(the branch's output) (see `forward`). drop_path must be fusible."""
         projections = (self.key, self.receptance, self.value)
         if self.token_shift and in_one_node(x, norm, *projections):
             parts, factors = (self.mix_key, self.mix_receptance), drop_factors(drop_path, x)

@@ -3,7 +3,7 @@
 
 from torch import Tensor, nn
 
-from sola_vision.layers.dispatch import in_eager_mode_on_gpu, parameters_agree
+from sola_vision.layers.dispatch import in_eager_mode_on_gpu, operands_agree
 from sola_vision.layers.fused_gpu import layer_norm
 from sola_vision.layers.unmodified import has_plain_parameters
 
@@ -20,7 +20,7 @@ class LayerNorm(nn.LayerNorm):
             in_eager_mode_on_gpu(x)
             and has_plain_parameters(self)
             and x.shape[-1:] == self.normalized_shape
-            and parameters_agree(x, self.weight, self.bias)
+            and operands_agree(x, self.weight, self.bias)
         ):
             return layer_norm(x, self.weight, self.bias, self.eps)
         return super().forward(x)

@@ -5,7 +5,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.dispatch import in_eager_mode_on_gpu, parameters_agree
+from sola_vision.layers.dispatch import in_eager_mode_on_gpu, operands_agree
 from sola_vision.layers.fused_gpu import residual_sum
 from sola_vision.layers.unmodified import is_exactly
 
@@ -17,7 +17,7 @@ def add_branch(x: Tensor, branch: Tensor, drop_path: nn.Module) -> Tensor:
         and in_eager_mode_on_gpu(x)
         and in_eager_mode_on_gpu(branch)
         and x.shape == branch.shape
-        and parameters_agree(x, branch)
+        and operands_agree(x, branch)
     ):
         return residual_sum(x, branch, drop_factors(drop_path, x))
     return x + drop_path(branch)

@@ -30,8 +30,8 @@ _SHIFT_TILE_SIZE, _SHIFT_PROGRAMS = 1024, 3168
 _MAX_CHANNELS, _MAX_MIXES, _MAX_TOKENS = 4096, 3, 1 << 30
 # fused multiply-adds explicitly, because Triton's default changes between versions
 _OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-# four programs of a backward per multiprocessor: without the limit the compiler would use slightly more registers
-_BACKWARD_OPTIONS = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": 128}
+# of the norms' backwards: four programs per multiprocessor. Without the limit the compiler would use slightly more
+_REGISTERS = 128
 
 
 def register(library: torch.library.Library) -> None:
@@ -82,7 +82,7 @@ def layer_norm_backward(
         gx = torch.empty_like(inputs[0])
         partials = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
         sizes, tensors = (eps, tokens, tiles), (*inputs, gx, partials)
-        launch(_kernels().layer_norm_backward, programs, tensors, sizes, constants, _BACKWARD_OPTIONS)
+        launch(_kernels().layer_norm_backward, programs, tensors, sizes, constants, _backward_options(tile))
         gw, gb = partials.sum(0)
     return gx, gw.to(weight.dtype), gb.to(bias.dtype)
 
@@ -100,7 +100,7 @@ def norm_shift(
     """Return `passes.norm_shift`: x [B, H, W, C] -> [M, B, H - top - bottom, W, C] in `dtype`, by default that of x."""
     dtype = dtype or x.dtype
     if _unsupported(x) or dtype == torch.float64 or len(mixes) > _MAX_MIXES:
-        return passes._norm_shift(x, weight, bias, eps, mixes, top, bottom).to(dtype)
+        return passes._norm_shift(x, weight, bias, eps, mixes, top, bottom, dtype)
     batch, height, width, channels = x.shape
     out = torch.empty((len(mixes), *x.shape), dtype=dtype, device=x.device)
     if out.numel():
@@ -114,10 +114,7 @@ def norm_shift(
             constants = {"C": channels, **tile}
             launch(kernels.statistics, programs, (inputs[0], stats), (eps, tokens), constants, _OPTIONS)
             programs, tile = _shift_grid(tokens, channels, min(x.element_size(), out.element_size()))
-            sizes, constants = (
-                (tokens, height, width),
-                {"C": channels, "M": len(mixes), **tile},
-            )
+            sizes, constants = (tokens, height, width), {"C": channels, "M": len(mixes), **tile}
             launch(kernels.norm_shift, programs, (*inputs, stats, out), sizes, constants, _OPTIONS)
     # bands, whose first and last rows are only neighbours, exist on a CPU only; here they need not be fast
     return out[:, :, top : height - bottom].contiguous() if top or bottom else out
@@ -150,7 +147,7 @@ def norm_shift_backward(
             (*inputs, gx, partials),
             (eps, tokens, tiles, height, width),
             {"C": channels, "M": len(mixes), **tile, "RESIDUAL": residual is not None},
-            _BACKWARD_OPTIONS,
+            _backward_options(tile),
         )
         sums = partials.sum(0)
     return gx, sums[0].to(weight.dtype), sums[1].to(bias.dtype), sums[2:].to(mixes.dtype)
@@ -208,7 +205,8 @@ def _residual_sum(
 ) -> Tensor:
     inputs = (residual, value if receptance is None else receptance, value)
     flags = {"GATED": receptance is not None, "SCALED": factors is not None}
-    return _launch("residual_sum", inputs, [passes._promoted(*inputs)], factors, flags, out)[0]
+    dtypes = [passes._promoted(*inputs)] if out is None else []
+    return _launch("residual_sum", inputs, dtypes, factors, flags, out)[0]
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -235,7 +233,7 @@ def _kernels() -> Any:
 def _launch(
     name: str,
     inputs: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[torch.dtype] = (),
     factors: Tensor | None = None,
     flags: dict[str, bool] | None = None,
     out: Tensor | None = None,
@@ -263,6 +261,12 @@ def _tile(channels: int, size: int = _TILE_SIZE) -> dict[str, int]:
     """Return the channels (BLOCK) and tokens (T) of a tile of at least `size` values, powers of two."""
     block = max(16, 1 << (channels - 1).bit_length())
     return {"BLOCK": block, "T": max(1, size // block)}
+
+
+def _backward_options(tile: dict[str, int]) -> dict[str, Any]:
+    """Return the options of a norm's backward: a thread has 8 values, whose sums stay in registers."""
+    options = {**_OPTIONS, "num_warps": max(4, tile["BLOCK"] * tile["T"] // 256)}
+    return options if torch.version.hip else {**options, "maxnreg": _REGISTERS}
 
 
 def _shift_grid(tokens: int, channels: int, itemsize: int) -> tuple[int, dict[str, int]]:

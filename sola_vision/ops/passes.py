@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The element-wise passes around the operator: each is one operator that reads and writes a value in memory once.
+"""The element-wise passes around the operator: each reads and writes a value in memory once.
 
-A pass is defined by its plain form in this file, the function of the same name with an underscore. It is the default
-kernel of `sola::NAME`, used by `ops.use("portable")` and fused by `torch.compile` on a GPU. On a CPU the C++ kernel
-(`csrc/passes.cpp`) overrides it, on CUDA the Triton kernel (`gpu_passes.py`). A backward needs only the inputs, and
-recomputes everything else.
+A pass is defined by its plain form in this file, the function of the same name with an underscore. For a pass that is
+an operator it is the default kernel of `sola::NAME`, used by `ops.use("portable")` and fused by `torch.compile` on a
+GPU. On a CPU the C++ kernel (`csrc/passes.cpp`) overrides it, on CUDA the Triton kernel (`gpu_passes.py`). The others
+are called by autograd nodes on a GPU only (`layers/fused_gpu.py`). A backward needs only the inputs, and recomputes
+everything else.
 """
 
 import functools
@@ -37,8 +38,7 @@ def norm_shift(
     """
     _check_shift(x, weight, bias, mixes, top, bottom)
     if _use_plain_form(x, weight, bias, mixes):
-        out = _norm_shift(x, weight, bias, eps, mixes, top, bottom)
-        return out if dtype is None else out.to(dtype)
+        return _norm_shift(x, weight, bias, eps, mixes, top, bottom, dtype)
     operator = torch.ops.sola.norm_shift
     if dtype in (None, x.dtype):
         return operator.default(x, weight, bias, eps, mixes, top, bottom)
@@ -187,10 +187,14 @@ def _norm_shift(
     bottom: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    dtype = dtype or x.dtype
+    if not x.dtype == weight.dtype == bias.dtype:  # CUDA's layer norm takes one dtype
+        wide = _promoted(x, weight, bias)
+        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
     # int: during TorchScript tracing sizes are tensors
     n = torch.nn.functional.layer_norm(x, (int(x.shape[-1]),), weight, bias, eps)
     out = interpolated(n, mixes, top, bottom)
-    return out if dtype is None else out.to(dtype)
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -3,10 +3,11 @@
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from timm.layers import DropPath
 from torch import nn
 
-from sola_vision.layers import SoftmaxLayer, fused_gpu, residual
+from sola_vision.layers import LinearLayer, SoftmaxLayer, fused_gpu, residual
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
@@ -52,6 +53,32 @@ def test_dtypes_and_batched_and_second_gradients(device):
     (first,) = torch.autograd.grad(out.pow(3).sum(), branch, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     torch.testing.assert_close(second, 6 * out.detach() * factors[:, None, None])
+
+
+def test_factors_are_those_of_a_sum():
+    made, x = LinearLayer(8).double(), operands(2, 3, 2, 8)[0]
+    mix, mixer, factors = made.channel_mix, made.mixer, torch.ones(2).double()
+    parts, projections = (mix.mix_key, mix.mix_receptance), (mix.key, mix.receptance, mix.value)
+    with pytest.raises(AssertionError):
+        fused_gpu.channel_mix(x, made.norm2, parts, projections, residual=False, factors=factors)
+    parts = (mixer.mix_receptance, mixer.mix_key, mixer.mix_value)
+    projections = (mixer.receptance, mixer.key, mixer.value, mixer.output)
+    with pytest.raises(AssertionError):
+        fused_gpu.spatial_mix(
+            x, made.norm1, mixer.decay, mixer.bonus, parts, projections, residual=False, factors=factors
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", [LinearLayer, SoftmaxLayer])
+def test_a_mode_that_sees_operators_sees_the_layer(kind):
+    """Launches would be missing from the graph."""
+    torch.manual_seed(0)
+    layer, x = kind(32).cuda(), torch.randn(2, 3, 4, 32, device="cuda")
+    with torch.no_grad():
+        graph = torch.fx.experimental.proxy_tensor.make_fx(lambda x: layer(x)[0], tracing_mode="real")(x)
+        torch.testing.assert_close(graph(x + 1), layer(x + 1)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_seed_drops_the_same_images():

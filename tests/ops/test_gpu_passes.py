@@ -394,7 +394,8 @@ for name, types, constants in [
     ("squared_relu_backward", [half, half, half, "i32"], flat),
 ]:
     kernel = getattr(kernels, name)
-    options = gpu_passes._BACKWARD_OPTIONS if "norm" in name and "backward" in name else gpu_passes._OPTIONS
+    backward = "norm" in name and "backward" in name
+    options = gpu_passes._backward_options(constants) if backward else gpu_passes._OPTIONS
     signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)

@@ -189,3 +189,18 @@ def test_the_kernels_reject_invalid_arguments():
         sola.gated_sum_(x, x, x, torch.empty(2, 5, 24, 4).transpose(2, 3))
     with pytest.raises(errors, match="must be float64, float32, bfloat16 or float16"):
         sola.squared_relu(torch.ones(3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_plain_norm_shift_takes_wide_parameters(dtype):
+    """As under autocast, where parameters are wide; CUDA's layer norm takes tensors of one dtype only."""
+    torch.manual_seed(0)
+    x, mixes = torch.randn(2, 3, 4, 8), torch.rand(2, 8)
+    weight, bias = torch.randn(2, 8)
+    half = x.bfloat16().requires_grad_()
+    out = passes._norm_shift(half, weight, bias, 1e-5, mixes, 0, 0, dtype)
+    exact = passes._norm_shift(half.detach().float(), weight, bias, 1e-5, mixes, 0, 0)
+    assert out.dtype == (dtype or torch.bfloat16)
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=1e-6 if dtype else 0.02)
+    (first,) = torch.autograd.grad(out.float().pow(3).sum(), half, create_graph=True)
+    assert torch.autograd.grad(first.float().sum(), half)[0].isfinite().all()

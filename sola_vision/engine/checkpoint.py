@@ -182,7 +182,7 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
         if "optimizer" not in (metadata := file.metadata() or {}):
             raise ValueError(f"{path} holds no optimiser state and is damaged: start again in another folder")
         header = json.loads(metadata["optimizer"])
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        saved = _tensors(file)
     with torch.no_grad():
         for prefix, module in modules.items():
             own = {f"{prefix}/{key}": value for key, value in module.state_dict().items()}
@@ -294,7 +294,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not _is_pickle(path):
         with _open(path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            return _tensors(file)
     try:
         with torch.serialization.safe_globals([Namespace]):  # the options of timm's training
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -329,6 +329,11 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}): download or write it again") from None
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    names = file.keys()  # not a mapping: it cannot be iterated itself
+    return {name: file.get_tensor(name) for name in names}
 
 
 def _shape(tensor: Tensor) -> str:

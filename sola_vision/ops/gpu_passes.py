@@ -30,7 +30,8 @@ _SHIFT_TILE_SIZE, _SHIFT_PROGRAMS = 1024, 3168
 _MAX_CHANNELS, _MAX_MIXES, _MAX_TOKENS = 4096, 3, 1 << 30
 # fused multiply-adds explicitly, because Triton's default changes between versions
 _OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-# of the norms' backwards: four programs per multiprocessor. Without the limit the compiler would use slightly more
+# maximum registers per thread of the norms' backwards, so that a multiprocessor runs four programs at once; without it
+# the compiler would use slightly more
 _REGISTERS = 128
 
 
@@ -82,7 +83,7 @@ def layer_norm_backward(
         gx = torch.empty_like(inputs[0])
         partials = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
         sizes, tensors = (eps, tokens, tiles), (*inputs, gx, partials)
-        launch(_kernels().layer_norm_backward, programs, tensors, sizes, constants, _backward_options(tile))
+        launch(_kernels().layer_norm_backward, programs, tensors, sizes, constants, _backward_options(**tile))
         gw, gb = partials.sum(0)
     return gx, gw.to(weight.dtype), gb.to(bias.dtype)
 
@@ -147,7 +148,7 @@ def norm_shift_backward(
             (*inputs, gx, partials),
             (eps, tokens, tiles, height, width),
             {"C": channels, "M": len(mixes), **tile, "RESIDUAL": residual is not None},
-            _backward_options(tile),
+            _backward_options(**tile),
         )
         sums = partials.sum(0)
     return gx, sums[0].to(weight.dtype), sums[1].to(bias.dtype), sums[2:].to(mixes.dtype)
@@ -177,14 +178,20 @@ def scaled(x: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `passes._scaled`."""
     if _any_float64(x, factors) or dtype == torch.float64:
         return passes._scaled(x, factors, dtype)
-    return _launch("scaled", (x,), [dtype], factors, {"SCALED": True})[0]
+    return _launch("scaled", (x,), [dtype], factors, {})[0]
 
 
-def residual_sum(residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None) -> Tensor:
-    """Return `passes._residual_sum`."""
-    if _any_float64(residual, receptance, value, factors):
-        return passes._residual_sum(residual, receptance, value, factors)
-    return _residual_sum(residual, receptance, value, factors)
+def residual_sum(
+    residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """Return `passes._residual_sum`, written to `out` if given, which must be contiguous."""
+    if _any_float64(residual, receptance, value, factors, out):
+        result = passes._residual_sum(residual, receptance, value, factors)
+        return result if out is None else out.copy_(result)
+    inputs = (residual, value if receptance is None else receptance, value)
+    flags = {"GATED": receptance is not None, "SCALED": factors is not None}
+    dtypes = [passes._promoted(*inputs)] if out is None else []
+    return _launch("residual_sum", inputs, dtypes, factors, flags, out)[0]
 
 
 def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor) -> Tensor:
@@ -194,19 +201,7 @@ def gated_sum(residual: Tensor, receptance: Tensor, value: Tensor) -> Tensor:
 
 def gated_sum_(residual: Tensor, receptance: Tensor, value: Tensor, out: Tensor) -> None:
     """Write `gated_sum` to `out`, which must be contiguous."""
-    if _any_float64(residual, receptance, value, out):
-        passes._gated_sum_out(residual, receptance, value, out)
-    else:
-        _residual_sum(residual, receptance, value, None, out)
-
-
-def _residual_sum(
-    residual: Tensor, receptance: Tensor | None, value: Tensor, factors: Tensor | None, out: Tensor | None = None
-) -> Tensor:
-    inputs = (residual, value if receptance is None else receptance, value)
-    flags = {"GATED": receptance is not None, "SCALED": factors is not None}
-    dtypes = [passes._promoted(*inputs)] if out is None else []
-    return _launch("residual_sum", inputs, dtypes, factors, flags, out)[0]
+    residual_sum(residual, receptance, value, None, out)
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -239,16 +234,16 @@ def _launch(
     out: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """Launch an element-wise kernel on `inputs` of one shape; return a result for each of `dtypes`, or write `out`. A
-    kernel with flags takes factors too, which it does not read unless SCALED: one for each image.
+    kernel with flags takes factors too, one for each image; without factors any tensor, which it does not read.
     """
     first = inputs[0]
     inputs = [x.contiguous() for x in inputs]
     outs = [torch.empty(first.shape, dtype=dtype, device=first.device) for dtype in dtypes] if out is None else [out]
-    images, constants = 1, {"BLOCK": _TILE_SIZE}
+    images = 1 if factors is None else len(factors)
+    constants = {"BLOCK": _TILE_SIZE}
     if flags is not None:
         inputs.append(first if factors is None else factors.contiguous())
         constants |= flags
-        images = len(inputs[-1]) if flags["SCALED"] else 1
     if first.numel():
         count = first.numel() // images
         with on_device_of(first):
@@ -263,9 +258,10 @@ def _tile(channels: int, size: int = _TILE_SIZE) -> dict[str, int]:
     return {"BLOCK": block, "T": max(1, size // block)}
 
 
-def _backward_options(tile: dict[str, int]) -> dict[str, Any]:
-    """Return the options of a norm's backward: a thread has 8 values, whose sums stay in registers."""
-    options = {**_OPTIONS, "num_warps": max(4, tile["BLOCK"] * tile["T"] // 256)}
+@cache
+def _backward_options(BLOCK: int, T: int) -> dict[str, Any]:
+    """Return the options of a norm's backward for a tile: a thread has 8 values, whose sums stay in registers."""
+    options = {**_OPTIONS, "num_warps": max(4, BLOCK * T // 256)}
     return options if torch.version.hip else {**options, "maxnreg": _REGISTERS}
 
 

@@ -327,8 +327,8 @@ def residual_sum(
 
 
 @triton.jit
-def scaled(x, factors, out, count, BLOCK: tl.constexpr, SCALED: tl.constexpr):
-    at, mask, factor = _block_of_image(factors, count, BLOCK, SCALED)
+def scaled(x, factors, out, count, BLOCK: tl.constexpr):
+    at, mask, factor = _block_of_image(factors, count, BLOCK, True)
     tl.store(out + at, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * factor, mask=mask)
 
 

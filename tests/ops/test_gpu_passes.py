@@ -389,13 +389,13 @@ for name, types, constants in [
     ("gate_backward", [half, half, wide, wide, half, half, "i32"], dict(**flat, SCALED=True)),
     ("residual_sum", [wide, half, half, wide, wide, "i32"], dict(**flat, GATED=True, SCALED=True)),
     ("residual_sum", [wide, half, half, wide, wide, "i32"], dict(**flat, GATED=False, SCALED=False)),
-    ("scaled", [wide, wide, half, "i32"], dict(**flat, SCALED=True)),
+    ("scaled", [wide, wide, half, "i32"], flat),
     ("squared_relu", [half, half, "i32"], flat),
     ("squared_relu_backward", [half, half, half, "i32"], flat),
 ]:
     kernel = getattr(kernels, name)
     backward = "norm" in name and "backward" in name
-    options = gpu_passes._backward_options(constants) if backward else gpu_passes._OPTIONS
+    options = gpu_passes._backward_options(constants["BLOCK"], constants["T"]) if backward else gpu_passes._OPTIONS
     signature = {arg: "constexpr" if arg in constants else types.pop(0) for arg in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)

@@ -90,6 +90,9 @@ def recomputed(x: Tensor, projections: Sequence[nn.Linear], *tensors: Tensor) ->
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_unmodified(*projections):
         return False
+    # make_fx would record products written into slices, which autograd refuses when the graph runs
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return False
     weights = [projection.weight for projection in projections]
     # only autocast converts weights of another dtype; without it `linear` raises the error
     if not (autocasts(x) and x.dtype != torch.float64) and any(weight.dtype != x.dtype for weight in weights):

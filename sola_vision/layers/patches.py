@@ -76,11 +76,12 @@ class PositionEmbedding(nn.Module):
         if not transformed(x, weight):
             weight = weight.contiguous(memory_format=torch.channels_last)  # x's layout
         size = (x.shape[1], x.shape[2])
-        # an exported graph takes images of any size, so it always interpolates; on its own grid that is the identity
-        if exporting() or weight.shape[-2:] != size:
-            # autocast would round the products; a traced graph has to suit any device
-            plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
-            by = _interpolate if plain or exporting() else _interpolate_by_products
+        # a captured graph takes images of any size, so it always interpolates; on its own grid that is the identity
+        captured = exporting() or torch.jit.is_tracing()
+        if captured or weight.shape[-2:] != size:
+            # autocast would round the products; a captured graph has to suit any device
+            plain = captured or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+            by = _interpolate if plain else _interpolate_by_products
             weight = by(weight.to(torch.promote_types(weight.dtype, torch.float32)), size)
         return x + weight.to(x.dtype).permute(0, 2, 3, 1)
 

@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 Path = Literal["reference", "portable", "native"]
 
-_pinned: Path | None = None
+_blocks: dict[object, Path] = {}  # the open blocks of `use`, in the order of opening; threads close theirs in any
+_pinned: Path | None = None  # by the last of them
 
 
 @contextmanager
@@ -24,11 +25,13 @@ def use(path: Path) -> Iterator[None]:
     global _pinned
     if path not in get_args(Path):
         raise ValueError(f"ops.use({path!r}): the path must be one of {', '.join(map(repr, get_args(Path)))}")
-    before, _pinned = _pinned, path
+    block = object()
+    _blocks[block] = _pinned = path
     try:
         yield
     finally:
-        _pinned = before
+        del _blocks[block]
+        _pinned = next(reversed(_blocks.values()), None)
 
 
 def pinned() -> Path | None:

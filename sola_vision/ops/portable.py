@@ -113,13 +113,15 @@ def _scan(d: Tensor, logw: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     logw = logw.view(chunks, length, batch, channels).transpose(0, 1).contiguous()  # [L, chunks, B, C]
     s = s.view(chunks, length, sums, batch, channels).permute(1, 2, 0, 3, 4).contiguous()  # [L, K, chunks, B, C]
 
-    before_m, before_s = torch.empty_like(logw), torch.empty_like(s)
+    # lists: torch.func.linearize gives wrong tangents for what is written into a new tensor
+    states: list[tuple[Tensor, Tensor]] = []
     m, state = torch.full_like(logw[0], _EMPTY), torch.zeros_like(s[0])
     for j in range(length):
-        before_m[j], before_s[j] = m, state
+        states.append((m, state))
         faded = m - d
         m = torch.maximum(faded, logw[j])
         state = state * torch.exp(faded - m) + s[j] * torch.exp(logw[j] - m)
+    before_m, before_s = (torch.stack(parts) for parts in zip(*states, strict=True))
 
     if chunks > 1:
         carry_m, carry_s = _scan(d * length, m, state.transpose(0, 1))

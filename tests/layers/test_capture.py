@@ -5,6 +5,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sola_vision  # noqa: F401 - registers the names
 from sola_vision.layers import LinearLayer
@@ -35,6 +37,18 @@ def test_captured_under_autocast_it_runs_under_autocast(network):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         captured = torch.jit.trace(network, image)
         torch.testing.assert_close(captured(image).float(), network(image).float(), rtol=0, atol=0.02)
+
+
+def test_a_captured_training_step_runs_on_parameters_that_require_gradients(network):
+    names, parameters = zip(*network.named_parameters(), strict=True)
+
+    def step(image, *parameters):
+        loss = functional_call(network, dict(zip(names, parameters, strict=True)), (image,)).square().sum()
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    captured = make_fx(step)(torch.randn(2, 3, 32, 32), *parameters)
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(captured(image, *parameters), step(image, *parameters), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixer", "channel_mix"])

@@ -193,6 +193,8 @@ def test_forward_mode_equals_the_definition(name):
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]
         torch.testing.assert_close(forward_ad.unpack_dual(call(*duals)).tangent, expected)
+    _, linear = torch.func.linearize(call, *tensors)
+    torch.testing.assert_close(linear(*tangents), expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -278,3 +278,13 @@ def test_use_rejects_unknown_paths_and_restores_the_path():
     with pytest.raises(KeyError), ops.use("reference"):
         raise KeyError
     assert ops.pinned() is None
+
+
+def test_blocks_of_two_threads_may_close_in_any_order():
+    first, second = ops.use("portable"), ops.use("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ops.pinned() == "reference"
+    second.__exit__(None, None, None)
+    assert ops.pinned() is None

@@ -74,8 +74,9 @@ class Stage(nn.Module):
 class SolaVision(nn.Module):
     """A SoLA-Vision classifier, and a backbone that follows timm's contract.
 
-    image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes], or [B, C4] with num_classes=0.
-    Raises ValueError for an image of another rank or number of channels, or without pixels.
+    image [B, in_chans, H, W] of any size from 1 x 1 -> logits [B, num_classes]; with num_classes=0 [B, C4], or
+    [B, 2 C4] if the pool is "catavgmax". Raises ValueError for a classifier without a pool, and for an image of another
+    rank or number of channels, or without pixels.
 
         network = SolaVision(sola_vision.tiny(bridges="paper", num_classes=10))
 
@@ -100,7 +101,7 @@ class SolaVision(nn.Module):
         self.config = config
         self.num_classes = config.num_classes
         self.in_chans = config.in_chans
-        self.num_features = self.head_hidden_size = config.dims[-1]
+        self.num_features = config.dims[-1]
 
         self.stem = Stem(config.in_chans, config.dims[0], patch_size=config.patch_size, **dd)
         self.position = PositionEmbedding(-(-config.img_size // config.patch_size), config.dims[0], **dd)
@@ -125,7 +126,9 @@ class SolaVision(nn.Module):
             self.stages.append(Stage(index, merge, layers, arriving, carried))
             self.feature_info.append({"num_chs": dim, "reduction": config.strides[index], "module": f"stages.{index}"})
         self.norm: nn.Module = LayerNorm(config.dims[-1], **dd)
+        check_pool(global_pool, config.num_classes)
         self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()  # twice with "catavgmax"
         self.apply(_initialise)
         # residual branches and the head start near zero, so the network starts near the identity (docs/log.md)
         for module in self.modules():
@@ -191,7 +194,7 @@ class SolaVision(nn.Module):
             self.norm = nn.Identity()
         self.stages = self.stages[: last + 1]
         if cut:
-            self.num_features = self.head_hidden_size = self.config.dims[last]
+            self.num_features = self.config.dims[last]
         if prune_head or cut:
             self.reset_classifier(0, "")
         return take
@@ -202,9 +205,10 @@ class SolaVision(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one with `num_classes` outputs (0: none)."""
-        check_pool(global_pool, num_classes)
+        check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each layer's activations in the backward instead of keeping them."""
@@ -231,12 +235,12 @@ def _nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2).contiguous()
 
 
-def check_pool(global_pool: str | None, num_classes: int) -> None:
+def check_pool(global_pool: str, num_classes: int) -> None:
     """Raise ValueError for a classifier on an unpooled map, which would fail at the first image."""
     if global_pool == "" and num_classes:
         raise ValueError(
             f"global_pool='' keeps the feature map, which a classifier (num_classes={num_classes}) cannot take: "
-            "use num_classes=0"
+            "use num_classes=0, or another global_pool"
         )
 
 

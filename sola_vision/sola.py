@@ -13,7 +13,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from sola_vision import config, layers
-from sola_vision.backbone import SolaVision, check_pool
+from sola_vision.backbone import SolaVision
 from sola_vision.layers import resize_position
 
 # modules whose forward reads shapes are leaves for torch.fx, as in timm
@@ -95,8 +95,8 @@ def _create(name: str, preset: config.SolaConfig, pretrained: bool, **kwargs: An
         )
 
     check_getter(kwargs, "bridges cross the stages")
-    if not kwargs.get("features_only"):
-        check_pool(kwargs.get("global_pool"), kwargs.get("num_classes", preset.num_classes))
+    if kwargs.get("features_only"):
+        kwargs["num_classes"] = 0
     stages = len(kwargs.get("dims") or preset.dims)
     feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
     return build_model_with_cfg(

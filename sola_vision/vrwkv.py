@@ -7,6 +7,7 @@
 original files (`checkpoint_filter_fn`). Source: Duan et al., Vision-RWKV, arXiv 2403.02308, and its published settings.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sola_vision.backbone import check_pool
 from sola_vision.layers import PositionEmbedding, Stem
 from sola_vision.layers.vision_rwkv import VisionRwkvLayer
 from sola_vision.sola import check_getter, default_cfg, fit_position, one_side
@@ -108,6 +110,8 @@ class VisionRwkv(nn.Module):
             for index in range(config.depth)
         ]
         self.norm: nn.Module = nn.LayerNorm(config.dim, **dd)
+        if not config.head_hidden:  # a hidden layer's head classifies every position of an unpooled map
+            check_pool(global_pool, config.num_classes)
         self.head: Any = (
             NormMlpClassifierHead(
                 config.dim, config.num_classes, config.head_hidden, global_pool, drop_rate, nn.Identity, "tanh", **dd
@@ -115,7 +119,7 @@ class VisionRwkv(nn.Module):
             if config.head_hidden
             else ClassifierHead(config.dim, config.num_classes, global_pool, drop_rate, **dd)
         )
-        self.head_hidden_size = self.head.num_features if config.head_hidden else config.dim
+        self.head_hidden_size = self.config.head_hidden or self.num_features * self.head.global_pool.feat_mult()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -133,7 +137,7 @@ class VisionRwkv(nn.Module):
             mixer, channels = layer.mixer, layer.channel_mix
             depth, left = number / max(1, len(self.layers) - 1), 1 - number / len(self.layers)
             mixer.decay.copy_(-5 + 8 * (channel / max(1, self.config.dim - 1)) ** (0.7 + 1.3 * depth))
-            mixer.bonus.copy_(torch.tensor(0.3).log() + ((channel + 1) % 3 - 1) / 2)
+            mixer.bonus.copy_(math.log(0.3) + ((channel + 1) % 3 - 1) / 2)
             mixer.mix_key.copy_(ramp**left)
             mixer.mix_value.copy_(ramp**left + 0.3 * depth)
             mixer.mix_receptance.copy_(ramp ** (0.5 * left))
@@ -205,8 +209,11 @@ class VisionRwkv(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one with `num_classes` outputs (0: none)."""
+        if not self.config.head_hidden:
+            check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+        self.head_hidden_size = self.config.head_hidden or self.num_features * self.head.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each layer's activations in the backward instead of keeping them."""
@@ -258,6 +265,8 @@ def _create(name: str, preset: VrwkvConfig, pretrained: bool, **kwargs: Any) -> 
         return VisionRwkv(config, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
     check_getter(kwargs, "the layers' maps are channels-last")
+    if kwargs.get("features_only"):
+        kwargs["num_classes"] = 0
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     return build_model_with_cfg(
         build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs

@@ -20,8 +20,8 @@ _NAMES = (
     (r"^ln1\.", "norm."),
     (r"^layers\.(\d+)\.ln(\d)\.", r"layers.\1.norm\2."),
     (r"^layers\.(\d+)\.gamma(\d)$", r"layers.\1.scale\2"),
-    (r"\.att\.key_norm\.", ".readout_norm."),
-    (r"\.ffn\.key_norm\.", ".hidden_norm."),
+    (r"\.att\.key_norm\.", ".mixer.readout_norm."),
+    (r"\.ffn\.key_norm\.", ".channel_mix.hidden_norm."),
     (r"\.att\.", ".mixer."),
     (r"\.ffn\.", ".channel_mix."),
     (r"\.spatial_decay$", ".decay"),
@@ -52,7 +52,7 @@ def from_published(stored: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     dim, in_chans, patch_size, _ = weights["stem.proj.weight"].shape
     head = weights.get("head.fc.weight")
     hidden = weights.get("head.pre_logits.fc.weight")
-    scaled, key_norm = "layers.0.scale1" in weights, "layers.0.readout_norm.weight" in weights
+    scaled, key_norm = "layers.0.scale1" in weights, "layers.0.mixer.readout_norm.weight" in weights
     # fields that a file does not determine, such as the initial scale, are those of the preset
     name = "vrwkv_large" if key_norm else "vrwkv_small" if scaled else "vrwkv_tiny"
     name = "vrwkv_base" if name == "vrwkv_small" and dim == _BASE_DIM else name

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "backbone": {"config", "schedule", "layers", "ops"},
     "sola": {"config", "backbone", "layers", "ops"},
     "vrwkv_weights": set(),
-    "vrwkv": {"layers", "ops", "vrwkv_weights", "sola"},
+    "vrwkv": {"backbone", "layers", "ops", "vrwkv_weights", "sola"},
     "data": {"wording"},
     "engine": {"wording"},
     "tasks": {

@@ -236,6 +236,23 @@ def test_a_head_needs_pooled_features():
         timm.create_model("sola_nano", global_pool="", num_classes=10)
     with pytest.raises(ValueError, match="num_classes=3"):
         build().reset_classifier(3, "")
+    with pytest.raises(ValueError, match="num_classes=3"):
+        SolaVision(nano(num_classes=3), global_pool="")
+    pruned = build()
+    pruned.prune_intermediate_layers([0])  # also removes the pool
+    with pytest.raises(ValueError, match="num_classes=3"):
+        pruned.reset_classifier(3)
+    pruned.reset_classifier(3, "avg")
+    assert pruned(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_the_width_before_the_classifier_depends_on_the_pool():
+    model, image = build(num_classes=0), torch.randn(1, 3, 32, 32)
+    for pool in ("avg", "catavgmax", "max"):
+        model.reset_classifier(0, pool)
+        assert model(image).shape[1] == model.head_hidden_size
+    built = timm.create_model("sola_nano", num_classes=0, global_pool="catavgmax")
+    assert built(image).shape[1] == built.head_hidden_size == 2 * built.num_features
 
 
 def test_reset_classifier_keeps_the_backbone():
@@ -266,9 +283,9 @@ def test_config_of_the_wrong_shape_is_refused():
         SolaVision(SolaConfig(schedule="S", dims=(33,)))
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_traced_file_is_the_network(tmp_path, grad):
-    model, image = build(), torch.randn(1, 3, 42, 57)
+@pytest.mark.parametrize(("grad", "img_size"), [(True, 224), (False, 224), (False, 64)])
+def test_a_traced_file_is_the_network(tmp_path, grad, img_size):
+    model, image = build(img_size=img_size), torch.randn(1, 3, 42, 57)
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.trace(model, torch.randn(2, 3, 64, 64)).save(tmp_path / "traced.pt")

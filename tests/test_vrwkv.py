@@ -31,6 +31,33 @@ def kind(request):
     return request.param
 
 
+def test_mixes_are_modules_that_hooks_observe(kind):
+    model, calls = timm.create_model(kind, dim=8, depth=2), []
+    for name, module in model.named_modules():
+        if name.endswith((".mixer", ".channel_mix")):
+            module.register_forward_hook(lambda module, inputs, out, name=name: calls.append(name))
+    model(torch.randn(1, 3, 32, 32))
+    assert calls == [f"layers.{layer}.{mix}" for layer in range(2) for mix in ("mixer", "channel_mix")]
+
+
+def test_the_device_asked_for_is_used_under_another_default():
+    with torch.device("meta"):
+        model = timm.create_model("vrwkv_tiny", dim=8, depth=1, device="cpu")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_a_head_needs_pooled_features():
+    with pytest.raises(ValueError, match="global_pool='' keeps the feature map"):
+        timm.create_model("vrwkv_tiny", dim=8, depth=1, global_pool="", num_classes=5)
+    model = timm.create_model("vrwkv_tiny", dim=8, depth=1, num_classes=0, global_pool="catavgmax")
+    assert model(torch.randn(1, 3, 32, 32)).shape[1] == model.head_hidden_size == 16
+    with pytest.raises(ValueError, match="num_classes=5"):
+        model.reset_classifier(5, "")
+    # the hidden layer's head classifies every position
+    large = timm.create_model("vrwkv_large", dim=8, depth=1, head_hidden=4, global_pool="", num_classes=5)
+    assert large(torch.randn(1, 3, 32, 32)).shape == (1, 5, 2, 2)
+
+
 def test_published_weights_give_published_logits(tmp_path, kind):
     stored = weights(**KINDS[kind])
     model = sola_vision.load(saved(tmp_path / "vrwkv.pth", stored))

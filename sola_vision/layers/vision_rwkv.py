@@ -5,7 +5,6 @@ Small to large normalise a branch after its mix instead of before it and scale i
 read-out and the squared ReLU. Not fused: these networks exist here for their weights. [B, H, W, C] throughout.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,58 @@ from torch import Tensor, nn
 
 from sola_vision.layers.linear import ChannelMix, LinearMixer
 from sola_vision.ops import gate, published_wkv, quad_shift, squared_relu, wkv
+
+_IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
+
+
+class VisionRwkvMixer(LinearMixer):
+    """Spatial mix. key_norm: normalise the read-out; eq9: see `VisionRwkvLayer`."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        key_norm: bool,
+        eq9: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, device=device, dtype=dtype)
+        self.operator = _eq9 if eq9 else published_wkv
+        self.readout_norm = nn.LayerNorm(dim, device=device, dtype=dtype) if key_norm else nn.Identity()
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> tuple[Tensor, Tensor]:
+        """x [B, H, W, C] -> the branch's output and the read-out before its norm, both [B, H, W, C]."""
+        x = norm(x)
+        shifted = quad_shift(x)
+        receptance = self.receptance(_mixed(x, shifted, self.mix_receptance))
+        key = self.key(_mixed(x, shifted, self.mix_key)).flatten(1, 2)
+        value = self.value(_mixed(x, shifted, self.mix_value)).flatten(1, 2)
+        readout = self.operator(self.decay, self.bonus, key, value).view(receptance.shape)
+        return self.output(gate(receptance, self.readout_norm(readout))), readout
+
+
+class VisionRwkvChannelMix(ChannelMix):
+    """Channel mix. key_norm: normalise the squared ReLU."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        key_norm: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, device=device, dtype=dtype)
+        self.hidden_norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype) if key_norm else nn.Identity()
+
+    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> Tensor:
+        """x [B, H, W, C] -> the branch's output, the same shape."""
+        x = norm(x)
+        shifted = quad_shift(x)
+        hidden = squared_relu(self.key(_mixed(x, shifted, self.mix_key)))
+        receptance = self.receptance(_mixed(x, shifted, self.mix_receptance))
+        return gate(receptance, self.value(self.hidden_norm(hidden)))
 
 
 class VisionRwkvLayer(nn.Module):
@@ -37,39 +88,21 @@ class VisionRwkvLayer(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.operator = _eq9 if eq9 else published_wkv
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.mixer = LinearMixer(dim, **dd)
-        self.readout_norm = nn.LayerNorm(dim, **dd) if key_norm else nn.Identity()
+        self.mixer = VisionRwkvMixer(dim, key_norm=key_norm, eq9=eq9, **dd)
         self.norm2 = nn.LayerNorm(dim, **dd)
-        self.channel_mix = ChannelMix(dim, **dd)
-        self.hidden_norm = nn.LayerNorm(4 * dim, **dd) if key_norm else nn.Identity()
+        self.channel_mix = VisionRwkvChannelMix(dim, key_norm=key_norm, **dd)
         self.scale1 = None if scale is None else nn.Parameter(torch.full((dim,), scale, **dd))
         self.scale2 = None if scale is None else nn.Parameter(torch.full((dim,), scale, **dd))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same shape."""
-        x = x + self.drop_path(_branch(x, self.norm1, self._mix_tokens, self.scale1))
-        return x + self.drop_path(_branch(x, self.norm2, self._mix_channels, self.scale2))
-
-    def _mix_tokens(self, x: Tensor) -> Tensor:
-        mixer, shifted = self.mixer, quad_shift(x)
-        receptance = mixer.receptance(_mixed(x, shifted, mixer.mix_receptance))
-        key = mixer.key(_mixed(x, shifted, mixer.mix_key)).flatten(1, 2)
-        value = mixer.value(_mixed(x, shifted, mixer.mix_value)).flatten(1, 2)
-        readout = self.operator(mixer.decay, mixer.bonus, key, value).view(receptance.shape)
-        return mixer.output(gate(receptance, self.readout_norm(readout)))
-
-    def _mix_channels(self, x: Tensor) -> Tensor:
-        mix, shifted = self.channel_mix, quad_shift(x)
-        hidden = squared_relu(mix.key(_mixed(x, shifted, mix.mix_key)))
-        receptance = mix.receptance(_mixed(x, shifted, mix.mix_receptance))
-        return gate(receptance, mix.value(self.hidden_norm(hidden)))
-
-
-def _branch(x: Tensor, norm: nn.Module, mix: Callable[[Tensor], Tensor], scale: Tensor | None) -> Tensor:
-    return mix(norm(x)) if scale is None else scale * norm(mix(x))
+        if self.scale1 is None:
+            x = x + self.drop_path(self.mixer(self.norm1(x))[0])
+            return x + self.drop_path(self.channel_mix(self.norm2(x)))
+        x = x + self.drop_path(self.scale1 * self.norm1(self.mixer(x)[0]))
+        return x + self.drop_path(self.scale2 * self.norm2(self.channel_mix(x)))
 
 
 def _mixed(x: Tensor, shifted: Tensor, mix: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from sola_vision.config import SolaConfig
 from sola_vision.data import ImageConfig
 from sola_vision.engine import read_metadata
+from sola_vision.engine.checkpoint import STATE
 from sola_vision.tasks import foreign
 from sola_vision.vrwkv import VrwkvConfig
 from sola_vision.wording import amount
@@ -235,24 +236,30 @@ def read_network(path: Path, values: dict[str, Any]) -> tuple[str, dict[str, Any
     if strange or not known:
         raise ValueError(f"{path} has the network {name!r} with {strange or 'no extras'}, unknown to this version")
     network.pop("num_classes", None)
-    network.pop("drop_path_rate", None)
     return name, network
 
 
 def explain_mismatch(path: Path, model: Any) -> str | None:
-    """Name the networks of a checkpoint and of a run, and the options of `sola train` that build the former.
+    """Say why the weights of a checkpoint do not fit the network of a run, and what to do: it is of another task, or of
+    another network, for which the options of `sola train` that build it are named.
 
     None if the checkpoint does not describe its network, or no option makes the difference.
     """
+    if path.name == STATE.name:
+        return "it is the state that --resume continues from: use the run's folder or its best.safetensors"
     try:
-        name, stored = read_network(*read_description(path))
+        path, values = read_description(path)
+        name, stored = read_network(path, values)
     except (FileNotFoundError, ValueError):
         return None
+    if values["task"] != "classification":
+        return f"it is a checkpoint of the task {values['task']!r}: use a classifier's"
     own_name, own = model.pretrained_cfg["architecture"], network_arguments(model)
     # the fields that the run has set stay as they are if only the name changes
     defaults = _default_fields(own_name)
     with_name = _default_fields(name) | {key: value for key, value in own.items() if value != defaults.get(key)}
     options = [] if name == own_name else [f"--model.name {name}"]
+    stored.pop("drop_path_rate", None)  # weights of any rate fit
     for field in (field.name for field in fields(ModelConfig) if field.name in stored):
         value = tuple(stored[field]) if isinstance(stored[field], list) else stored[field]
         if with_name.get(field) != value:

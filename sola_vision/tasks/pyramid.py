@@ -7,6 +7,7 @@ groups (layer-wise decay, no weight decay) are the backbone's, under a prefix.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,10 @@ class Pyramid(nn.Module):
 
     def no_weight_decay(self, prefix: str) -> set[str]:
         """Return the names, under `prefix`, of the backbone's parameters without weight decay."""
-        network: Any = getattr(self.body, "model", None)
+        network: Any = self.network
         names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
-        return {f"{prefix}.body.model.{name}" for name in names}
+        inside = f"{prefix}.body" if network is self.body else f"{prefix}.body.model"
+        return {f"{inside}.{name}" for name in names}
 
     def _network(self, option: str) -> Any:
         # timm's other wrappers take the network apart and drop its methods, such as group_matcher
@@ -137,10 +139,12 @@ def create_body(name: str, changes: dict[str, Any], size: tuple[int, int]) -> nn
     Raise ValueError if it has none, or cannot process an image of `size` (H, W), a test for arbitrary sizes.
     """
     any_size = {"strict_img_size": False} if name.startswith("swin") else {}
-    body: nn.Module = create_network(name, None, None, {**changes, **any_size, "features_only": True})
+    body = create_network(name, None, None, {**changes, **any_size, "features_only": True})
     if own_fields(name):
         return body
     _levels(body)
+    if not hasattr(body, "model"):
+        body.no_weight_decay = partial(set, _undecayed(body, name, {**changes, **any_size}))
     for part in body.modules():
         if isinstance(part, PatchEmbed):
             part.dynamic_img_pad = True  # Swin only takes whole patches and has no argument for this
@@ -155,6 +159,17 @@ def create_body(name: str, changes: dict[str, Any], size: tuple[int, int]) -> nn
             "such as sola_tiny, convnext_tiny or swin_tiny_patch4_window7_224"
         ) from None
     return body.train()
+
+
+def _undecayed(body: nn.Module, name: str, changes: dict[str, Any]) -> list[str]:
+    """Return the parameters of `body` without weight decay. timm has taken the network apart, which loses its method
+    and replaces dots in the names of its layers by underscores.
+    """
+    with torch.device("meta"):
+        network = create_network(name, None, None, changes)
+    names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    flat = {each.replace(".", "_") for each in names}
+    return [each for each, _ in body.named_parameters() if each.replace(".", "_") in flat]
 
 
 def below(prefix: str, what: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 from timm.models import adapt_input_conv
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from sola_vision.backbone import SolaVision
@@ -59,9 +60,10 @@ def save_pretrained(
 
     classes: a name for each output; default: the names it was loaded with, or numbers.
     image: preprocessing of its images; default: the settings it was loaded with, or timm's for its name.
-    Raise ValueError if the arguments do not match or the network was pruned, OSError if it cannot be written.
+    What torch.compile or DistributedDataParallel returned is saved as the network inside. Raise ValueError if the
+    arguments do not match or the network was pruned, changed or wrapped, OSError if it cannot be written.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrap_model(model)
     if folder.suffix == ".safetensors" or folder.is_file():
         raise ValueError(f"{folder}: save_pretrained writes a folder, not a file: give the path of a folder")
     if (folder / "best.safetensors").exists():
@@ -73,8 +75,8 @@ def save_pretrained(
     known = cfg.get("label_names") or ()
     if len(known) != count:  # the head was replaced
         known = map(str, range(count))
-    names = list(known if classes is None else classes)
-    if len(names) != count or len(set(names)) != count or not all(isinstance(label, str) for label in names):
+    names = _checked(known if classes is None else classes)
+    if len(names) != count:
         right = amount(count, "different name")
         raise ValueError(f"classes must be {right}, one for each output (got {names!r:.80})")
     image = image or _image(model, cfg)
@@ -117,6 +119,8 @@ def load(
     """
     options = {"in_chans": in_chans, "img_size": img_size, **changes}
     requested = {key: value for key, value in options.items() if value is not None}
+    if not isinstance(side := requested.get("img_size", 1), int):
+        raise ValueError(f"img_size={side} must be one number, the side of the square position embedding in pixels")
     return _load(path, num_classes, classes, requested, partial).model
 
 
@@ -234,10 +238,18 @@ def _names(saved: list[str], num_classes: int | None, classes: Sequence[str] | N
         if num_classes not in (None, len(classes)):
             given = amount(len(classes), "class", "classes")
             raise ValueError(f"num_classes={num_classes} does not match {given}: use one of the two")
-        return [str(label) for label in classes]
+        return _checked(classes)
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes={num_classes} must not be negative; use 0 for no head")
     return saved if num_classes in (None, len(saved)) else [str(index) for index in range(num_classes)]
+
+
+def _checked(classes: Sequence[str]) -> list[str]:
+    """Return the names of classes as a list; ValueError for a single string, other values or equal names."""
+    names = list(classes)
+    if isinstance(classes, str) or not all(isinstance(label, str) for label in names) or len({*names}) != len(names):
+        raise ValueError(f"classes must be a list of different names (got {classes!r:.80})")
+    return names
 
 
 def _stored_classes(path: Path) -> list[str] | None:
@@ -261,6 +273,11 @@ def _identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"{type(model).__name__} is not in timm's registry, so load could not build it: save its state_dict"
         )
+    if own_fields(name) and not isinstance(model, SolaVision | VisionRwkv):
+        raise ValueError(
+            f"{type(model).__name__} wraps {name} and names its tensors differently: save the network inside (of PEFT, "
+            "what merge_and_unload() returns), or only the weights, with safetensors.torch.save_model"
+        )
     strange = sorted(set(getattr(model, "_model_args", {})) - STANDARD - {"drop_rate"}) if not own_fields(name) else []
     if strange:
         raise ValueError(f"{name} was built with {', '.join(strange)}: save it with timm's save_for_hf")
@@ -272,17 +289,27 @@ def _check_whole(model: nn.Module) -> None:
     if not isinstance(model, SolaVision | VisionRwkv):
         return
     kind: Any = type(model)
-    own, built = (
-        {name: tensor.shape for name, tensor in network.state_dict().items() if not name.startswith("head.")}
-        for network in (model, kind(model.config, device="meta"))
-    )
-    differing = sorted(name for name in own.keys() | built.keys() if own.get(name) != built.get(name))
+    networks = (model, kind(model.config, device="meta"))
+    shapes, settings = ([part(network) for network in networks] for part in (_shapes, _settings_of_modules))
+    differing = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    # a module that only one of the two has shows in its tensors
+    differing += [name for name in settings[0].keys() & settings[1].keys() if settings[0][name] != settings[1][name]]
     if differing:
         raise ValueError(
-            f"{amount(len(differing), 'parameter does', 'parameters do')} not match the network's config "
-            f"({differing[0]} first): it was pruned or changed; save only its weights, with "
-            "safetensors.torch.save_model"
+            f"{amount(len(differing), 'part does', 'parts do')} not match the network's config ({min(differing)} "
+            "first): it was pruned or changed; save only its weights, with safetensors.torch.save_model"
         )
+
+
+def _shapes(network: nn.Module) -> dict[str, Any]:
+    """The shapes of a network's tensors, without the head's."""
+    return {name: tensor.shape for name, tensor in network.state_dict().items() if not name.startswith("head.")}
+
+
+def _settings_of_modules(network: nn.Module) -> dict[str, str]:
+    """What the modules with parameters print of themselves, such as a norm's eps, without the head's."""
+    modules = network.named_modules()
+    return {name: part.extra_repr() for name, part in modules if part._parameters and not name.startswith("head.")}
 
 
 def _image(model: nn.Module, cfg: Mapping[str, Any]) -> ImageConfig:

@@ -8,6 +8,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from sola_vision import save_pretrained
+from sola_vision.engine import TrainConfig, save_weights
+from sola_vision.engine.optim import make_optimizer
+from sola_vision.tasks import initialise
 from sola_vision.tasks.pyramid import Pyramid, create_body
 from sola_vision.tasks.upernet import FCNHead, UPerHead, UPerNet, UPerNetConfig
 
@@ -220,3 +223,26 @@ def test_another_network_whose_file_describes_it_names_the_option(tmp_path):
     save_pretrained(classifier, tmp_path)
     with pytest.raises(ValueError, match=r"the file is of sola_nano .*: use --model\.dims '\[16,16,24,40\]'$"):
         Pyramid(body()).start_from(classifier.state_dict(), tmp_path / "model.safetensors")
+
+
+def test_a_checkpoint_of_another_task_is_named_as_such(tmp_path):
+    model = UPerNet(body(), 5, UPerNetConfig(channels=8))
+    about = {"task": '"segmentation"', "model": '{"name": "sola_nano"}', "image": "{}", "classes": "[]"}
+    save_weights(tmp_path / "best.safetensors", model, about)
+    classifier = timm.create_model("sola_nano", num_classes=3, **SMALL)
+    with pytest.raises(ValueError, match="it is a checkpoint of the task 'segmentation': use a classifier's"):
+        initialise(classifier, tmp_path / "best.safetensors")
+    save_weights(tmp_path / "state.safetensors", model)
+    with pytest.raises(ValueError, match="it is the state that --resume continues from"):
+        initialise(classifier, tmp_path / "state.safetensors")
+
+
+def test_swin_keeps_its_parameters_without_weight_decay():
+    """timm takes the network apart for its maps and loses the list."""
+    model = UPerNet(create_body("swin_tiny_patch4_window7_224", {}, (64, 64)), 5, UPerNetConfig(channels=8))
+    tables = {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
+    assert len(tables) == 12
+    assert model.no_weight_decay() == tables
+    optimizer = make_optimizer(model, TrainConfig(weight_decay=0.1, epochs=1, warmup_epochs=0))
+    free = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert all(id(parameter) in free for name, parameter in model.named_parameters() if name in tables)

@@ -205,10 +205,43 @@ def test_other_fields_change_the_network(tmp_path, sola):
             sola_vision.load(tmp_path / "f", **change)
 
 
+def test_drop_path_is_restored(tmp_path):
+    for model in (
+        timm.create_model("sola_nano", num_classes=2, drop_path_rate=0.3),
+        sola_vision.SolaVision(sola_vision.nano(num_classes=2, drop_path_rate=0.3)),
+    ):
+        sola_vision.save_pretrained(model, tmp_path / "f")
+        assert sola_vision.load(tmp_path / "f").config.drop_path_rate == 0.3
+
+
+def test_a_compiled_network_is_saved_as_the_network(tmp_path, sola):
+    sola_vision.save_pretrained(torch.compile(sola), tmp_path / "f")
+    loaded = sola_vision.load(tmp_path / "f")
+    assert not loaded.load_report
+    assert torch.equal(loaded.head.fc.weight, sola.head.fc.weight)
+
+
+def test_a_network_inside_another_module_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="FeatureGetterNet wraps sola_nano"):
+        sola_vision.save_pretrained(timm.create_model("sola_nano", features_only=True), tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_changed_setting_is_refused(tmp_path, sola):
+    sola.stages[0].layers[0].norm1.eps = 0.1
+    with pytest.raises(ValueError, match=r"1 part does not match .*\(stages.0.layers.0.norm1 first\)"):
+        sola_vision.save_pretrained(sola, tmp_path / "f")
+
+
 def test_requests_that_contradict_themselves(tmp_path, sola):
     sola_vision.save_pretrained(sola, tmp_path / "f")
     with pytest.raises(ValueError, match="num_classes=2 does not match 1 class: "):
         sola_vision.load(tmp_path / "f", num_classes=2, classes=["a"])
+    for wrong in ("a", ["a", "a"]):
+        with pytest.raises(ValueError, match="a list of different names"):
+            sola_vision.load(tmp_path / "f", classes=wrong)
+    with pytest.raises(ValueError, match=r"img_size=\(64, 64\) must be one number"):
+        sola_vision.load(tmp_path / "f", img_size=(64, 64))
     with pytest.raises(ValueError, match="num_classes=-1"):
         sola_vision.load(tmp_path / "f", num_classes=-1)
     with pytest.raises(ValueError, match=r"size=0 must be at least 1"):
@@ -299,8 +332,9 @@ def test_bare_weights_name_the_way(tmp_path, sola):
 def test_save_pretrained_refuses_what_it_could_not_bring_back(tmp_path, sola):
     with pytest.raises(ValueError, match="3 different names"):
         sola_vision.save_pretrained(sola, tmp_path / "f", classes=["a", "b"])
-    with pytest.raises(ValueError, match="3 different names"):
-        sola_vision.save_pretrained(sola, tmp_path / "f", classes=["a", "b", "a"])
+    for wrong in (["a", "b", "a"], "abc", ["a", "b", 3]):
+        with pytest.raises(ValueError, match="a list of different names"):
+            sola_vision.save_pretrained(sola, tmp_path / "f", classes=wrong)
     with pytest.raises(ValueError, match="give the path of a folder"):
         sola_vision.save_pretrained(sola, tmp_path / "f.safetensors")
     with pytest.raises(ValueError, match="Linear is not in timm's registry"):
@@ -315,9 +349,7 @@ def test_save_pretrained_refuses_what_it_could_not_bring_back(tmp_path, sola):
 
 def test_a_pruned_network_is_not_saved_as_a_whole_one(tmp_path, sola):
     sola.prune_intermediate_layers([1])
-    with pytest.raises(
-        ValueError, match=r"140 parameters do not match .* \(norm\.bias first\): it was pruned or changed"
-    ):
+    with pytest.raises(ValueError, match=r"140 parts do not match .* \(norm\.bias first\): it was pruned or changed"):
         sola_vision.save_pretrained(sola, tmp_path / "f")
     assert os.listdir(tmp_path) == []
 

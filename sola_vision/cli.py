@@ -76,6 +76,12 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         message = _describe(error, arguments[1:]) if isinstance(error, OSError) else str(error)
         return _fail(message, 1 if isinstance(error, TrainingStopped) else 2)
+    except RuntimeError as error:
+        if os.environ.get("SOLA_TRACEBACK") or not str(error).startswith("DataLoader worker"):
+            raise
+        return _fail(
+            f"{error} (a process that reads images; was the memory full? use fewer workers or smaller images)", 1
+        )
 
 
 def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -104,6 +110,8 @@ def _empty_argument(words: Sequence[str]) -> str | None:
 
 def _describe(error: OSError, words: Sequence[str]) -> str:
     """Describe an OSError in one line: the option that names the file, the cause and the fix."""
+    if error.errno == errno.ENOSPC and error.filename is None:  # from a write, which does not know its file
+        return "no space left on the device that results are written to: make room, or use another --out"
     if error.errno is None or error.filename is None:
         return str(error)
     path = Path(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename))

@@ -20,7 +20,7 @@ from sola_vision.commands.arguments import (
     plain,
     print_skipped_count,
 )
-from sola_vision.commands.results import agree_on_skipped, announce_replacement, finite, write_results
+from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, write_results
 from sola_vision.commands.tables import show_table
 from sola_vision.data import EvalTransform, open_classification
 from sola_vision.engine import EvaluationBatches, World, distributed
@@ -47,8 +47,7 @@ def run(arguments: Sequence[str]) -> None:
         model = checkpoint.model.to(world.device)
         batches = EvaluationBatches(dataset, world, batch_size=options.batch_size, workers=options.workers)
         if world.is_main:
-            announce_replacement(out, options)
-            out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
+            prepare_folder(out, options)
         tally, best, seconds = _evaluate(model, batches, len(checkpoint.classes), world)
         if not world.is_main:
             return

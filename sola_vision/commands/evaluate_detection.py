@@ -26,7 +26,7 @@ from sola_vision.commands.arguments import (
     print_skipped_count,
     refuse_unused,
 )
-from sola_vision.commands.results import agree_on_skipped, announce_replacement, finite, shard, watched, write_results
+from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, shard, watched, write_results
 from sola_vision.commands.tables import show_table
 from sola_vision.data import (
     CocoFolder,
@@ -122,8 +122,7 @@ def _score_file(options: Namespace) -> None:
         check_results(results, truth, kind, str(path))
     max_dets = options.max_dets or MAX_DETS
     scores = [score(truth, results, kind, max_dets=max_dets) for kind in kinds]
-    announce_replacement(out, options)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out, options)
     result = {
         "results": options.results,
         "annotations": options.annotations,
@@ -189,8 +188,7 @@ def _score_checkpoint(options: Namespace) -> None:
     with distributed(options.device) as world:
         model.to(world.device)
         if world.is_main:
-            announce_replacement(out, options)
-            out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
+            prepare_folder(out, options)
         batches = EvaluationBatches(dataset, world, batch_size=1, workers=options.workers, collate=collate_lists)
         start = time.perf_counter()
         total = len(shard(len(dataset), world))

@@ -21,7 +21,7 @@ from sola_vision.commands.arguments import (
     print_skipped_count,
     refuse_unused,
 )
-from sola_vision.commands.results import agree_on_skipped, announce_replacement, finite, shard, watched, write_results
+from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, shard, watched, write_results
 from sola_vision.commands.tables import show_table
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
 from sola_vision.data.labels import read_class_names
@@ -126,8 +126,7 @@ def _score_folder(options: Namespace) -> None:
         predicted, truth = (torch.from_numpy(classes) for classes in pair.read(rule))
         counts.add(predicted, truth)
         images.append(share_right(predicted, truth))
-    announce_replacement(out, options)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out, options)
     result = {
         "predictions": options.predictions,
         "annotations": options.annotations,
@@ -157,8 +156,7 @@ def _score_checkpoint(options: Namespace) -> None:
     with distributed(options.device) as world:
         checkpoint.model.to(world.device)
         if world.is_main:
-            announce_replacement(out, options)
-            out.mkdir(parents=True, exist_ok=True)  # fails before the evaluation rather than after it
+            prepare_folder(out, options)
         start = time.perf_counter()
         counts, images, skipped = _evaluate(checkpoint, dataset, inference, world, options.workers)
         seconds = time.perf_counter() - start

@@ -53,8 +53,14 @@ def watched(items: Iterable[T], total: int, description: str, shown: bool = True
         yield from bar.track(items, total=total, description=description)
 
 
-def announce_replacement(out: Path, options: Namespace) -> None:
-    """Print which evaluation the folder has if it is of other data or of another checkpoint."""
+def prepare_folder(out: Path, options: Namespace) -> None:
+    """Create the folder of an evaluation and try to write to it, since a failure afterwards would lose the results;
+    print which evaluation it has if that is of other data or of another checkpoint.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    probe = out / ".probe"
+    probe.touch()
+    probe.unlink()
     old = _earlier(out)
     given = {name: old[name] for name in _SOURCES if name in old}
     if any(value != getattr(options, name, None) for name, value in given.items()):

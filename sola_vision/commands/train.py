@@ -15,10 +15,11 @@ from sola_vision.commands.arguments import out_folder
 from sola_vision.commands.dispatch import Job, task_module
 from sola_vision.commands.options import Run, option_errors, parse_run
 from sola_vision.engine import World, check_folder, distributed, fit, read_metadata
-from sola_vision.engine.checkpoint import BEST, STATE, Progress, load_progress
+from sola_vision.engine.checkpoint import BEST, STATE, Progress
 from sola_vision.engine.loading import count_epoch_steps
 from sola_vision.engine.log import json_text, metric_texts, write_text
 from sola_vision.engine.optim import count_steps, make_optimizer
+from sola_vision.engine.resuming import resumable_progress
 from sola_vision.tasks.pictures import draw_learning_curve
 
 
@@ -39,7 +40,9 @@ def _run(request: Run, world: World) -> None:
     with option_errors("train", vars(settings)):
         total = count_steps(settings, count_epoch_steps(len(job.train_set), settings))  # type: ignore[arg-type]  # torch's Dataset type does not declare __len__
     if request.resume:
-        _check_classes(request.out, load_progress(request.out, total, settings.optimizer), job.metadata["classes"])
+        with option_errors("train", vars(settings)):
+            progress = resumable_progress(request.out, settings, total)
+        _check_classes(request.out, progress, job.metadata["classes"])
     with option_errors("train", vars(settings)):
         make_optimizer(job.model.to(world.device), settings)  # some optimisers need a GPU
     if settings.strategy == "fsdp" and not torch.distributed.is_initialized():

@@ -23,7 +23,8 @@ def prepare(request: Run, world: World) -> Job:
     torch.manual_seed(recipe.train.seed)  # for the initial weights
     model = build_model(recipe.model, len(classes), recipe.image.size)
     task = Classification(len(classes), recipe.image)
-    task.check_batch(micro_batch_size(recipe.train, world))
+    if recipe.train.batch_size <= len(train_set):  # a larger batch is refused as such
+        task.check_batch(micro_batch_size(recipe.train, world))
     held_out = set(val_set.targets)
     absent = [name for label, name in enumerate(classes) if label not in held_out]
     return Job(

@@ -273,7 +273,8 @@ def _images(document: dict[str, Any], file: Path) -> dict[int, dict[str, Any]]:
     for image in document["images"]:
         sizes = [image.get("height"), image.get("width")] if isinstance(image, dict) else []
         if not sizes or not isinstance(image.get("id"), int) or not isinstance(image.get("file_name"), str):
-            raise ValueError(f"{file}: an image must have an integer id and a file_name (got {image!r:.80})")
+            got = {name: image.get(name) for name in ("id", "file_name")} if isinstance(image, dict) else image
+            raise ValueError(f"{file}: an image must have an integer id and a file_name (got {got!r:.120})")
         # some programs write 640.0
         whole = [int(side) if isinstance(side, float) and side.is_integer() else side for side in sizes]
         if not all(isinstance(side, int) and side > 0 for side in whole):

@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from .coco import Objects
+from .images import check_normalisation
 
 Target = dict[str, Any]
 
@@ -66,8 +67,7 @@ class DetectionConfig:
             raise ValueError(f"zoom={self.zoom} only applies to images of original size: set size to null")
         if not self.zoom > 0 or not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"zoom={self.zoom} and scale={self.scale} must be above 0, the smallest scale first")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std} must be above 0")
+        check_normalisation(self.mean, self.std)
         for name in ("hflip", "vflip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability from 0 to 1")

@@ -5,6 +5,8 @@ Greyscale, 1-bit, palette, CMYK, 16-bit, transparent and EXIF-rotated files are 
 them. A file that cannot be decoded raises CorruptImage, whose message names the file, so a data loader can skip it.
 """
 
+import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +35,14 @@ _UPRIGHT = {
 
 class CorruptImage(ValueError):  # noqa: N818 - clearer in an except clause
     """Raised for a file that cannot be read as an image; the message is one line and names the file."""
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ValueError for values that pixels cannot be normalised with."""
+    if not all(math.isfinite(value) for value in mean):
+        raise ValueError(f"mean={tuple(mean)} must be finite")
+    if not all(0 < value < math.inf for value in std):
+        raise ValueError(f"std={tuple(std)} must be above 0 and finite")
 
 
 def read_image(source: Path | str | BinaryIO, *, name: str | None = None) -> Image.Image:

@@ -14,6 +14,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import transforms
 
+from .images import check_normalisation
+
 _SMALL = 32  # Swin's data/build.py: resize_im = IMG_SIZE > 32
 _PADDING = 4
 _LONGEST = 8  # maximum aspect ratio; longer images are cropped before they are resized
@@ -68,8 +70,7 @@ class ImageConfig:
             raise ValueError(f"crop_pct={self.crop_pct} must be above 0 and at most 1")
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale={self.scale} must be two fractions of the area, 0 < smallest <= largest <= 1")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std} must be above 0")
+        check_normalisation(self.mean, self.std)
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio={self.ratio} must be two ratios width / height, 0 < smallest <= largest")
         for name in ("hflip", "erasing", "mixup_prob", "smoothing"):

@@ -16,6 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from .images import check_normalisation
 from .labels import IGNORED
 
 _LONGEST = 4  # maximum aspect ratio at full size, mmsegmentation's 2048 x 512; longer images get a smaller shorter side
@@ -69,8 +70,7 @@ class SegmentationConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to 1")
         if self.stride is not None and (self.slide is None or self.stride > self.slide):
             raise ValueError(f"stride={self.stride} must be at most slide={self.slide}, or pixels are skipped")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std} must be above 0")
+        check_normalisation(self.mean, self.std)
 
 
 class SegmentationTrainTransform:

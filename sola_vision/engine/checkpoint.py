@@ -145,30 +145,15 @@ def save_state(
     on_main(lambda: write_atomically(folder / STATE, tensors, header))
 
 
-def load_progress(folder: Path, total: int | None = None, optimizer: str | None = None) -> Progress | None:
-    """Return the `Progress` of the folder's resumable state, or None if no state has been saved.
-
-    Raise ValueError if the state is past the `total` steps of the resuming run or belongs to another `optimizer`.
-    """
+def load_progress(folder: Path) -> Progress | None:
+    """Return the `Progress` of the folder's resumable state, or None if no state has been saved."""
     path = folder / STATE
     if not path.exists():
         return None
     try:
-        progress = Progress(**json.loads(read_metadata(path)["progress"]))
+        return Progress(**json.loads(read_metadata(path)["progress"]))
     except (KeyError, TypeError):
         raise ValueError(f"{path} was not written by this version: resume with the version that wrote it") from None
-    if total is not None and progress.step > total:
-        raise ValueError(
-            f"{folder} is at step {progress.step}, past the {amount(total, 'step')} of this run: it was started with "
-            "more images or epochs; resume it with those, or choose another folder"
-        )
-    before = progress.config.get("optimizer")
-    if optimizer is not None and before not in (None, optimizer):
-        raise ValueError(
-            f"optimizer={optimizer!r} cannot resume from the state of {before!r} in {folder}: resume with {before!r}, "
-            "or start a new run from its weights"
-        )
-    return progress
 
 
 def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
@@ -235,6 +220,7 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
         temporary.touch()
         mode = temporary.stat().st_mode  # follows the user's umask; safetensors would deny others read access
         save_file(tensors, temporary, metadata=dict(metadata))
+        _sort_metadata(temporary)
         temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
@@ -246,6 +232,19 @@ def write_atomically(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
         match = re.search(r"(?:os error|code:) (\d+)", str(error))  # safetensors has no errno attribute
         number = getattr(error, "errno", None) or (int(match.group(1)) if match else errno.EIO)
         raise OSError(number, f"cannot write a checkpoint ({error}; {kept}); make room and resume", str(path)) from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata of a file, which safetensors writes in random order, so that equal runs write equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the header is padded with spaces
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ The loop depends on nothing else. The configuration is flat, so that every field
 is a loss, an evaluation and the name of the metric that selects the best checkpoint.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -92,12 +93,14 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name in ("lr", "clip", "layer_decay"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
-        for name in ("min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "workers", "save_seconds"):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0 and finite")
+        for name in ("min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "workers"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name}={value} must not be negative")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must not be negative or infinite")
+        if not self.save_seconds >= 0:  # infinity: only after evaluations
+            raise ValueError(f"save_seconds={self.save_seconds} must not be negative")
         for name, choices in (
             ("schedule", ("cosine", "poly", "multistep")),
             ("amp", ("none", "bf16", "fp16")),
@@ -111,8 +114,16 @@ class TrainConfig:
             raise ValueError(f"max_corrupt={self.max_corrupt} must lie in [0, 1]")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
+        if self.layer_decay is not None and self.layer_decay > 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must not be above 1: lower layers learn more slowly")
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("schedule='multistep' needs milestones, the epochs at which the learning rate drops")
+        if self.milestones and (self.schedule != "multistep" or min(self.milestones) < 1):
+            raise ValueError(
+                f"milestones={self.milestones} must be epochs from 1 on of schedule='multistep' (got {self.schedule!r})"
+            )
+        if self.schedule != "multistep" and self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr}, the final learning rate, is above lr={self.lr}: lower it")
 
 
 def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..wording import amount
-from .checkpoint import BEST, STATE, Progress
+from .checkpoint import BEST, STATE, Progress, load_progress
 from .config import TrainConfig, list_changes
 from .log import METRICS, SUMMARY, check_unlocked
 
@@ -28,6 +28,40 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
     if resume and not kept and not (folder / METRICS).exists():
         raise FileNotFoundError(f"{folder} holds no run to resume: check the path (--out), or start without --resume")
+
+
+def resumable_progress(folder: Path, config: TrainConfig, total: int) -> Progress | None:
+    """Return the `Progress` of the folder's state, or None if no state has been saved.
+
+    Raise ValueError if a run of `total` steps with this configuration cannot continue from it.
+    """
+    progress = load_progress(folder)
+    if progress is None:
+        return None
+    before = progress.config
+    instead = "or start a new run from its weights"
+    then = before.get("optimizer", config.optimizer)
+    if config.optimizer != then:
+        raise ValueError(
+            f"optimizer={config.optimizer!r} cannot resume from the state of {then!r} in {folder}: resume with "
+            f"{then!r}, {instead}"
+        )
+    if config.ema and not before.get("ema", config.ema):
+        raise ValueError(
+            f"ema={config.ema} cannot resume {folder}, which has no moving average: resume with 0, {instead}"
+        )
+    size = before.get("batch_size", config.batch_size)
+    if config.batch_size != size and config.steps is None:  # its position would be in another epoch
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot resume {folder}, whose position is a number of batches of {size}: "
+            f"resume with {size} (accumulate divides a batch that exceeds the memory), {instead}"
+        )
+    if progress.step > total:
+        raise ValueError(
+            f"{folder} is at step {progress.step}, past the {amount(total, 'step')} of this run: it was started with "
+            "more images or epochs; resume it with those, or choose another folder"
+        )
+    return progress
 
 
 def changes(before: Progress, config: TrainConfig, images: Mapping[str, int]) -> list[str]:

@@ -105,7 +105,7 @@ def prepare(
     modules = {"model": model} | ({} if average is None else {"ema": average})
     optimizer = optim.make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.amp == "fp16")
-    saved = on_main(lambda: checkpoint.load_progress(folder, total, config.optimizer)) if resume else None
+    saved = on_main(lambda: resuming.resumable_progress(folder, config, total)) if resume else None
     if saved is not None:
         checkpoint.load_state(folder, modules, optimizer)
         if saved.scaler:  # none without fp16

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import TINY, python, write_images
 
+from sola_vision.cli import main
 from sola_vision.engine import checkpoint as checkpoints
 
 
@@ -59,6 +61,11 @@ FIELDS = [
     (["--image.size", "0"], [": --image.size=0"]),
     (["--image.scale", "[0.5,0.2]"], ["--image.scale=(0.5, 0.2)"]),
     (["--image.mean", "[1,2]"], ["--image.mean '[1, 2]' is invalid: expected three numbers, such as [0.5,0.5,0.5]"]),
+    (["--image.std", "[0.2,.nan,0.2]"], ["--image.std=(0.2, nan, 0.2)"]),
+    (["--image.mean", "[.nan,0,0]"], ["--image.mean=(nan, 0"]),
+    (["--train.lr", "1e-6"], ["--train.min_lr=1e-05", "above lr=1e-06"]),
+    (["--train.warmup_epochs", ".inf"], ["--train.warmup_epochs=inf"]),
+    (["--train.batch_size", "43", "--image.mixup", "0.5"], ["--train.batch_size=43", "42"]),
     (["--image.mean", "1"], ["--image.mean '1' is invalid: expected three numbers, such as [0.5,0.5,0.5]"]),
     (["--image.scale", "[a,1]"], ["expected two numbers, such as [0.5,1.0], or null"]),
     (["--image.auto_augment", "strong"], ["auto_augment strong"]),
@@ -387,3 +394,39 @@ def test_names_are_not_markup(sola, tmp_path, trained):
     said = sola("predict", odd.parent, "--checkpoint", trained)
     assert said.code == 0
     assert "[red]x[].png" in said.out
+
+
+@pytest.mark.parametrize("text", ["DataLoader worker (pid 7) is killed by signal: Killed.", "something else"])
+def test_a_killed_reader_of_images_is_one_line(capsys, monkeypatch, text):
+    def run(arguments):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr("sola_vision.commands.cost.run", run)
+    if text.startswith("DataLoader"):
+        assert main(["cost"]) == 1
+        assert re.fullmatch(
+            r"sola: DataLoader worker \(pid 7\) .*use fewer workers or smaller images.*\n", capsys.readouterr().err
+        )
+    else:
+        with pytest.raises(RuntimeError, match="something else"):
+            main(["cost"])
+
+
+def test_a_write_that_names_no_file_says_what_to_do(capsys, monkeypatch):
+    def run(arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sola_vision.commands.cost.run", run)
+    assert main(["cost"]) == 2
+    assert "make room, or use another --out" in capsys.readouterr().err
+
+
+def test_an_evaluation_whose_results_cannot_be_written_does_not_begin(refused, tmp_path, data, trained, monkeypatch):
+    (tmp_path / "e").mkdir()
+
+    def touch(path, *rest):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("pathlib.Path.touch", touch)
+    monkeypatch.setattr("sola_vision.commands.evaluate_classification._evaluate", lambda *rest: pytest.fail("begun"))
+    refused("eval", "--checkpoint", trained, "--data", data, "--out", "e", names=["read-only file system"])

@@ -191,3 +191,14 @@ def test_tied_and_sliced_tensors_can_be_written(tmp_path):
     model[0].bias.data = torch.arange(6.0)[::2]
     save_weights(tmp_path / "w.safetensors", model)
     assert load_file(tmp_path / "w.safetensors")["0.bias"].tolist() == [0.0, 2.0, 4.0]
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """safetensors orders metadata at random."""
+    about = {name: "é\n" * len(name) for name in ("task", "model", "image", "classes", "metric", "value")}
+    for number in range(4):
+        torch.manual_seed(0)
+        save_weights(tmp_path / f"{number}.safetensors", net(), about)
+    files = [(tmp_path / f"{number}.safetensors").read_bytes() for number in range(4)]
+    assert files == files[:1] * 4
+    assert read_metadata(tmp_path / "0.safetensors") == about

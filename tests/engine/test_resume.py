@@ -109,9 +109,27 @@ def test_resuming_another_model_or_optimizer_is_refused(whole_run, tmp_path):
         train(folder, model=Net(width=16), resume=True)
     with pytest.raises(ValueError, match=r"optimizer='sgd' cannot resume from the state of 'adamw' .*resume with"):
         train(folder, optimizer="sgd", resume=True)
+    with pytest.raises(ValueError, match=r"batch_size=\d+ cannot resume .* number of batches of \d+: resume with"):
+        train(folder, batch_size=2 * settings().batch_size, resume=True)
     with pytest.raises(ValueError, match=r"2 parameter groups instead of 1: .*weight_decay"):
         train(folder, weight_decay=0, resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_moving_average_cannot_begin_later(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Classify(term=8), ema=0)
+    with pytest.raises(ValueError, match=r"ema=0.5 cannot resume .* no moving average: resume with 0"):
+        train(tmp_path, ema=0.5, resume=True)
+    train(tmp_path, ema=0, resume=True)
+
+
+def test_runs_of_so_many_steps_may_change_the_batch_size(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, Classify(term=8), steps=12)
+    train(tmp_path, steps=12, batch_size=24, resume=True)
+    assert "batch_size=24 (was 12)" in capfd.readouterr().err
+    assert module.load_progress(tmp_path).step == 12
 
 
 def test_a_state_without_an_optimizer_is_refused(whole_run, tmp_path):

@@ -71,10 +71,11 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
             axes.set_yscale("log")
             square = all(c.height == c.width for c in costs)
             axes.set_xlabel("side of the square image, pixels" if square else "size of the image (HxW), pixels")
-            sizes = {c.height * c.width: str(c.height) if square else f"{c.height}x{c.width}" for c in costs}
-            axes.set_xticks(
-                list(sizes), list(sizes.values()), fontsize=8, rotation=0 if square and len(sizes) < 6 else 90
-            )
+            sizes: dict[int, dict[str, None]] = {}  # sizes of equal area share a tick
+            for c in costs:
+                sizes.setdefault(c.height * c.width, {})[str(c.height) if square else f"{c.height}x{c.width}"] = None
+            labels = [", ".join(names) for names in sizes.values()]
+            axes.set_xticks(list(sizes), labels, fontsize=8, rotation=0 if square and len(sizes) < 6 else 90)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)
     if figure.axes[0].get_legend_handles_labels()[0]:

@@ -81,6 +81,12 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     check_minimum(options, classes=0, batch=1, threads=1)
     if options.measure and not options.figure_1b:
         raise ValueError("--measure needs --figure-1b: add it")
+    fixed = "--figure-1b" if options.figure_1b else "--paper"
+    if options.paper or options.figure_1b:
+        names = ("models", "size", "schedule", "bridges", "classes", "compare")
+        for name in (name for name in names if getattr(options, name) not in (None, [])):
+            given = "the networks" if name == "models" else f"--{name}"
+            raise ValueError(f"{fixed} counts the paper's networks at the paper's sizes: leave out {given}")
     for file in (options.csv, options.plot):
         check_parent_folder(file)
     return options
@@ -103,13 +109,14 @@ def _networks(options: Namespace) -> None:
         if changes and not name.startswith("sola_"):
             raise ValueError(f"{name} has no {' and no '.join(changes)}: pass it to --compare, or leave these out")
     sizes = image_sizes(options.size, models)
-    costs = [_count(name, size, options, changes) for name in models for size in sizes]
-    costs += [
+    own = [(name, _count(name, size, options, changes)) for name in models for size in sizes]
+    compared = [
         cost
         for name in map(full_name, options.compare)
         for size in sizes
         if (cost := _count_compared(name, size, options))
     ]
+    costs = [cost for _, cost in own] + compared
     if options.csv:
         write_csv(options.csv, [_row(cost, row) for cost in costs for row in cost.rows])
     if options.plot:
@@ -117,7 +124,8 @@ def _networks(options: Namespace) -> None:
 
         draw_costs(costs, Path(options.plot))
     if options.json:
-        print(json.dumps([_document(cost, changes if cost.model in models else {}) for cost in costs], indent=2))
+        documents = [_document(cost, {"model": name} | changes) for name, cost in own]
+        print(json.dumps([*documents, *(_document(cost, {}) for cost in compared)], indent=2))
     else:
         _print(costs, options.by)
 
@@ -143,7 +151,7 @@ def full_name(name: str) -> str:
 
 def short_name(model: str) -> Text:
     """Return the label of a network in a table: its name, or the last two parts of the path of a run or checkpoint."""
-    return plain(str(Path(*Path(model).parts[-2:])))
+    return plain(str(Path(*Path(model).parts[-2:])) if Path(model).exists() else model)
 
 
 def image_sizes(texts: Sequence[str] | None, models: Sequence[str]) -> list[tuple[int, int]]:
@@ -155,13 +163,13 @@ def image_sizes(texts: Sequence[str] | None, models: Sequence[str]) -> list[tupl
 
 
 def _count(model: str, size: tuple[int, int], options: Namespace, changes: dict[str, Any]) -> Cost:
-    name, classes = model, 1000
+    name, classes, label = model, 1000, " ".join(filter(None, [model, *changes.values()]))
     if Path(model).exists():
         described = describe_classifier(model)
         name, classes, changes = described.name, described.num_classes, described.arguments
     if options.classes is not None:
         classes = options.classes
-    return count(build(name, size, classes, **changes), size, options.batch, name=model)
+    return count(build(name, size, classes, **changes), size, options.batch, name=label)
 
 
 def _count_compared(name: str, size: tuple[int, int], options: Namespace) -> Cost | None:

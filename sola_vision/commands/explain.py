@@ -32,6 +32,7 @@ from sola_vision.commands.cost import parse_size
 from sola_vision.commands.results import write_csv
 from sola_vision.commands.tables import show_table
 from sola_vision.data import ImageConfig, read_image
+from sola_vision.engine.log import surroundings
 from sola_vision.tasks import load_checkpoint, takes_one_size
 
 _SEED = 0  # of random weights
@@ -78,6 +79,9 @@ def run(arguments: Sequence[str]) -> None:
         "height": picture.shape[0],
         "width": picture.shape[1],
         "point": {"x": point[1], "y": point[0]},
+        "checkpoint": options.checkpoint,
+        "compared": options.compare,
+        **surroundings(torch.device("cpu"), 1),
         "networks": [
             _numbers(network, views, picture, scene) for network, (_, views) in zip(networks, explained, strict=True)
         ],

@@ -6,6 +6,7 @@ ones are resumed, and several processes can work on one folder at once. `--repor
 name `all`, those of every study in the folder.
 """
 
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -18,6 +19,7 @@ from sola_vision.engine.log import json_text
 from sola_vision.studies import SCALES, STUDIES, Study, custom, get_study, plan, run_plan, write_report
 from sola_vision.studies.fig1a import write_fig1a
 from sola_vision.studies.outcome import RESULTS, Outcome, write_plan
+from sola_vision.studies.runner import result_file
 from sola_vision.wording import amount
 
 
@@ -26,6 +28,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     folder = Path(options.out)
     if options.name == "fig1a":
+        if options.json or options.list:
+            raise ValueError("fig1a writes a figure and runs nothing: leave out --json and --list")
         write_fig1a(folder)
         print(f"{folder / 'fig1a' / 'report.html'}")
         return 0
@@ -112,9 +116,15 @@ def _run(options: Namespace, folder: Path) -> int:
         device=options.device,
     )
     if options.list:
-        for each in planned.runs:
-            done = (folder / "results" / f"{each.key}.json").exists()
-            print(f"{each.key}  seed {each.seed}  {each.arm}{'  finished' if done else ''}")
+        listed = [
+            {"key": run.key, "seed": run.seed, "arm": run.arm, "finished": result_file(folder, run.key).exists()}
+            for run in planned.runs
+        ]
+        if options.json:
+            print(json.dumps(listed, indent=2))
+        else:
+            for each in listed:
+                print(f"{each['key']}  seed {each['seed']}  {each['arm']}{'  finished' if each['finished'] else ''}")
         return 0
     main = os.environ.get("RANK", "0") == "0"  # one of torchrun's processes, which train together, reports
     if main:

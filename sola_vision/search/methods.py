@@ -244,7 +244,7 @@ def _best_of(problem: Problem, method: str, share: float, tried: dict[str, float
 
 
 def _share(problem: Problem) -> float:
-    """Return the fraction of a training for each trial with which all trials together cost as much as the gates."""
+    """Return the fraction of a training for each trial with which _TRIALS together cost as much as the gates."""
     return _gates_trainings(problem) / _TRIALS - _evaluation(problem)
 
 

@@ -64,7 +64,12 @@ def _draw_costs(outcome: Outcome, done: Sequence[Row], axes: Axes) -> None:
         if colour in shown:
             axes.plot([], [], color=colour, marker="o", linestyle="none", label=text)
     if shown:
-        axes.legend(fontsize=8, loc="lower right")  # "best" is slow for many points, and warns about it
+        _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Place the legend where it covers no point; "best" is slow for many points, and warns about it."""
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
 
 
 def _draw_depths(done: Sequence[Row], axes: Axes) -> None:
@@ -81,7 +86,7 @@ def _draw_depths(done: Sequence[Row], axes: Axes) -> None:
                 capsize=3,
                 label=text,
             )
-            axes.legend(fontsize=8, loc="lower right")
+            _legend_below(axes)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("K, layers")
     axes.set_title("accuracy over depth, as in the paper's Figure 5", fontsize=9)

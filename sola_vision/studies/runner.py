@@ -31,27 +31,30 @@ _METRICS = ("top1", "top5", "loss", "miou", "miou_all", "mean_accuracy", "pixel_
 
 
 def run_plan(plan: Plan, folder: Path, log: Log) -> int:
-    """Execute all runs that are left, and return the number of runs that other processes are executing.
+    """Execute all runs that are left, and return the number of runs that other processes are still executing.
 
     Under torchrun every process must call it.
     """
-    busy = 0
     with distributed(plan.runs[0].train.device) as world:
         for number, run in enumerate(plan.runs):
             with _claimed_run(run, folder) as state:
-                busy += state == "busy"
                 if state == "free":
                     if world.is_main:
                         log(f"{plan.study.name} {number + 1} of {len(plan.runs)}: {run.arm}, seed {run.seed}")
                     result = _train(run, plan.images, folder)
                     on_main(lambda run=run, result=result: _store(run, result, folder))  # type: ignore[misc]  # of defaults
-    return busy
+    return sum(not result_file(folder, run.key).exists() for run in plan.runs)
+
+
+def result_file(folder: Path, key: str) -> Path:
+    """Return the file of a finished run."""
+    return folder / "results" / f"{key}.json"
 
 
 @contextmanager
 def _claimed_run(run: Run, folder: Path) -> Iterator[str]:
     """Claim a run on the first process and yield its state on all: "finished", "busy" (claimed elsewhere) or "free"."""
-    result = folder / "results" / f"{run.key}.json"
+    result = result_file(folder, run.key)
     with ExitStack() as stack:
 
         def claim() -> str:
@@ -100,7 +103,7 @@ def _store(run: Run, summary: dict[str, Any], folder: Path) -> None:
         **{name: summary.get(name) for name in kept},
     }
     result["command"] = _published(str(summary.get("command", "")))
-    path = folder / "results" / f"{run.key}.json"
+    path = result_file(folder, run.key)
     path.parent.mkdir(exist_ok=True)
     write_json(path, result)
     # a finished run is not resumed; its weights are kept
@@ -120,6 +123,6 @@ def _without_folder(word: str) -> str:
 def stored(folder: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the results of the finished runs among `keys`."""
     for key in keys:
-        path = folder / "results" / f"{key}.json"
+        path = result_file(folder, key)
         if path.exists():
             yield json.loads(path.read_text())

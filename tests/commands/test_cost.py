@@ -128,6 +128,38 @@ def test_ticks_of_the_plot_are_the_given_sizes(tmp_path, monkeypatch, sizes):
         assert [label.get_text() for label in axes.get_xticklabels(which="both")] == sizes
 
 
+def test_a_schedule_is_that_of_the_named_network_only(tmp_path, capsys):
+    table = tmp_path / "c.csv"
+    words = [
+        "sola_nano",
+        "--size",
+        "32",
+        "--schedule",
+        "LL/LL/SSSSSS/SS",
+        "--compare",
+        "sola_nano",
+        "--csv",
+        str(table),
+    ]
+    assert main(["cost", *words, "--json"]) == 0
+    changed, default = json.loads(capsys.readouterr().out)
+    assert (changed["model"], changed["schedule"]) == ("sola_nano", "LL/LL/SSSSSS/SS")
+    assert default["model"] == "sola_nano"
+    assert "schedule" not in default
+    names = {row["model"] for row in csv.DictReader(table.open())}
+    assert names == {"sola_nano", "sola_nano LL/LL/SSSSSS/SS"}
+    assert main(["cost", *words]) == 0
+    assert "sola_nano LL/LL/SSSSSS/SS" in capsys.readouterr().out
+
+
+def test_sizes_of_equal_area_share_a_tick(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **more: drawn.append(figure))
+    assert main(["cost", "sola_nano", "--size", "32", "32x128", "64x64", "--plot", str(tmp_path / "c.png")]) == 0
+    labels = [label.get_text() for label in drawn[0].axes[0].get_xticklabels(which="both")]
+    assert labels == ["32x32", "32x128, 64x64"]
+
+
 def test_paper_tables(capsys):
     assert main(["cost", "--paper", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -158,6 +190,8 @@ def test_paper_tables_say_what_a_dash_means(capsys, monkeypatch):
         (["--batch", "0"], "sola: --batch 0 must be at least 1\n"),
         (["--classes", "-1"], "sola: --classes -1 must be at least 0\n"),
         (["--measure"], "--measure needs --figure-1b"),
+        (["--paper", "--size", "7"], "--paper counts the paper's networks at the paper's sizes: leave out --size"),
+        (["sola_nano", "--figure-1b"], "leave out the networks"),
         (["resnet18", "--schedule", "L"], "resnet18 has no schedule"),
         (["--size", "32", "--plot", "/nowhere/at/all.png"], "--plot /nowhere/at/all.png: its folder does not exist"),
         (["--size", "32", "--csv", "/nowhere/at/all.csv"], "--csv /nowhere/at/all.csv: its folder does not exist"),

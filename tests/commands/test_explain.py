@@ -31,6 +31,7 @@ def test_files_of_one_network(photograph, tmp_path, capsys):
     assert main(["explain", *arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["height"], result["width"]) == (40, 64)
+    assert {"commit", "command", "torch", "checkpoint"} <= result.keys()
     assert len(result["networks"][0]["layers"]) == 12
     saved = np.load(out / "maps.npz")
     assert saved["image"].shape == (40, 64, 3)

@@ -59,6 +59,8 @@ def test_weights_of_a_study_are_checkpoints_of_sola(sola, data, tmp_path):
 def test_list_runs_nothing(sola, data, tmp_path):
     said = sola("study", "table2", "--data", data, "--out", tmp_path / "s", "--list")
     assert (said.code, said.out.count("seed")) == (0, 30)
+    said = sola("study", "table2", "--data", data, "--out", tmp_path / "s", "--list", "--json")
+    assert [run["finished"] for run in json.loads(said.out)] == [False] * 30
     assert not (tmp_path / "s").exists()
 
 
@@ -67,6 +69,7 @@ def test_list_runs_nothing(sola, data, tmp_path):
     [
         (("table3",), ["'table3' is unknown", "table2", "fig1a, custom and all"]),
         (("table2",), ["needs --data"]),
+        (("fig1a", "--json"), ["leave out --json"]),
         (("table2", "--data", "nowhere"), ["nowhere: no such folder"]),
         (("table2", "--data", "DATA", "--limit", "9"), ["7 training images for 7 classes, too few: "]),
         (("table2", "--data", "DATA", "--seeds", "0"), ["--seeds 0"]),

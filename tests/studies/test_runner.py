@@ -105,7 +105,8 @@ def test_studies_with_the_same_run_share_it(data):
     fig5, table1 = (plan(STUDIES[name], LITTLE, data) for name in ("fig5", "table1"))
     shared = {run.key for run in fig5.runs} & {run.key for run in table1.runs}
     assert len(shared) == 2 * LITTLE.seeds  # LLLLLL and LLLLLS
-    assert len({run.key for run in table1.runs}) == len(table1.runs)
+    # SSSSSS has the same feed-forward networks in both variants
+    assert len({run.key for run in table1.runs}) == len(table1.runs) - LITTLE.seeds
 
 
 @pytest.mark.parametrize(

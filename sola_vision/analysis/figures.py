@@ -74,7 +74,7 @@ def draw_costs(costs: Sequence[Cost], out: Path) -> None:
             sizes: dict[int, dict[str, None]] = {}  # sizes of equal area share a tick
             for c in costs:
                 sizes.setdefault(c.height * c.width, {})[str(c.height) if square else f"{c.height}x{c.width}"] = None
-            labels = [", ".join(names) for names in sizes.values()]
+            labels = ["\n".join(names) for names in sizes.values()]
             axes.set_xticks(list(sizes), labels, fontsize=8, rotation=0 if square and len(sizes) < 6 else 90)
             axes.xaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3)

@@ -157,7 +157,7 @@ def test_sizes_of_equal_area_share_a_tick(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *rest, **more: drawn.append(figure))
     assert main(["cost", "sola_nano", "--size", "32", "32x128", "64x64", "--plot", str(tmp_path / "c.png")]) == 0
     labels = [label.get_text() for label in drawn[0].axes[0].get_xticklabels(which="both")]
-    assert labels == ["32x32", "32x128, 64x64"]
+    assert labels == ["32x32", "32x128\n64x64"]
 
 
 def test_paper_tables(capsys):

@@ -29,7 +29,7 @@ from sola_vision.backbone import check_pool
 from sola_vision.layers import PositionEmbedding, Stem
 from sola_vision.layers.vision_rwkv import VisionRwkvLayer
 from sola_vision.sola import check_getter, default_cfg, fit_position, one_side
-from sola_vision.vrwkv_weights import is_published, renamed
+from sola_vision.vrwkv_weights import renamed
 
 # modules whose forward reads shapes are leaves for torch.fx, as in timm
 register_notrace_module(VisionRwkvLayer)
@@ -234,7 +234,7 @@ def _nchw(x: Tensor) -> Tensor:
 
 def checkpoint_filter_fn(stored: dict[str, Tensor], model: VisionRwkv) -> dict[str, Tensor]:
     """timm's hook for loading weights: rename published keys, resize the position embedding to the network's grid."""
-    return fit_position(renamed(stored) if is_published(stored) else stored, model)
+    return fit_position(renamed(stored), model)
 
 
 # fmt: off

@@ -20,6 +20,8 @@ _NAMES = (
     (r"^ln1\.", "norm."),
     (r"^layers\.(\d+)\.ln(\d)\.", r"layers.\1.norm\2."),
     (r"^layers\.(\d+)\.gamma(\d)$", r"layers.\1.scale\2"),
+    (r"^(layers\.\d+)\.readout_norm\.", r"\1.mixer.readout_norm."),  # in early files of this package
+    (r"^(layers\.\d+)\.hidden_norm\.", r"\1.channel_mix.hidden_norm."),
     (r"\.att\.key_norm\.", ".mixer.readout_norm."),
     (r"\.ffn\.key_norm\.", ".channel_mix.hidden_norm."),
     (r"\.att\.", ".mixer."),
@@ -36,12 +38,15 @@ _NAMES = (
 
 def is_published(stored: Mapping[str, Tensor]) -> bool:
     """True if the tensors have the names of the original repository. Raises ValueError for its Vision-RWKV 6."""
-    names = [name.removeprefix("backbone.") for name in stored]
-    if "layers.0.att.time_decay" in names:
+    _refuse_version_6(stored)
+    return any(name.removeprefix("backbone.") == "layers.0.att.spatial_decay" for name in stored)
+
+
+def _refuse_version_6(stored: Mapping[str, Tensor]) -> None:
+    if any(name.removeprefix("backbone.") == "layers.0.att.time_decay" for name in stored):
         raise ValueError(
             "these are weights of Vision-RWKV 6, which has another operator: load vrwkv_t, vrwkv_s, vrwkv_b or vrwkv_l"
         )
-    return "layers.0.att.spatial_decay" in names
 
 
 def from_published(stored: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
@@ -72,7 +77,10 @@ def from_published(stored: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
 
 
 def renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape published weights to ours; unknown tensors keep their names."""
+    """Rename and reshape published weights to ours; unknown tensors, and ours, keep their names. Raises ValueError for
+    weights of Vision-RWKV 6.
+    """
+    _refuse_version_6(stored)
     weights = {}
     for published, value in stored.items():
         name = published.removeprefix("backbone.")

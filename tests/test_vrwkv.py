@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from naive_vrwkv import kernel, logits, weights
+from safetensors.torch import save_file
 
 import sola_vision
+from sola_vision.engine import read_metadata
 from sola_vision.ops import reference
 from sola_vision.vrwkv import VrwkvConfig
 from sola_vision.vrwkv_weights import from_published, is_published
@@ -38,6 +40,23 @@ def test_mixes_are_modules_that_hooks_observe(kind):
             module.register_forward_hook(lambda module, inputs, out, name=name: calls.append(name))
     model(torch.randn(1, 3, 32, 32))
     assert calls == [f"layers.{layer}.{mix}" for layer in range(2) for mix in ("mixer", "channel_mix")]
+
+
+def test_early_files_of_this_package_load(tmp_path):
+    """In them the norms inside the mixes belong to the layer."""
+    model = timm.create_model("vrwkv_large", dim=8, depth=2, head_hidden=4, num_classes=3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    sola_vision.save_pretrained(model, tmp_path)
+    stored = {
+        name.replace("mixer.readout_norm", "readout_norm").replace("channel_mix.hidden_norm", "hidden_norm"): value
+        for name, value in model.state_dict().items()
+    }
+    assert stored.keys() != model.state_dict().keys()
+    save_file(stored, tmp_path / "model.safetensors", read_metadata(tmp_path / "model.safetensors"))
+    for loaded in (sola_vision.load(tmp_path), timm.create_model(f"local-dir:{tmp_path}", pretrained=True)):
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
 
 
 def test_the_device_asked_for_is_used_under_another_default():

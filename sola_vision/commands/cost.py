@@ -6,6 +6,7 @@ MODEL is a name, or the path of a classifier's run or checkpoint, which is count
 """
 
 import json
+import os
 import re
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -151,7 +152,7 @@ def full_name(name: str) -> str:
 
 def short_name(model: str) -> Text:
     """Return the label of a network in a table: its name, or the last two parts of the path of a run or checkpoint."""
-    return plain(str(Path(*Path(model).parts[-2:])) if Path(model).exists() else model)
+    return plain(str(Path(*Path(model).parts[-2:])) if os.path.exists(model) else model)  # not Path: a long label
 
 
 def image_sizes(texts: Sequence[str] | None, models: Sequence[str]) -> list[tuple[int, int]]:

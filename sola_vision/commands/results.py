@@ -60,7 +60,7 @@ def prepare_folder(out: Path, options: Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     probe = out / ".probe"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another evaluation may do the same
     old = _earlier(out)
     given = {name: old[name] for name in _SOURCES if name in old}
     if any(value != getattr(options, name, None) for name, value in given.items()):

@@ -116,11 +116,10 @@ class TrainConfig:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}")
         if self.layer_decay is not None and self.layer_decay > 1:
             raise ValueError(f"layer_decay={self.layer_decay} must not be above 1: lower layers learn more slowly")
-        if self.schedule == "multistep" and not self.milestones:
-            raise ValueError("schedule='multistep' needs milestones, the epochs at which the learning rate drops")
-        if self.milestones and (self.schedule != "multistep" or min(self.milestones) < 1):
+        if self.schedule == "multistep" and min(self.milestones, default=0) < 1:
             raise ValueError(
-                f"milestones={self.milestones} must be epochs from 1 on of schedule='multistep' (got {self.schedule!r})"
+                f"milestones={self.milestones} must be the epochs, from 1 on, at which schedule='multistep' lowers the "
+                "learning rate"
             )
         if self.schedule != "multistep" and self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr}, the final learning rate, is above lr={self.lr}: lower it")

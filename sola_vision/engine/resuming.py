@@ -51,7 +51,7 @@ def resumable_progress(folder: Path, config: TrainConfig, total: int) -> Progres
             f"ema={config.ema} cannot resume {folder}, which has no moving average: resume with 0, {instead}"
         )
     size = before.get("batch_size", config.batch_size)
-    if config.batch_size != size and config.steps is None:  # its position would be in another epoch
+    if config.batch_size != size and config.steps is None:  # the epoch, and with it the learning rate, would jump
         raise ValueError(
             f"batch_size={config.batch_size} cannot resume {folder}, whose position is a number of batches of {size}: "
             f"resume with {size} (accumulate divides a batch that exceeds the memory), {instead}"

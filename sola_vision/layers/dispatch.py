@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sola_vision import ops
 from sola_vision.layers.products import matrices_stay_narrow
@@ -91,7 +92,7 @@ def recomputed(x: Tensor, projections: Sequence[nn.Linear], *tensors: Tensor) ->
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not is_unmodified(*projections):
         return False
     # make_fx would record products written into slices, which autograd refuses when the graph runs
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if get_proxy_mode() is not None:
         return False
     weights = [projection.weight for projection in projections]
     # only autocast converts weights of another dtype; without it `linear` raises the error

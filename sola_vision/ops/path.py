@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ Path = Literal["reference", "portable", "native"]
 
 _blocks: dict[object, Path] = {}  # the open blocks of `use`, in the order of opening; threads close theirs in any
 _pinned: Path | None = None  # by the last of them
+_lock = Lock()
 
 
 @contextmanager
@@ -26,12 +28,14 @@ def use(path: Path) -> Iterator[None]:
     if path not in get_args(Path):
         raise ValueError(f"ops.use({path!r}): the path must be one of {', '.join(map(repr, get_args(Path)))}")
     block = object()
-    _blocks[block] = _pinned = path
+    with _lock:
+        _blocks[block] = _pinned = path
     try:
         yield
     finally:
-        del _blocks[block]
-        _pinned = next(reversed(_blocks.values()), None)
+        with _lock:
+            del _blocks[block]
+            _pinned = next(reversed(_blocks.values()), None)
 
 
 def pinned() -> Path | None:

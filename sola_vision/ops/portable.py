@@ -113,7 +113,7 @@ def _scan(d: Tensor, logw: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     logw = logw.view(chunks, length, batch, channels).transpose(0, 1).contiguous()  # [L, chunks, B, C]
     s = s.view(chunks, length, sums, batch, channels).permute(1, 2, 0, 3, 4).contiguous()  # [L, K, chunks, B, C]
 
-    # lists: torch.func.linearize gives wrong tangents for what is written into a new tensor
+    # nothing is written in place: torch.func.linearize would take the tensor for a constant
     states: list[tuple[Tensor, Tensor]] = []
     m, state = torch.full_like(logw[0], _EMPTY), torch.zeros_like(s[0])
     for j in range(length):
@@ -129,7 +129,7 @@ def _scan(d: Tensor, logw: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         carry_m = carry_m - step * d
         carry_s = carry_s.transpose(0, 1)
         m = torch.maximum(before_m, carry_m)
-        before_s.mul_(torch.exp(before_m - m)[:, None]).add_(carry_s * torch.exp(carry_m - m)[:, None])
+        before_s = before_s * torch.exp(before_m - m)[:, None] + carry_s * torch.exp(carry_m - m)[:, None]
         before_m = m
     before_m = before_m.transpose(0, 1).reshape(chunks * length, batch, channels)[:num_tokens]
     return before_m, before_s.permute(2, 0, 1, 3, 4).reshape(chunks * length, -1, batch, channels)[:num_tokens]

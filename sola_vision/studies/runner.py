@@ -31,7 +31,7 @@ _METRICS = ("top1", "top5", "loss", "miou", "miou_all", "mean_accuracy", "pixel_
 
 
 def run_plan(plan: Plan, folder: Path, log: Log) -> int:
-    """Execute all runs that are left, and return the number of runs that other processes are still executing.
+    """Execute all runs that are left, and return the number of those that other processes had claimed and not finished.
 
     Under torchrun every process must call it.
     """
@@ -43,7 +43,7 @@ def run_plan(plan: Plan, folder: Path, log: Log) -> int:
                         log(f"{plan.study.name} {number + 1} of {len(plan.runs)}: {run.arm}, seed {run.seed}")
                     result = _train(run, plan.images, folder)
                     on_main(lambda run=run, result=result: _store(run, result, folder))  # type: ignore[misc]  # of defaults
-    return sum(not result_file(folder, run.key).exists() for run in plan.runs)
+    return sum(not result_file(folder, key).exists() for key in {run.key for run in plan.runs})
 
 
 def result_file(folder: Path, key: str) -> Path:

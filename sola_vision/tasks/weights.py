@@ -36,7 +36,7 @@ from sola_vision.tasks.model import (
     weights_file,
 )
 from sola_vision.vrwkv import VisionRwkv
-from sola_vision.vrwkv_weights import is_published, renamed
+from sola_vision.vrwkv_weights import renamed
 from sola_vision.wording import amount
 
 _log = logging.getLogger("sola_vision")
@@ -61,7 +61,8 @@ def save_pretrained(
     classes: a name for each output; default: the names it was loaded with, or numbers.
     image: preprocessing of its images; default: the settings it was loaded with, or timm's for its name.
     What torch.compile or DistributedDataParallel returned is saved as the network inside. Raise ValueError if the
-    arguments do not match or the network was pruned, changed or wrapped, OSError if it cannot be written.
+    arguments do not match or a network of this package was pruned, changed or is inside of another module, OSError if
+    it cannot be written.
     """
     folder, model = Path(folder), unwrap_model(model)
     if folder.suffix == ".safetensors" or folder.is_file():
@@ -75,10 +76,11 @@ def save_pretrained(
     known = cfg.get("label_names") or ()
     if len(known) != count:  # the head was replaced
         known = map(str, range(count))
-    names = _checked(known if classes is None else classes)
-    if len(names) != count:
+    names = list(known if classes is None else classes)
+    strings = not isinstance(classes, str) and all(isinstance(label, str) for label in names)
+    if len(names) != count or len(set(names)) != count or not strings:
         right = amount(count, "different name")
-        raise ValueError(f"classes must be {right}, one for each output (got {names!r:.80})")
+        raise ValueError(f"classes must be a list of {right}, one for each output (got {classes!r:.80})")
     image = image or _image(model, cfg)
     about = metadata("classification", ModelConfig(name=name), image, names, model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +170,7 @@ def adapt(
     """
     own = model.state_dict()
     cfg = getattr(model, "pretrained_cfg", {})
-    weights = renamed(stored) if is_published(stored) else dict(stored)
+    weights = renamed(stored) if isinstance(model, VisionRwkv) else dict(stored)
     notes = []
     new, old = own.get("position.weight"), weights.get("position.weight")
     if new is not None and old is not None and new.shape != old.shape and new.shape[:-2] == old.shape[:-2]:
@@ -238,18 +240,12 @@ def _names(saved: list[str], num_classes: int | None, classes: Sequence[str] | N
         if num_classes not in (None, len(classes)):
             given = amount(len(classes), "class", "classes")
             raise ValueError(f"num_classes={num_classes} does not match {given}: use one of the two")
-        return _checked(classes)
+        if isinstance(classes, str):
+            raise ValueError(f"classes={classes!r} must be a list of names")
+        return [str(label) for label in classes]
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes={num_classes} must not be negative; use 0 for no head")
     return saved if num_classes in (None, len(saved)) else [str(index) for index in range(num_classes)]
-
-
-def _checked(classes: Sequence[str]) -> list[str]:
-    """Return the names of classes as a list; ValueError for a single string, other values or equal names."""
-    names = list(classes)
-    if isinstance(classes, str) or not all(isinstance(label, str) for label in names) or len({*names}) != len(names):
-        raise ValueError(f"classes must be a list of different names (got {classes!r:.80})")
-    return names
 
 
 def _stored_classes(path: Path) -> list[str] | None:

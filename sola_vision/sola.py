@@ -96,7 +96,7 @@ def _create(name: str, preset: config.SolaConfig, pretrained: bool, **kwargs: An
 
     check_getter(kwargs, "bridges cross the stages")
     if kwargs.get("features_only"):
-        kwargs["num_classes"] = 0
+        kwargs.pop("global_pool", None)  # of the head, which timm removes
     stages = len(kwargs.get("dims") or preset.dims)
     feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
     return build_model_with_cfg(

@@ -266,7 +266,7 @@ def _create(name: str, preset: VrwkvConfig, pretrained: bool, **kwargs: Any) -> 
 
     check_getter(kwargs, "the layers' maps are channels-last")
     if kwargs.get("features_only"):
-        kwargs["num_classes"] = 0
+        kwargs.pop("global_pool", None)  # of the head, which timm removes
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     return build_model_with_cfg(
         build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs

@@ -332,3 +332,13 @@ def test_a_traced_onnx_file_is_the_network(tmp_path, grad):
     with torch.no_grad():
         expected = model(images)
     assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["sola_nano", "vrwkv_tiny"])
+def test_feature_maps_take_any_pool_of_the_head_that_is_removed(name):
+    image = torch.randn(1, 3, 32, 32)
+    found = []
+    for pool in ({}, {"global_pool": ""}):
+        torch.manual_seed(0)
+        found.append(timm.create_model(name, features_only=True, **pool)(image))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -134,7 +134,8 @@ def test_every_study_fits_every_scale(name, data):
     for scale in SCALES.values():
         small = replace(scale, train=replace(scale.train, batch_size=8))
         made = plan(STUDIES[name], small, data, seeds=1)
-        assert len({run.key for run in made.runs}) == len(STUDIES[name].arms)
+        # Table 1 names SSSSSS twice, in two variants of which it is the same network
+        assert len({run.key for run in made.runs}) == len(STUDIES[name].arms) - (name == "table1")
         for each in made.runs:
             each.build("meta")
 

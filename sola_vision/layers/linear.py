@@ -31,7 +31,7 @@ def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype
     return nn.Parameter((ramp**power).to(dtype or torch.get_default_dtype()))
 
 
-_IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
+IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
 
 
 class LinearMixer(nn.Module):
@@ -73,7 +73,7 @@ class LinearMixer(nn.Module):
         zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1
         self.bonus.copy_(-1.2 + 0.5 * zigzag)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: nn.LayerNorm = IDENTITY) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C], which `norm` is applied to first -> the branch's output and the ungated read-out wkv_t, both
         [B, H, W, C]. The norm can be an argument because kernels fuse it with the token shift and the products.
         """
@@ -132,7 +132,7 @@ class ChannelMix(nn.Module):
             self.mix_key = _interpolation(dim, 1.0, **dd)
             self.mix_receptance = _interpolation(dim, 1.0, **dd)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm = IDENTITY) -> Tensor:
         """x [B, H, W, C], which `norm` is applied to first -> the branch's output, the same shape."""
         projections = (self.key, self.receptance, self.value)
         if self.token_shift and in_one_node(x, norm, *projections):

@@ -11,10 +11,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.linear import ChannelMix, LinearMixer
+from sola_vision.layers.linear import IDENTITY, ChannelMix, LinearMixer
 from sola_vision.ops import gate, published_wkv, quad_shift, squared_relu, wkv
-
-_IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
 
 
 class VisionRwkvMixer(LinearMixer):
@@ -33,7 +31,7 @@ class VisionRwkvMixer(LinearMixer):
         self.operator = _eq9 if eq9 else published_wkv
         self.readout_norm = nn.LayerNorm(dim, device=device, dtype=dtype) if key_norm else nn.Identity()
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm: nn.LayerNorm = IDENTITY) -> tuple[Tensor, Tensor]:
         """x [B, H, W, C] -> the branch's output and the read-out before its norm, both [B, H, W, C]."""
         x = norm(x)
         shifted = quad_shift(x)
@@ -58,7 +56,7 @@ class VisionRwkvChannelMix(ChannelMix):
         super().__init__(dim, device=device, dtype=dtype)
         self.hidden_norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype) if key_norm else nn.Identity()
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm = _IDENTITY) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.LayerNorm = IDENTITY) -> Tensor:
         """x [B, H, W, C] -> the branch's output, the same shape."""
         x = norm(x)
         shifted = quad_shift(x)

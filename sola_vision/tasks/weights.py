@@ -75,12 +75,13 @@ def save_pretrained(
     count: int = getattr(model, "num_classes", 0)
     known = cfg.get("label_names") or ()
     if len(known) != count:  # the head was replaced
-        known = map(str, range(count))
-    names = list(known if classes is None else classes)
-    strings = not isinstance(classes, str) and all(isinstance(label, str) for label in names)
+        known = [str(index) for index in range(count)]
+    given = known if classes is None else classes
+    names = list(given)
+    strings = not isinstance(given, str) and all(isinstance(label, str) for label in names)
     if len(names) != count or len(set(names)) != count or not strings:
         right = amount(count, "different name")
-        raise ValueError(f"classes must be a list of {right}, one for each output (got {classes!r:.80})")
+        raise ValueError(f"classes must be a list of {right}, one for each output (got {given!r:.80})")
     image = image or _image(model, cfg)
     about = metadata("classification", ModelConfig(name=name), image, names, model)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training loop for every task: `fit(task, model, train_set, val_set, config, folder)`.
 
-It depends on the `Task` protocol, not on any task, and on nothing else in the package. Read `loop` first.
+It depends on the `Task` protocol, not on any task, and on nothing else in the package but the wording of its messages.
+Read `loop` first.
 """
 
 from .checkpoint import LoadReport, load_weights, read_metadata, read_weights, save_weights, take_weights

@@ -40,7 +40,6 @@ class Log:
     def __init__(self, folder: Path, *, main: bool, total: int, step: int = 0, keep: int = 0) -> None:
         self.main = main
         self.total = total
-        self.started_at = step
         if not main:
             return
         # slow to import, and used only in training

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the commands: argument parser, output folders, input images, names to print."""
+"""Shared by the commands: argument parser, values of options, output folders, input images, names to print."""
 
 import errno
 import os
@@ -63,10 +63,20 @@ def check_parent_folder(file: str | None) -> None:
 
 
 def check_minimum(options: Namespace, **least: int) -> None:
-    """Raise ValueError for the first given option that is less than its smallest value."""
+    """Raise ValueError for the first given option, or value in its list, that is less than its smallest value."""
     for name, minimum in least.items():
-        if (value := getattr(options, name)) is not None and value < minimum:
+        given = getattr(options, name)
+        value = min(given) if isinstance(given, list) else given
+        if value is not None and value < minimum:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {minimum}")
+
+
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
+    """Parse "224" or "1333x800" as (height, width); errors name `option`."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
+    return int(parts[0]), int(parts[-1])
 
 
 def refuse_unused(options: Namespace, file: str, names: Sequence[str]) -> None:
@@ -108,6 +118,11 @@ def image_files(source: Path, out: Path | None = None) -> list[Path]:
     if not files:
         raise ValueError(f"{source} contains no images ({', '.join(sorted(SUFFIXES))})")
     return files
+
+
+def name_below(file: Path, source: Path) -> str:
+    """Return the path of an image of `image_files` below the folder `source`, or its name if `source` is the image."""
+    return file.relative_to(source).as_posix() if source.is_dir() else file.name
 
 
 def check_leftovers(out: Path, written: Iterable[Path]) -> None:

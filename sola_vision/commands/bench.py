@@ -16,7 +16,7 @@ import torch
 
 from sola_vision.bench import accuracy, network, operator
 from sola_vision.bench.rounds import Protocol
-from sola_vision.commands.arguments import Arguments, check_parent_folder
+from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder
 from sola_vision.commands.cost import SIZE_HELP, full_name, image_sizes, short_name
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.engine.log import json_text, surroundings, write_json
@@ -112,16 +112,10 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 def _check(options: Namespace) -> None:
     """Raise ValueError or OSError for wrong options before minutes of measuring."""
-    least = {
-        "--rounds": options.rounds,
-        "--threads": options.threads,
-        "--batch-size": getattr(options, "batch_size", 1),
-    }
-    for name, value in least.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
+    check_minimum(options, rounds=1, threads=1)
     _check_choices("--dtype", options.dtype, network.DTYPES if options.what == "model" else tuple(_DTYPES))
     if options.what == "model":
+        check_minimum(options, batch_size=1)
         _check_choices("--layout", options.layout, network.LAYOUTS)
     else:
         _check_choices("--path", options.path, accuracy.PATHS)

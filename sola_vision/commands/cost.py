@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from rich.markup import escape
 from rich.text import Text
 
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
-from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder, plain
+from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder, parse_size, plain
 from sola_vision.commands.results import write_csv
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.tasks import describe_classifier
@@ -91,14 +90,6 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     for file in (options.csv, options.plot):
         check_parent_folder(file)
     return options
-
-
-def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
-    """Parse "224" or "1333x800" as (height, width); errors name `option`."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"{option} {text!r} must be HEIGHTxWIDTH or one number, in pixels, such as 224 or 1333x800")
-    return int(parts[0]), int(parts[-1])
 
 
 def _networks(options: Namespace) -> None:
@@ -209,9 +200,8 @@ def _print(costs: list[Cost], by: str) -> None:
         show_table(table)
     else:
         for c in costs:
-            table = new_table(
-                escape(f"{short_name(c.model)} at {c.height}x{c.width}"), by, "parameters", "GMACs", "%", "training MiB"
-            )
+            title = plain(f"{short_name(c.model)} at {c.height}x{c.width}")
+            table = new_table(title, by, "parameters", "GMACs", "%", "training MiB")
             groups: list[Group] = getattr(c, f"{by}s")
             for g in [*groups, Group("total", c.parameters, c.macs, c.saved_bytes)]:
                 share = 100 * g.macs / max(1, c.macs)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from sola_vision.commands.arguments import (
@@ -21,7 +20,7 @@ from sola_vision.commands.arguments import (
     print_skipped_count,
 )
 from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, write_results
-from sola_vision.commands.tables import show_table
+from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import EvalTransform, open_classification
 from sola_vision.engine import EvaluationBatches, World, distributed
 from sola_vision.engine.distributed import gather_objects
@@ -153,9 +152,7 @@ def _spread(items: list[int], number: int) -> list[int]:
 def _print(result: dict[str, Any], out: Path) -> None:
     images = amount(result["images"], "image")
     title = f"{result['model']} on {result['data']} ({result['split']}, {images})"
-    table = Table(title=plain(title))
-    for column in ("class", "images", "recall %", "precision %"):
-        table.add_column(column, justify="left" if column == "class" else "right")
+    table = new_table(plain(title), "class", "images", "recall %", "precision %")
     for row in result["classes"]:
         numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in ("recall", "precision"))
         table.add_row(plain(row["class"]), str(row["images"]), *numbers)

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from sola_vision.commands.arguments import (
     Arguments,
     check_minimum,
@@ -27,7 +25,7 @@ from sola_vision.commands.arguments import (
     refuse_unused,
 )
 from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, shard, watched, write_results
-from sola_vision.commands.tables import show_table
+from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import (
     CocoFolder,
     DetectionConfig,
@@ -309,18 +307,15 @@ def _print(result: dict[str, Any], scores: Sequence[Score]) -> None:
     where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
     classes = [row for row in result["classes"] if row["objects"]]
     if len(classes) <= _ROWS:
-        table = Table(title=plain(f"{what} on {where}: {amount(result['images'], 'image')}"))
         names = [name for name in result["classes"][0] if name not in ("class", "category_id", "objects")]
-        table.add_column("class")
-        for column in ("objects", *(f"{name.replace('_', ' ').replace('ap', 'AP')} %" for name in names)):
-            table.add_column(column, justify="right")
+        columns = (f"{name.replace('_', ' ').replace('ap', 'AP')} %" for name in names)
+        title = plain(f"{what} on {where}: {amount(result['images'], 'image')}")
+        table = new_table(title, "class", "objects", *columns)
         for row in classes:
             table.add_row(plain(row["class"]), str(row["objects"]), *(_cell(row[name]) for name in names))
         show_table(table, 0)
-    totals = Table(title=f"at maxDets {result['max_dets']}")
-    totals.add_column("")
-    for one in scores:
-        totals.add_column("boxes %" if one.kind == "bbox" else "masks %", justify="right")
+    kinds = ("boxes %" if one.kind == "bbox" else "masks %" for one in scores)
+    totals = new_table(f"at maxDets {result['max_dets']}", "", *kinds)
     for name in scores[0].numbers:
         totals.add_row(name, *(_cell(result[one.kind][name]) for one in scores))
     show_table(totals, 0)

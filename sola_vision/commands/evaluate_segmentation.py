@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from sola_vision.commands.arguments import (
     Arguments,
@@ -22,7 +21,7 @@ from sola_vision.commands.arguments import (
     refuse_unused,
 )
 from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, shard, watched, write_results
-from sola_vision.commands.tables import show_table
+from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
 from sola_vision.data.labels import read_class_names
 from sola_vision.data.segmentation import SegmentationFolder
@@ -264,9 +263,8 @@ def _print(result: dict[str, Any]) -> None:
     occurring = [row for row in classes if row["iou"] is not None]
     what = result.get("model", result.get("predictions"))
     where = f"{result['data']}, {result['split']}" if "data" in result else result["annotations"]
-    table = Table(title=plain(f"{what} on {where}: {amount(result['images'], 'image')}, {result['rule']}"))
-    for column in ("class", "pixels %", "IoU %", "accuracy %", "precision %"):
-        table.add_column(column, justify="left" if column == "class" else "right")
+    title = plain(f"{what} on {where}: {amount(result['images'], 'image')}, {result['rule']}")
+    table = new_table(title, "class", "pixels %", "IoU %", "accuracy %", "precision %")
     total = max(1, sum(row["pixels"] for row in classes))
     for row in classes if len(classes) <= _ROWS else occurring:
         numbers = ("-" if row[name] is None else f"{row[name]:.1f}" for name in _COLUMNS[2:])

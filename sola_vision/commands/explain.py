@@ -5,7 +5,6 @@ Writes sheet.png (all maps), page.html (one file; a click on the image moves the
 IMAGE may be the word multiscale: a generated scene with one object at five scales, and the share of each map on it.
 """
 
-import json
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ import timm
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.table import Table
 from torch import Tensor, nn
 
 from sola_vision.analysis.explain import LayerView, arrays, explain
@@ -27,12 +25,11 @@ from sola_vision.analysis.page import write_page
 from sola_vision.analysis.receptive import decay_ranges
 from sola_vision.analysis.sheet import draw_sheet
 from sola_vision.backbone import SolaVision
-from sola_vision.commands.arguments import Arguments, image_files, out_folder
-from sola_vision.commands.cost import parse_size
+from sola_vision.commands.arguments import Arguments, check_minimum, image_files, out_folder, parse_size, plain
 from sola_vision.commands.results import write_csv
-from sola_vision.commands.tables import show_table
+from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import ImageConfig, read_image
-from sola_vision.engine.log import surroundings
+from sola_vision.engine.log import json_text, surroundings, write_json
 from sola_vision.tasks import load_checkpoint, takes_one_size
 
 _SEED = 0  # of random weights
@@ -88,10 +85,10 @@ def run(arguments: Sequence[str]) -> None:
     }
     if field_images:
         _receptive_fields(field_images, networks, out, result)
-    (out / "explain.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "explain.json", result)
     _write_layers(result, out / "layers.csv")
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(json_text(result))
     else:
         _print(result, scene)
         page = "" if options.no_page else "page.html, "
@@ -124,8 +121,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     options = parser.parse_args(list(arguments))
     if options.checkpoint and (options.model or options.schedule or options.bridges is not None):
         raise ValueError("--checkpoint defines the network: leave out --model, --schedule and --bridges")
-    if options.field_size < 16:
-        raise ValueError(f"--field-size {options.field_size} must be at least 16")
+    check_minimum(options, field_size=16)
     return options
 
 
@@ -321,7 +317,6 @@ def _write_layers(result: dict[str, Any], path: Path) -> None:
 
 def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
     for network in result["networks"]:
-        table = Table(title=network["network"])
         columns = {
             "layer": "layer",
             "activation_area": "activation covers %",
@@ -333,19 +328,16 @@ def _print(result: dict[str, Any], scene: MultiScale | None) -> None:
             "decay_median": "median w",
             "range_rows": "its range, px",
         }
-        for name in columns.values():
-            table.add_column(name, justify="left" if name == "layer" else "right")
+        table = new_table(plain(network["network"]), *columns.values())
         for layer in network["layers"]:
             cells = [layer.get(name) for name in columns]
             table.add_row(*("-" if v is None else v if isinstance(v, str) else f"{v:.2f}" for v in cells))
         show_table(table, 120)
         if scene is not None:
             areas = ", ".join(f"{100 * mask.mean():.2f}" for mask in scene.masks)
-            table = Table(title=f"energy on the five objects over their share of the area ({areas} %)")
-            for name in ("layer", "activation: largest", "2", "3", "4", "smallest"):
-                table.add_column(name, justify="left" if name == "layer" else "right")
-            for name in ("EigenCAM: largest", "2", "3", "4", "smallest"):
-                table.add_column(name, justify="right")
+            title = f"energy on the five objects over their share of the area ({areas} %)"
+            kinds = (f"{kind}: largest" for kind in ("activation", "EigenCAM"))
+            table = new_table(title, "layer", *(name for kind in kinds for name in (kind, "2", "3", "4", "smallest")))
             for layer in network["layers"]:
                 cells = [*layer["activation_over_chance"], *layer["eigencam_over_chance"]]
                 table.add_row(layer["layer"], *(f"{value:.2f}" for value in cells))

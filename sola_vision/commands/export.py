@@ -17,8 +17,7 @@ from typing import Any, get_args
 import timm
 import torch
 
-from sola_vision.commands.arguments import Arguments
-from sola_vision.commands.cost import parse_size
+from sola_vision.commands.arguments import Arguments, check_minimum, parse_size
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import EvalTransform, ImageConfig
 from sola_vision.engine.log import json_text
@@ -78,8 +77,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 3], help="batch sizes to compare at")
     parser.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     options = parser.parse_args(list(arguments))
-    if min(options.batch) < 1 or options.classes < 1:
-        raise ValueError(f"--batch {min(options.batch)} and --classes {options.classes} must be at least 1")
+    check_minimum(options, batch=1, classes=1)
     return options
 
 

@@ -21,6 +21,7 @@ from sola_vision.commands.arguments import (
     check_leftovers,
     check_minimum,
     image_files,
+    name_below,
     out_folder,
     plain,
     print_skipped,
@@ -55,7 +56,7 @@ def run(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     source, out = Path(options.source), out_folder(options.out)
     files = image_files(source, out)
-    check_leftovers(out, [_picture(_name(file, source)) for file in files])
+    check_leftovers(out, [_picture(name_below(file, source)) for file in files])
     mask_library()
     checkpoint = load_detector(options.checkpoint)
     checkpoint.model.transform.config = image_at(checkpoint.image, options.size)
@@ -111,7 +112,7 @@ def _predict(
     labels = {number: label for label, number in enumerate(checkpoint.category_ids)}
     number = 0
     for file in watched(files, len(files), "predicting"):
-        name = _name(file, source)
+        name = name_below(file, source)
         try:
             image = read_image(file)
         except (CorruptImage, OSError) as error:
@@ -131,10 +132,6 @@ def _predict(
         counts = Counter(checkpoint.classes[shape.label] for shape in shapes)
         objects = dict(counts.most_common())
         yield Prediction(number, name, image.height, image.width, picture.as_posix(), objects, results)
-
-
-def _name(file: Path, source: Path) -> str:
-    return file.relative_to(source).as_posix() if source.is_dir() else file.name
 
 
 def _picture(name: str) -> Path:

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from sola_vision.commands.arguments import Arguments, check_leftovers, image_files, out_folder, plain, print_skipped
+from sola_vision.commands.arguments import (
+    Arguments,
+    check_leftovers,
+    image_files,
+    name_below,
+    out_folder,
+    plain,
+    print_skipped,
+)
 from sola_vision.commands.evaluate_segmentation import add_inference, inference_of
 from sola_vision.commands.results import watched
 from sola_vision.commands.tables import show_table
@@ -102,7 +110,7 @@ def _predict(
     source, out = Path(options.source), Path(options.out)
     outputs = _outputs(files, source)
     for file in watched(files, len(files), "predicting"):
-        name = _name(file, source)
+        name = name_below(file, source)
         try:
             image = read_image(file)
         except (CorruptImage, OSError) as error:
@@ -122,16 +130,12 @@ def _predict(
         yield Prediction(name, labels.as_posix(), picture.as_posix(), shares)
 
 
-def _name(file: Path, source: Path) -> str:
-    return file.relative_to(source).as_posix() if source.is_dir() else file.name
-
-
 def _outputs(files: Sequence[Path], source: Path) -> dict[Path, tuple[Path, Path]]:
     """Return the label file and the picture of each image."""
     stems = Counter(file.with_suffix("") for file in files)
     outputs = {}
     for file in files:
-        name = _name(file, source)
+        name = name_below(file, source)
         # named like annotations, except where the folder has both a.jpg and a.png
         stem = name if stems[file.with_suffix("")] > 1 else os.path.splitext(name)[0]
         outputs[file] = Path("labels") / f"{stem}.png", Path("pictures") / f"{stem}.jpg"

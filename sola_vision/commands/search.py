@@ -20,8 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from sola_vision.commands.arguments import Arguments
-from sola_vision.commands.cost import parse_size
+from sola_vision.commands.arguments import Arguments, check_minimum, parse_size
 from sola_vision.config import SolaConfig
 from sola_vision.engine import distributed
 from sola_vision.engine.log import surroundings, write_json
@@ -71,8 +70,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = Arguments("sola search", __doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
+    parser = Arguments("sola search", __doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder or .tar with train/CLASS/ and val/CLASS/ images, or the word digits")
     parser.add_argument("--budget", required=True, help="a schedule, or 43.9M, 1.9G (MACs), or 12.5ms (measured)")
     parser.add_argument(
@@ -95,9 +93,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--out", default="runs/search", help="output folder (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print search.json on standard output")
     options = parser.parse_args(list(arguments))
-    for name in ("epochs", "limit"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    check_minimum(options, epochs=1, limit=1)
     return options
 
 

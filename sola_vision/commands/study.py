@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sola_vision.commands.arguments import Arguments
+from sola_vision.commands.arguments import Arguments, check_minimum
 from sola_vision.engine.log import json_text
 from sola_vision.studies import SCALES, STUDIES, Study, custom, get_study, plan, run_plan, write_report
 from sola_vision.studies.fig1a import write_fig1a
@@ -41,14 +41,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
-    parser = Arguments("sola study", __doc__)
-    parser.formatter_class = RawDescriptionHelpFormatter
+    parser = Arguments("sola study", __doc__, formatter_class=RawDescriptionHelpFormatter)
     _add_arguments(parser)
     options = parser.parse_args(list(arguments))
-    for name in ("seeds", "epochs", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    check_minimum(options, seeds=1, epochs=1, limit=1)
     segmentation = options.name in STUDIES and STUDIES[options.name].task == "segmentation"
     if not segmentation and (options.ignore is not None or options.init):
         raise ValueError(f"--ignore and --init need table8: {options.name} is a classification study; leave them out")

@@ -5,12 +5,16 @@ import sys
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _UNLIMITED = 100_000
 
 
-def new_table(title: str | None, first: str, *others: str) -> Table:
-    """Return a table with a left-aligned column of names and right-aligned columns of numbers."""
+def new_table(title: str | Text | None, first: str, *others: str) -> Table:
+    """Return a table with a left-aligned column of names and right-aligned columns of numbers.
+
+    A title with names of the user's is a `plain` text.
+    """
     table = Table(title=title)
     table.add_column(first)
     for name in others:

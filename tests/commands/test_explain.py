@@ -84,6 +84,13 @@ def test_trained_against_random_on_the_multiscale_scene_with_fields(checkpoint, 
     assert "sola_nano (run)/1.1 L/wkv" in np.load(out / "maps.npz").files
 
 
+def test_the_table_names_a_run_whose_name_looks_like_markup(checkpoint, photograph, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").rename("[bold]")
+    assert main(["explain", photograph, "--checkpoint", "[bold]", "--size", "32", "--no-page", "--out", "out"]) == 0
+    assert "sola_nano ([bold])\n" in capsys.readouterr().out
+
+
 def test_two_schedules_side_by_side(photograph, tmp_path):
     arguments = ["--model", "sola_nano", "--compare", "LL/LL/LLLLLL/LL", "--no-page", "--out", str(tmp_path / "out")]
     assert main(["explain", photograph, *arguments]) == 0

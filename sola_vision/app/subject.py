@@ -107,7 +107,7 @@ def _classifier(source: str) -> Subject:
 def _segmenter(source: str) -> Subject:
     from sola_vision.data import SegmentationEvalTransform
     from sola_vision.tasks.inference import Inference
-    from sola_vision.tasks.label_pictures import draw_overlay
+    from sola_vision.tasks.label_pictures import class_shares, draw_overlay
     from sola_vision.tasks.segmenter import backbone_of, load_segmenter
 
     checkpoint = load_segmenter(source)
@@ -116,9 +116,7 @@ def _segmenter(source: str) -> Subject:
     @torch.inference_mode()
     def predict(picture: Image.Image) -> Prediction:
         classes = infer(checkpoint.model, transform.image(picture), (picture.height, picture.width)).numpy()
-        counts = np.bincount(classes.ravel(), minlength=len(checkpoint.classes))
-        order = [int(index) for index in np.argsort(-counts, kind="stable")[:_SHOWN] if counts[index]]
-        shares = {checkpoint.classes[index]: counts[index].item() / classes.size for index in order}
+        shares = {checkpoint.classes[index]: share for index, share in class_shares(classes)[:_SHOWN]}
         return Prediction(shares, draw_overlay(picture, classes, checkpoint.classes))
 
     mean, std = _normalisation(checkpoint.image)
@@ -127,7 +125,7 @@ def _segmenter(source: str) -> Subject:
 
 def _detector(source: str) -> Subject:
     from sola_vision.data import mask_library, to_pixels
-    from sola_vision.tasks.box_pictures import Shape, draw_shapes
+    from sola_vision.tasks.box_pictures import Shape, draw_shapes, shape_of
     from sola_vision.tasks.detection import to_results
     from sola_vision.tasks.detector import backbone_of, detect, load_detector
 
@@ -141,11 +139,9 @@ def _detector(source: str) -> Subject:
         shapes: list[Shape] = []
         shares: dict[str, float] = {}
         for result in to_results(found, 1, (picture.height, picture.width), checkpoint.category_ids):
-            x, y, width, height = result["bbox"]
             mask = library.decode(result["segmentation"]) if "segmentation" in result else None
-            label = labels[result["category_id"]]
-            shapes.append(Shape((x, y, x + width, y + height), label, result["score"], mask))
-            name = checkpoint.classes[label]
+            shapes.append(shape_of(result, labels, mask))
+            name = checkpoint.classes[shapes[-1].label]
             shares[name] = max(shares.get(name, 0.0), float(result["score"]))
         best = sorted(shares, key=lambda name: -shares[name])[:_SHOWN]
         return Prediction({name: shares[name] for name in best}, draw_shapes(picture, shapes, checkpoint.classes))

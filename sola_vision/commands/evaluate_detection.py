@@ -37,7 +37,7 @@ from sola_vision.data import (
 )
 from sola_vision.engine import EvaluationBatches, distributed
 from sola_vision.engine.log import json_text
-from sola_vision.tasks.box_pictures import Shape, counted, draw_curves, draw_worst
+from sola_vision.tasks.box_pictures import Shape, counted, draw_curves, draw_worst, shape_of
 from sola_vision.tasks.coco_eval import KINDS, MAX_DETS, Kind, Score, check_results, score
 from sola_vision.tasks.detection import NAMES, Detection, Findings
 from sola_vision.tasks.detector import DetectorCheckpoint, load_detector
@@ -243,9 +243,7 @@ def _crowds(truth: dict[str, Any], dataset: CocoFolder) -> dict[int, list[Shape]
     labels = {number: label for label, number in enumerate(dataset.category_ids)}
     for annotation in truth["annotations"]:
         if annotation["iscrowd"]:
-            x, y, width, height = annotation["bbox"]
-            shape = Shape((x, y, x + width, y + height), labels[annotation["category_id"]])
-            crowds.setdefault(int(annotation["image_id"]), []).append(shape)
+            crowds.setdefault(int(annotation["image_id"]), []).append(shape_of(annotation, labels))
     return crowds
 
 
@@ -261,10 +259,8 @@ def _draw_worst(
     labels = {number: label for label, number in enumerate(dataset.category_ids)}
     for result in findings.results:
         if result["score"] >= _CONFIDENT:
-            x, y, width, height = result["bbox"]
-            mask = result.get("segmentation")
-            shape = Shape((x, y, x + width, y + height), labels[result["category_id"]], result["score"], mask)
-            by_image[result["image_id"]].append(shape)
+            # the mask in run lengths, of which only those of the worst images are decoded
+            by_image[result["image_id"]].append(shape_of(result, labels, result.get("segmentation")))
     judged = []
     for index, number in enumerate(dataset.image_ids):
         if number in by_image:

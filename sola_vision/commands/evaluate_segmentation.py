@@ -23,7 +23,7 @@ from sola_vision.commands.arguments import (
 from sola_vision.commands.results import agree_on_skipped, finite, prepare_folder, shard, watched, write_results
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.data import LabelRule, SegmentationConfig, SegmentationEvalTransform, open_segmentation
-from sola_vision.data.labels import read_class_names
+from sola_vision.data.labels import class_names_file, read_class_names
 from sola_vision.data.segmentation import SegmentationFolder
 from sola_vision.engine import EvaluationBatches, World, distributed, gather_objects
 from sola_vision.engine.log import json_text
@@ -117,7 +117,7 @@ def _score_folder(options: Namespace) -> None:
     annotations = Path(options.annotations)
     pairs = pair_folders(Path(options.predictions), annotations)
     # the names of the classes, if any, are in the folder of annotations or in one of the two above it
-    roots = [root for root in (annotations, *annotations.resolve().parents[:2]) if _has_names(root)]
+    roots = [root for root in (annotations, *annotations.resolve().parents[:2]) if class_names_file(root)]
     names = read_class_names(roots[0] if roots else annotations, options.classes, options.ignore)
     counts, images = PixelCounts.of(rule.num_classes), []
     start = time.perf_counter()
@@ -138,10 +138,6 @@ def _score_folder(options: Namespace) -> None:
         predicted_classes, true_classes = pairs[index].read(rule)
         worst.append(Example(pairs[index].name, None, true_classes, predicted_classes, images[index]))
     _write(result, counts, names, worst, out, options.json)
-
-
-def _has_names(root: Path) -> bool:
-    return any((root / name).is_file() for name in ("classes.txt", "objectInfo150.csv", "objectInfo150.txt"))
 
 
 def _score_checkpoint(options: Namespace) -> None:

@@ -31,7 +31,7 @@ from sola_vision.commands.results import watched
 from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, mask_library, read_image, to_pixels
 from sola_vision.engine import distributed
-from sola_vision.tasks.box_pictures import Shape, draw_shapes
+from sola_vision.tasks.box_pictures import draw_shapes, shape_of
 from sola_vision.tasks.detection import to_results
 from sola_vision.tasks.detector import DetectorCheckpoint, detect, load_detector
 from sola_vision.tasks.gallery import Card, write_gallery
@@ -123,9 +123,8 @@ def _predict(
         results = to_results(found, number, (image.height, image.width), checkpoint.category_ids)
         shapes = []
         for result in results:
-            x, y, width, height = result["bbox"]
             mask = mask_library().decode(result["segmentation"]) if "segmentation" in result else None
-            shapes.append(Shape((x, y, x + width, y + height), labels[result["category_id"]], result["score"], mask))
+            shapes.append(shape_of(result, labels, mask))
         picture = _picture(name)
         (out / picture).parent.mkdir(parents=True, exist_ok=True)
         draw_shapes(image, shapes, checkpoint.classes).save(out / picture, quality=90)

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.table import Table
 
@@ -32,7 +31,7 @@ from sola_vision.commands.tables import show_table
 from sola_vision.data import CorruptImage, SegmentationEvalTransform, read_image
 from sola_vision.engine import distributed
 from sola_vision.tasks.gallery import Card, write_gallery
-from sola_vision.tasks.label_pictures import draw_overlay, write_labels
+from sola_vision.tasks.label_pictures import class_shares, draw_overlay, write_labels
 from sola_vision.tasks.segmenter import SegmentationCheckpoint, load_segmenter
 from sola_vision.wording import amount
 
@@ -124,9 +123,7 @@ def _predict(
         write_labels(out / labels, classes, checkpoint.rule)
         drawn = draw_overlay(image, classes, checkpoint.classes, options.opacity)
         drawn.save(out / picture, quality=90)
-        counts = np.bincount(classes.ravel(), minlength=len(checkpoint.classes))
-        order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-        shares = {checkpoint.classes[index]: counts[index].item() / classes.size for index in order}
+        shares = {checkpoint.classes[index]: share for index, share in class_shares(classes)}
         yield Prediction(name, labels.as_posix(), picture.as_posix(), shares)
 
 

@@ -226,17 +226,7 @@ def _write_results(problem: Problem, found: Found, options: Namespace, scale: Sc
 
 def _recipe(problem: Problem, found: Found, data: str, images: Images) -> str:
     """Return a file for `sola train --config`: the network found, from scratch, on all training images."""
-    config = problem.config
-    model = ModelConfig(
-        name="sola_tiny",
-        schedule=found.schedule,
-        bridges=found.bridges,
-        dims=config.dims,
-        patch_size=config.patch_size,
-        head_dim=config.head_dim,
-        token_shift=config.token_shift,
-        drop_path_rate=config.drop_path_rate,
-    )
+    model = ModelConfig.of(problem.config.with_changes(schedule=found.schedule, bridges=found.bridges))
     sections = {"model": asdict(model), "image": asdict(images.settings), "train": asdict(problem.train)}
     content = {"recipe": "imagenet_tiny", "data": data, **sections}
     head = (

@@ -91,6 +91,11 @@ def read_labels(path: Path | str) -> NDArray[np.integer]:
     return labels.astype(np.uint8) if labels.dtype == bool else labels
 
 
+def class_names_file(root: Path) -> Path | None:
+    """Return the file in the folder `root` that names the classes, or None."""
+    return next((root / name for name in _NAMES if (root / name).is_file()), None)
+
+
 def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[str]:
     """Return the names of a dataset's classes, in the order of their labels.
 
@@ -98,7 +103,7 @@ def read_class_names(root: Path, num_classes: int | None, ignore: int) -> list[s
     ignored label is skipped. Without a file `num_classes` is required.
     """
     first = 1 if ignore == 0 else 0
-    path = next((root / name for name in _NAMES if (root / name).is_file()), None)
+    path = class_names_file(root)
     if path is None:
         if num_classes is None:
             raise ValueError(

@@ -6,7 +6,6 @@ results are bitwise deterministic: no atomics, and every sum has a fixed order. 
 arithmetic is float32, and unsupported inputs, above all float64, fall back to the plain form.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sola_vision.ops import passes
+from sola_vision.ops import gpu, passes
 from sola_vision.ops.launch import launch, on_device_of
 
 # values per tile: enough loads in flight, while a thread's share still fits in registers
@@ -37,7 +36,7 @@ _REGISTERS = 128
 
 def register(library: torch.library.Library) -> None:
     """Register these functions as the CUDA kernels of the passes in the library, if Triton is installed."""
-    if importlib.util.find_spec("triton") is None:
+    if gpu.missing() is not None:
         return
     for name, kernel in (
         ("norm_shift", norm_shift),

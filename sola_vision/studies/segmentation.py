@@ -107,18 +107,8 @@ class SegmentationRun(Run):
 
     def build(self, device: str | None = None) -> UPerNet:
         config = self.config
-        named = ModelConfig(
-            name="sola_tiny",
-            schedule=config.schedule,
-            bridges=config.bridges,
-            dims=config.dims,
-            patch_size=config.patch_size,
-            head_dim=config.head_dim,
-            token_shift=config.token_shift,
-            drop_path_rate=config.drop_path_rate,
-        )
         with torch.device(device or "cpu"):
-            return build_segmenter(named, self.head, config.num_classes, config.img_size)
+            return build_segmenter(ModelConfig.of(config), self.head, config.num_classes, config.img_size)
 
     def cost(self, size: int) -> dict[str, int]:
         """Return parameters including both heads, and MACs of the backbone only, as in the paper."""

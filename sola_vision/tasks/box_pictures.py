@@ -2,9 +2,10 @@
 """Drawings of detections: boxes, masks and labels over an image, precision-recall curves, the worst images."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,6 +32,12 @@ class Shape:
     label: int
     score: float | None = None
     mask: np.ndarray | None = None
+
+
+def shape_of(entry: Mapping[str, Any], labels: Mapping[int, int], mask: np.ndarray | None = None) -> Shape:
+    """Return the shape of a result or an annotation in COCO's format; `labels`: the class of each category id."""
+    x, y, width, height = entry["bbox"]
+    return Shape((x, y, x + width, y + height), labels[entry["category_id"]], entry.get("score"), mask)
 
 
 def draw_shapes(image: Image.Image, shapes: Sequence[Shape], classes: Sequence[str]) -> Image.Image:

@@ -6,9 +6,8 @@ feature maps of the backbone, or Faster R-CNN without masks.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class DetectorConfig:
 class FeaturePyramid(nn.Module):
     """images [B, 3, H, W] -> {"0" .. "3": strides 4 to 32, "pool": stride 64}, each [B, channels, h, w]."""
 
-    def __init__(self, pyramid: Pyramid, channels: int, norm: partial[nn.Module] | None) -> None:
+    def __init__(self, pyramid: Pyramid, channels: int, norm: Callable[[int], nn.Module] | None) -> None:
         super().__init__()
         self.pyramid = pyramid
         self.fpn = FeaturePyramidNetwork(pyramid.channels, channels, LastLevelMaxPool(), norm)
@@ -114,7 +113,7 @@ class Detector(GeneralizedRCNN):
 
     def __init__(self, body: nn.Module, num_classes: int, config: DetectorConfig, image: DetectionConfig) -> None:
         """`num_classes` excludes the background; masks are learned unless image.masks is false."""
-        norm = partial(_group_norm) if config.group_norm else None
+        norm = _group_norm if config.group_norm else None
         pyramid = Pyramid(body)
         if tuple(pyramid.strides) != _STRIDES:
             raise ValueError(f"its feature maps have the strides {pyramid.strides}, but Mask R-CNN needs {_STRIDES}")

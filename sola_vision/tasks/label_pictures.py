@@ -57,6 +57,13 @@ def paint(classes: NDArray[np.integer], num_classes: int) -> NDArray[np.uint8]:
     return np.vstack([class_colours(num_classes), [_NONE]]).astype(np.uint8)[classes]  # IGNORED is -1: the last row
 
 
+def class_shares(classes: NDArray[np.integer]) -> list[tuple[int, float]]:
+    """Return (class, share of all pixels) of the classes that occur in [H, W], largest first; ignored pixels count."""
+    counts = np.bincount(classes[classes != IGNORED])
+    order = np.argsort(-counts, kind="stable")
+    return [(int(index), counts[index].item() / classes.size) for index in order if counts[index]]
+
+
 def write_labels(path: Path, classes: NDArray[np.integer], rule: LabelRule) -> None:
     """Write a PNG of labels by the data's rule; 8-bit files get a palette, so that viewers show colours."""
     labels = rule.to_labels(classes)
@@ -79,10 +86,8 @@ def draw_overlay(
     colours = paint(classes, len(names))
     mixed = np.where((classes == IGNORED)[..., None], photograph, photograph * (1 - opacity) + colours * opacity)
     picture = Image.fromarray(mixed.round().astype(np.uint8))
-    counts = np.bincount(classes[classes != IGNORED].ravel(), minlength=len(names))
-    present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
     legend = _legend(
-        [(names[i], counts[i] / classes.size, class_colours(len(names))[i]) for i in present], image.height
+        [(names[i], share, class_colours(len(names))[i]) for i, share in class_shares(classes)], image.height
     )
     sheet = Image.new("RGB", (picture.width + legend.width, max(picture.height, legend.height)), "white")
     sheet.paste(picture, (0, 0))
@@ -111,10 +116,8 @@ def draw_worst(examples: Sequence[Example], names: Sequence[str], out: Path) -> 
 
     The classes that occur are named below, largest first.
     """
-    counts = np.zeros(len(names), int)
-    for classes in (part for example in examples for part in (example.truth, example.predicted)):
-        counts += np.bincount(classes[classes != IGNORED].ravel(), minlength=len(names))
-    present = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    parts = [part.ravel() for example in examples for part in (example.truth, example.predicted)]
+    present = [index for index, _ in class_shares(np.concatenate(parts))] if parts else []
     colours = class_colours(len(names)) / 255
     patches = [Patch(color=tuple(colours[index]), label=shortened(names[index], 22)) for index in present[:_NAMED]]
     if len(present) > _NAMED:

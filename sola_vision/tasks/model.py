@@ -60,6 +60,15 @@ class ModelConfig:
                 f"unknown model name {self.name!r}: use sola_nano, sola_tiny, sola_small, sola_base or a timm name"
             )
 
+    @classmethod
+    def of(cls, config: SolaConfig) -> "ModelConfig":
+        """Return the network of `config`, whose image size, channels and classes follow from the data of a run."""
+        # any name of the family: every field that distinguishes them is given
+        return cls(
+            name="sola_tiny",
+            **{field.name: getattr(config, field.name) for field in fields(cls) if field.name != "name"},
+        )
+
 
 def build_model(config: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
     """Return a newly initialised network with a head for `num_classes` and a position grid for `image_size`."""

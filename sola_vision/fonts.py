@@ -3,6 +3,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -19,13 +21,20 @@ _said: list[str] = []  # the first text with characters that no font has
 
 def save_figure(figure: Figure, out: Path, dpi: int) -> None:
     """Write a figure whose texts may have characters of any language."""
+    with fonts_for(figure):
+        figure.savefig(out, dpi=dpi)
+
+
+@contextmanager
+def fonts_for(figure: Figure) -> Iterator[None]:
+    """Choose fonts for the texts of a figure, which may have characters of any language, to draw it in this context."""
     texts: list[Text] = figure.findobj(Text)
     font = _font("".join(sorted(set().union(*(text.get_text() for text in texts)))))
     for text in texts:
         text.set_fontfamily([*rcParams["font.family"], font.name])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # said once, by _font
-        figure.savefig(out, dpi=dpi)
+        yield
 
 
 def pillow_font(text: str, size: float) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

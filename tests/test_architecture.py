@@ -31,7 +31,7 @@ IMPORTS = {
     "search": {"config", "schedule", "backbone", "data", "engine", "tasks", "analysis", "wording"},
     "export": {"ops"},
     "app": {"config", "schedule", "analysis", "data", "tasks"},
-    "studies": {"config", "schedule", "layers", "backbone", "data", "engine", "tasks", "analysis", "wording"},
+    "studies": {"config", "schedule", "layers", "backbone", "data", "engine", "tasks", "analysis", "wording", "fonts"},
     "startup": set(),
     "suggest": set(),
     "recipes": {"data", "engine", "suggest", "tasks"},

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from sola_vision.fonts import fonts_for
+
 # candidate offsets (points) of a label's near edge and vertical middle from its point, nearest first
 _OFFSETS = sorted(
     ((side * (5 + right), up) for side in (1, -1) for right in range(0, 80, 12) for up in range(-80, 84, 8)),
@@ -22,7 +24,8 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, 
     """
     if not points:
         return
-    figure.draw_without_rendering()  # offsets are in pixels, which need the final layout
+    with fonts_for(figure):
+        figure.draw_without_rendering()  # offsets are in pixels, which need the final layout
     pixels_a_point = figure.dpi / 72
     panel = axes.get_window_extent()
     centres = axes.transData.transform([(x, y) for _, x, y in points])

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
 from sola_vision.analysis.paper import ROWS
+from sola_vision.fonts import save_figure
 
 from .outcome import RESULTS, Outcome, gather
 from .pages import Block, Heading, Picture, Table, Text, write_page
@@ -49,6 +50,7 @@ _PANELS = {
 }
 # fmt: on
 _SOLA, _OTHERS, _OURS = "#D55E00", "#56B4E9", "#0072B2"
+_DPI = 100  # of the layout in which labels are placed, and of the file
 
 
 def write_fig1a(folder: Path) -> None:
@@ -63,7 +65,7 @@ def write_fig1a(folder: Path) -> None:
 
 def _draw(ours: Sequence[Outcome], out: Path) -> None:
     lower = -(-len(ours) // 3)
-    figure = Figure(figsize=(16, 4.8 * (1 + lower)), layout="constrained", dpi=100)
+    figure = Figure(figsize=(16, 4.8 * (1 + lower)), layout="constrained", dpi=_DPI)
     named: dict[Axes, list[tuple[str, float, float]]] = {}
     panels = figure.subplots(1 + lower, 3, squeeze=False)
     for axes in panels.flat[3 + len(ours) :]:
@@ -90,7 +92,7 @@ def _draw(ours: Sequence[Outcome], out: Path) -> None:
         axes.set_ylabel(f"{outcome.study.metric}, %, on {outcome.plan['data']['name']}")
     for axes, points in named.items():
         label_points(figure, axes, points)
-    figure.savefig(out)
+    save_figure(figure, out, dpi=_DPI)
 
 
 def _points(axes: Axes, points: list[tuple[str, float, float]], colours: list[str]) -> None:

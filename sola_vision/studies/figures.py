@@ -9,12 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
+from sola_vision.fonts import save_figure
 from sola_vision.wording import amount
 
 from .outcome import Outcome, Row
 
 # Okabe and Ito's colours, distinguishable for colour-blind readers and in print
 LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
+_DPI = 100  # of the file
+_LAYOUT_DPI = 110  # in which labels are placed; their offsets are in points, which suit the file too
 
 
 def draw_study(outcome: Outcome, out: Path) -> None:
@@ -41,11 +44,11 @@ def draw_study(outcome: Outcome, out: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.margins(x=0.15, y=0.1)
-    figure.set_dpi(110)
+    figure.set_dpi(_LAYOUT_DPI)
     label_points(figure, costs, [(row.name, row.macs / 1e6, row.mean or 0.0) for row in done])
     if with_paper:
         label_points(figure, panels[1], [(row.name, row.macs / 1e6, row.paper or 0.0) for row in with_paper])
-    figure.savefig(out)
+    save_figure(figure, out, dpi=_DPI)
 
 
 def _draw_costs(outcome: Outcome, done: Sequence[Row], axes: Axes) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def invent(folder, name, data, values):
     seeds = max(map(len, values.values()))
     made = plan(study, LITTLE if study.network == "isotropic" else _four_stages(), data, seeds=seeds)
     write_plan(folder, made.description)
-    (folder / "results").mkdir()
+    (folder / "results").mkdir(parents=True)
     for run in made.runs:
         if run.seed < len(values[run.arm]):
             result = {
@@ -48,6 +49,16 @@ TABLE_6 = {
     "SoLA": [54.0, 55.0, 53.1],
     "SoLA + bridges": [53.0, 56.5, 52.0],
 }
+
+
+def test_a_folder_of_images_may_have_a_name_in_any_script(data, tmp_path):
+    named = tmp_path / "猫"
+    shutil.copytree(data, named)
+    invent(tmp_path / "out", "table6", str(named), TABLE_6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of characters that the font of a figure lacks
+        write_report(tmp_path / "out", "table6")
+        write_fig1a(tmp_path / "out")
 
 
 def test_verdicts_follow_from_the_numbers(data, tmp_path):

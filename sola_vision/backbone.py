@@ -144,7 +144,7 @@ class SolaVision(nn.Module):
         states: States = {}
         for stage in self.stages:
             x, states = stage(x, states)
-        return _nchw(self.norm(x))
+        return nchw(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, C4, H/32, W/32] -> logits [B, num_classes], or pooled features [B, C4] with `pre_logits`."""
@@ -169,7 +169,7 @@ class SolaVision(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
-        shaped = _nchw if output_fmt == "NCHW" else torch.Tensor.contiguous
+        shaped = nchw if output_fmt == "NCHW" else torch.Tensor.contiguous
         take, last = feature_take_indices(len(self.stages), indices)
         x = self.position(self.stem(x))
         stages = self.stages[: last + 1] if stop_early else self.stages
@@ -231,7 +231,8 @@ class SolaVision(nn.Module):
         return {"stem": r"^stem|^position", "blocks": r"^stages\.(\d+)" if coarse else layers}
 
 
-def _nchw(x: Tensor) -> Tensor:
+def nchw(x: Tensor) -> Tensor:
+    """[B, H, W, C] -> [B, C, H, W], contiguous."""
     return x.permute(0, 3, 1, 2).contiguous()
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registration of the family with timm: `timm.create_model("sola_tiny", ...)`. timm lists it as module "sola"."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def one_side(arguments: dict[str, Any]) -> dict[str, Any]:
+def _one_side(arguments: dict[str, Any]) -> dict[str, Any]:
     """Replace an img_size of (height, width), timm's form, by one number. Raises TypeError unless it is square."""
     sides = arguments.get("img_size")
     if not isinstance(sides, list | tuple):
@@ -68,7 +70,7 @@ def fit_position(stored: dict[str, Tensor], model: nn.Module) -> dict[str, Tenso
     return {**stored, "position.weight": resize_position(weight, own.shape[-2:])}
 
 
-def check_getter(arguments: dict[str, Any], why: str) -> None:
+def _check_getter(arguments: dict[str, Any], why: str) -> None:
     """Raise ValueError for timm's other feature extractors, which fail or return other maps."""
     if arguments.get("feature_cls", "getter") != "getter":
         raise ValueError(
@@ -77,30 +79,51 @@ def check_getter(arguments: dict[str, Any], why: str) -> None:
         )
 
 
-def _create(name: str, preset: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
+def create(
+    kind: Callable[..., nn.Module],
+    preset: Any,
+    name: str,
+    pretrained: bool,
+    arguments: dict[str, Any],
+    *,
+    out_indices: int | tuple[int, ...],
+    why_getter: str,
+    filter_fn: Callable[..., dict[str, Tensor]],
+) -> Any:
+    """Build the network `kind(config)` as timm builds its own, with the arguments of create_model.
+
+    preset: the config of the name, whose fields are arguments. out_indices: the maps that `features_only` returns by
+    default. why_getter: the reason why they come from `forward_intermediates`. filter_fn: timm's hook for loading
+    weights.
+    """
+
     def build(
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **changes: Any,
-    ) -> SolaVision:
-        # the remaining arguments are fields of SolaConfig; an unknown name is a TypeError
-        return SolaVision(
-            preset.with_changes(**one_side(changes)),
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            device=device,
-            dtype=dtype,
-        )
+    ) -> nn.Module:
+        # the remaining arguments are fields of the config; an unknown name is a TypeError
+        configured = replace(preset, **_one_side(changes))
+        return kind(configured, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
 
-    check_getter(kwargs, "bridges cross the stages")
-    if kwargs.get("features_only"):
-        kwargs.pop("global_pool", None)  # of the head, which timm removes
-    stages = len(kwargs.get("dims") or preset.dims)
-    feature_cfg = {"out_indices": tuple(range(stages)), "feature_cls": "getter"}
+    _check_getter(arguments, why_getter)
+    if arguments.get("features_only"):
+        arguments.pop("global_pool", None)  # of the head, which timm removes
+    feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
     return build_model_with_cfg(
-        build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=fit_position, **kwargs
+        build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=filter_fn, **arguments
+    )
+
+
+def _create(name: str, preset: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
+    stages = len(kwargs.get("dims") or preset.dims)
+    return create(
+        *(SolaVision, preset, name, pretrained, kwargs),
+        out_indices=tuple(range(stages)),
+        why_getter="bridges cross the stages",
+        filter_fn=fit_position,
     )
 
 

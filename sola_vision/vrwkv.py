@@ -9,7 +9,7 @@ original files (`checkpoint_filter_fn`). Source: Duan et al., Vision-RWKV, arXiv
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,15 +20,15 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sola_vision.backbone import check_pool
+from sola_vision.backbone import check_pool, nchw
 from sola_vision.layers import PositionEmbedding, Stem
 from sola_vision.layers.vision_rwkv import VisionRwkvLayer
-from sola_vision.sola import check_getter, default_cfg, fit_position, one_side
+from sola_vision.sola import create, default_cfg, fit_position
 from sola_vision.vrwkv_weights import renamed
 
 # modules whose forward reads shapes are leaves for torch.fx, as in timm
@@ -149,7 +149,7 @@ class VisionRwkv(nn.Module):
         x = self._embed(image)
         for layer in self.layers:
             x = self._run(layer, x)
-        return _nchw(self.norm(x))
+        return nchw(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, C, H/16, W/16] -> logits [B, num_classes], or pooled features with `pre_logits`."""
@@ -181,7 +181,7 @@ class VisionRwkv(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be 'NCHW' or 'NHWC'")
-        shaped = _nchw if output_fmt == "NCHW" else torch.Tensor.contiguous
+        shaped = nchw if output_fmt == "NCHW" else torch.Tensor.contiguous
         take, last = feature_take_indices(len(self.layers), indices)
         x = self._embed(x)
         maps = []
@@ -228,10 +228,6 @@ class VisionRwkv(nn.Module):
         return {"stem": r"^stem|^position|^norm_in", "blocks": [(r"^layers\.(\d+)", None), (r"^norm\.", (99999,))]}
 
 
-def _nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2).contiguous()
-
-
 def checkpoint_filter_fn(stored: dict[str, Tensor], model: VisionRwkv) -> dict[str, Tensor]:
     """timm's hook for loading weights: rename published keys, resize the position embedding to the network's grid."""
     return fit_position(renamed(stored), model)
@@ -254,22 +250,11 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(name: str, preset: VrwkvConfig, pretrained: bool, **kwargs: Any) -> VisionRwkv:
-    def build(
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **changes: Any,
-    ) -> VisionRwkv:
-        config = replace(preset, **one_side(changes))
-        return VisionRwkv(config, global_pool=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
-
-    check_getter(kwargs, "the layers' maps are channels-last")
-    if kwargs.get("features_only"):
-        kwargs.pop("global_pool", None)  # of the head, which timm removes
-    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
-    return build_model_with_cfg(
-        build, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    return create(
+        *(VisionRwkv, preset, name, pretrained, kwargs),
+        out_indices=3,
+        why_getter="the layers' maps are channels-last",
+        filter_fn=checkpoint_filter_fn,
     )
 
 

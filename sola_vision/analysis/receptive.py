@@ -6,7 +6,7 @@ sign, summed over colours and averaged over images. It covers the whole network 
 theory of `interaction` only the decay.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from sola_vision.analysis.interaction import decay_range, spread
 from sola_vision.analysis.trace import feature_maps, nearest_token, patches, walk
 from sola_vision.backbone import SolaVision
 from sola_vision.layers import LinearLayer
-from sola_vision.schedule import Layer
 
 Array = NDArray[np.float64]
 _SHARES = (0.2, 0.5, 0.9, 0.99)
@@ -91,8 +90,8 @@ def _gradients(
     size = (image.shape[-2], image.shape[-1])
     with torch.enable_grad():
         if isinstance(model, SolaVision):
-            skip: Callable[[Layer], bool] = lambda place: without_softmax  # noqa: E731 - one word
-            maps = {step.name: step.output.permute(0, 3, 1, 2) for step in walk(model, image, skip=skip)}
+            steps = walk(model, image, without_softmax=without_softmax)
+            maps = {step.name: step.output.permute(0, 3, 1, 2) for step in steps}
         else:
             if without_softmax:
                 raise ValueError(f"{type(model).__name__} is not a SoLA network: its softmax layers cannot be skipped")

@@ -6,7 +6,7 @@
 `feature_maps` returns the maps of timm's `forward_intermediates` by name.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,10 +48,10 @@ class Step:
         return f"{self.place} {self.kind}"
 
 
-def walk(model: SolaVision, image: Tensor, *, skip: Callable[[Layer], bool] = lambda place: False) -> Iterator[Step]:
+def walk(model: SolaVision, image: Tensor, *, without_softmax: bool = False) -> Iterator[Step]:
     """Run `model` on `image` [B, 3, H, W] and yield every layer in order.
 
-    skip: returns True for softmax layers whose attention is skipped (their MLP is kept), to measure its effect.
+    without_softmax: skip the attention of softmax layers (their MLP is kept), to measure its effect.
     Gradients are recorded, so that receptive fields of any layer can be computed.
     """
     x = model.position(model.stem(image))
@@ -67,7 +67,7 @@ def walk(model: SolaVision, image: Tensor, *, skip: Callable[[Layer], bool] = la
                     gates.append((ends, torch.sigmoid(bridge.gate(base))))
                     x = x + bridge(base, states[ends.source])
             layer = cast("LinearLayer | SoftmaxLayer", module)
-            if isinstance(layer, SoftmaxLayer) and skip(place):
+            if isinstance(layer, SoftmaxLayer) and without_softmax:
                 output, state = x + layer.mlp(layer.norm2(x)), None
             else:
                 output, state = layer(x)

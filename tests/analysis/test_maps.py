@@ -61,7 +61,7 @@ def test_the_walk_is_the_forward(bridges):
 def test_leaving_attention_out_changes_softmax_layers_alone():
     model = build()
     with torch.no_grad():
-        whole, without = (list(walk(model, IMAGE, skip=skip)) for skip in (lambda p: False, lambda p: True))
+        whole, without = (list(walk(model, IMAGE, without_softmax=skipped)) for skipped in (False, True))
         # attention with an output projection of zero equals no attention
         for stage in model.stages:
             for layer in stage.layers:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from sola_vision.studies.figures import label_points
+from sola_vision.analysis.labels import label_points
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])

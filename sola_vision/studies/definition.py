@@ -17,7 +17,7 @@ class Arm:
 
     change: a modification of the built network, a key of `changes.CHANGES`; "" for none.
     paper: the paper's result in per cent, None if it prints none.
-    paper_gmacs: the paper's cost in GMACs.
+    paper_gmacs, paper_params: the paper's cost in GMACs, and its millions of parameters.
     size: the size of the network, for studies with several; a scale skips arms of sizes that it does not have.
     """
 
@@ -28,6 +28,7 @@ class Arm:
     change: str = ""
     paper: float | None = None
     paper_gmacs: float | None = None
+    paper_params: float | None = None
     size: Size = "tiny"
 
 

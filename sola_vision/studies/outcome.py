@@ -32,6 +32,7 @@ class Row:
     bridges: str
     paper: float | None
     paper_gmacs: float | None
+    paper_params: float | None
     by_seed: dict[int, float]
     parameters: int
     macs: int
@@ -154,6 +155,7 @@ def _row(study: Study, name: str, plan: dict[str, Any], results: Sequence[dict[s
         bridges=arm.bridges,
         paper=arm.paper,
         paper_gmacs=arm.paper_gmacs,
+        paper_params=arm.paper_params,
         by_seed={result["seed"]: result[study.metric] for result in finished if _measured(result[study.metric])},
         parameters=planned["parameters"],
         macs=planned["macs"],

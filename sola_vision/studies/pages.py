@@ -133,14 +133,28 @@ def _paper_remark(outcome: Outcome) -> str:
 
 def _table(outcome: Outcome) -> Table:
     with_paper = any(row.paper is not None for row in outcome.rows)
-    header = ["arm", "schedule", *(["paper"] if with_paper else []), "here", "parameters", "MMACs", "images/s"]
+    costs = _paper_costs(outcome)
+    header = ["arm", "schedule", *(["paper"] if with_paper else []), "here"]
+    header += ["parameters", "MMACs", *costs, "images/s"]
     rows = []
     for row in outcome.rows:
         schedule = f"`{row.schedule}`" + (f" `{row.bridges}`" if row.bridges else "")
         paper = [_number(row.paper, 2)] if with_paper else []
-        speed = _number(row.images_per_second, 0)
-        rows.append([row.name, schedule, *paper, row.text, f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}", speed])
+        counted = [f"{row.parameters:,}", f"{row.macs / 1e6:,.1f}"]
+        printed = [_number(cost, 1) for cost in (column[row.name] for column in costs.values())]
+        rows.append([row.name, schedule, *paper, row.text, *counted, *printed, _number(row.images_per_second, 0)])
     return Table(header, rows)
+
+
+def _paper_costs(outcome: Outcome) -> dict[str, dict[str, float | None]]:
+    """Return the paper's columns of costs by arm; none at smaller scales, whose networks and images are others."""
+    if outcome.plan["scale"] != "paper":
+        return {}
+    columns: dict[str, dict[str, float | None]] = {
+        "paper: M parameters": {row.name: row.paper_params for row in outcome.rows},
+        "paper: GMACs": {row.name: row.paper_gmacs for row in outcome.rows},
+    }
+    return {name: column for name, column in columns.items() if any(column.values())}
 
 
 def _claims(outcome: Outcome) -> list[Block]:

@@ -149,6 +149,34 @@ def test_the_page_has_all_that_a_reader_needs_to_run_it_again(finished):
     assert {run["seed"] for run in raw["results"]} == {0, 1}
 
 
+def test_the_papers_scale_has_the_papers_costs_next_to_the_counted_ones(data, tmp_path):
+    arms = [arm.name for arm in STUDIES["table1"].arms]
+    invent(tmp_path, "table1", data, {name: [50.0, 51.0] for name in arms})
+    write_report(tmp_path, "table1")
+    page = tmp_path / "table1" / "report.md"
+    assert "paper: GMACs" not in page.read_text()  # costs of other networks on other images
+    stored = tmp_path / "table1" / RESULTS
+    stored.write_text(stored.read_text().replace('"scale": "little"', '"scale": "paper"'))
+    write_report(tmp_path, "table1")
+    assert "| parameters | MMACs | paper: M parameters | paper: GMACs | images/s |" in page.read_text()
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith("| SLLLLL | `SLLLLL` | 83.70 | 50.50")]
+    assert row.endswith("| 3.2 | 3.4 | 10 |")
+
+
+def test_the_costs_of_the_paper_are_those_of_its_tables():
+    for name, table in (("table1", "1"), ("table8", "8")):
+        printed = {row.model if table == "1" else row.method: row for row in ROWS if row.table == table}
+        for arm in STUDIES[name].arms:
+            row = printed[arm.schedule if table == "1" else f"SoLA-{arm.size[0].upper()} + bridges"]
+            assert (arm.paper_gmacs, arm.paper_params) == (row.gmacs, row.params)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_only_studies_of_the_paper_name_its_images(name):
+    ours = any("Not in the paper" in note for note in STUDIES[name].notes)
+    assert (STUDIES[name].data == "") == ours == all(arm.paper is None for arm in STUDIES[name].arms)
+
+
 def test_a_study_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="run the study into this folder first"):
         gather(tmp_path, "table2")

@@ -125,12 +125,14 @@ class SolaVision(nn.Module):
             ]
             self.stages.append(Stage(index, merge, layers, arriving, carried))
             self.feature_info.append({"num_chs": dim, "reduction": config.strides[index], "module": f"stages.{index}"})
+        # not in the paper: the head, as in Swin: norm, mean over the tokens, one linear layer
         self.norm: nn.Module = LayerNorm(config.dims[-1], **dd)
         check_pool(global_pool, config.num_classes)
         self.head = ClassifierHead(config.dims[-1], config.num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()  # twice with "catavgmax"
         self.apply(_initialise)
-        # residual branches and the head start near zero, so the network starts near the identity (docs/log.md)
+        # not in the paper: residual branches and the head start near zero, so the network starts near the identity
+        # (docs/log.md)
         for module in self.modules():
             if isinstance(module, LinearLayer | SoftmaxLayer):
                 for projection in module.branch_outputs():

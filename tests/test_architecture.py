@@ -106,3 +106,15 @@ def test_the_page_of_files_has_a_row_for_every_file():
     files = [*PACKAGE.rglob("*.py"), *(root / "csrc").iterdir(), *(root / "benchmarks").glob("*.py")]
     there = [path.relative_to(root).as_posix() for path in files if path.name != "__init__.py"]
     assert sorted(listed) == sorted(there)
+
+
+def test_the_page_of_choices_names_every_file_that_has_one():
+    page = (PACKAGE.parent / "docs/reconstruction.md").read_text().partition("## Left open")[2]
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| question |")]
+    named = {file for row in rows for file in re.findall(r"`([^`]+\.py)`", row.split(" | ")[-1])}
+    marked = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "# not in the paper:" in path.read_text(encoding="utf-8")
+    }
+    assert named == marked

@@ -34,7 +34,8 @@ class TrainConfig:
         optimizer: a timm optimiser name, such as adamw, sgd or lamb.
         lr: peak learning rate.
         min_lr: learning rate at the end (schedules cosine and poly).
-        weight_decay: not applied to biases, norms and the parameters that the model's no_weight_decay() lists.
+        weight_decay: not applied to vectors (biases, norms, and the decays, bonuses and token shift of linear layers)
+            and the parameters that the model's no_weight_decay() lists.
         clip: maximum norm of the gradient; null = no clipping.
         layer_decay: factor on the learning rate from each layer to the one below; null = off.
         schedule: cosine, poly (linear to min_lr) or multistep (a tenth at each milestone).

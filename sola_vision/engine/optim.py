@@ -26,6 +26,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         )
     try:
         _check_step(config.optimizer, next(model.parameters()).device)
+        # not in the paper: timm leaves all vectors without weight decay; besides biases and norms, as in Swin, these
+        # are decays, bonuses and the weights of the token shift
         return create_optimizer_v2(
             model,
             opt=config.optimizer,

@@ -37,7 +37,8 @@ IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
 class LinearMixer(nn.Module):
     """Bi-WKV attention (eq. 9) with its receptance gate."""
 
-    # not in the paper: projections without bias, as in Vision-RWKV
+    # not in the paper: projections without bias, and the one after the gate, as in Vision-RWKV; the parameter counts of
+    # Tables 3 and 7 imply the latter
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class LinearMixer(nn.Module):
         """Set decays whose ranges go from the whole image to a few tokens, and Vision-RWKV's bonus around ln 0.3."""
         # not in the paper: its analysis requires w > 0; Vision-RWKV starts most channels at w < 0, where the weight
         # grows with distance. Values from 1 to 64 spread the range of eq. 5 from the whole image, N tokens, down to
-        # N / 64; the optimiser moves w too slowly to get there from elsewhere.
+        # N / 64; the optimiser moves w too slowly to get there from elsewhere. Nor does it state the bonus.
         ramp = torch.linspace(0, 1, self.decay.shape[0], device=self.decay.device)
         self.decay.copy_(64**ramp)
         zigzag = torch.arange(self.bonus.shape[0], device=self.bonus.device) % 3 - 1

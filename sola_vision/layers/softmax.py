@@ -29,7 +29,7 @@ class SoftmaxMixer(nn.Module):
         super().__init__()
         if dim % head_dim:
             raise ValueError(f"SoftmaxMixer: dim={dim} must be a multiple of head_dim={head_dim}")
-        # not in the paper: 32 channels a head, as in Swin
+        # not in the paper: 32 channels a head, as in Swin, and projections with bias, as in ViT
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
         self.output = nn.Linear(dim, dim, device=device, dtype=dtype)
@@ -46,6 +46,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        # not in the paper: ratio 4, which the parameter counts of Tables 3 and 7 imply, and ViT's GELU
         self.fc1 = nn.Linear(dim, 4 * dim, **dd)
         self.depthwise = nn.Conv2d(4 * dim, 4 * dim, 3, padding=1, groups=4 * dim, **dd)
         self.fc2 = nn.Linear(4 * dim, dim, **dd)

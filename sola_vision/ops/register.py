@@ -70,7 +70,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _forward_cost(decay: Any, bonus: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Count 29 N C multiply-adds, Vision-RWKV's convention, as two operations each like FlopCounterMode."""
+    """Count 29 N C multiply-adds as two operations each, like FlopCounterMode."""
+    # not in the paper: how it counts the operator; 29 N C is Vision-RWKV's convention
     batch, num_tokens, channels = key
     return 2 * 29 * batch * num_tokens * channels
 

@@ -28,7 +28,7 @@ class DetectionRecipe:
 def _coco(name: str, drop_path_rate: float, checkpointing: bool = False) -> DetectionRecipe:
     """Section 5.2: Mask R-CNN, 1x schedule, AdamW 1e-4, weight decay 0.05, batch 16, from ImageNet, at 1333x800.
 
-    Without bridges, as the parameters and FLOPs of Table 4 show.
+    Without bridges, as in Table 4 (section 8.1).
     """
     return DetectionRecipe(
         # not in the paper: stochastic depth, for tiny and small as strong as on ImageNet

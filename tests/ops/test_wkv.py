@@ -76,6 +76,24 @@ def test_wkv_equals_the_definition_at_stage_1_of_224(path):
 
 
 @pytest.mark.parametrize("path", ["portable", "default"])
+@pytest.mark.parametrize("keys", ["one outweighs all", "rising"])
+def test_gradients_whose_terms_cancel_are_exact_relative_to_the_terms(path, keys):
+    """The results are close to one value and the loss is a sum: the gradients of decay and key are almost zero."""
+    decay, bonus, _, value, _ = random_inputs(2, 65, 9)
+    decay, key, grad = torch.zeros_like(decay), torch.zeros_like(value), torch.ones_like(value)
+    if keys == "rising":
+        key += torch.linspace(-44, 44, 65)[:, None]
+    else:
+        key[:, 20] = 44.0
+    _, grads = run(path, decay, bonus, key, value, grad)
+    _, expected = truth(decay, bonus, key, value, grad)
+    for images, got, want in zip((2, 2, 1, 1), grads, expected, strict=True):
+        if path == "portable":
+            assert gradient_error(got, want, value, grad) <= 1e-5
+        assert (got.double() - want).abs().max() <= 5e-7 * 65 * images * value.abs().max()
+
+
+@pytest.mark.parametrize("path", ["portable", "default"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wkv_in_half_precision_adds_little_to_rounding(path, dtype):
     decay, bonus, key, value, grad = random_inputs(2, 197, 9, torch.float64, key_range=5.0)

@@ -92,13 +92,16 @@ def model_jobs(name: str, size: int, batch: int, mode: str, device: str = "cuda"
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=mode == "graph")
     network = torch.compile(model) if mode == "compiled" else model
 
+    # a mode is set once for many calls, as in a training loop: setting it visits every module
     def infer() -> None:
-        model.eval()
+        if model.training:
+            model.eval()
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
             network(images)
 
     def train() -> None:
-        model.train()
+        if not model.training:
+            model.train()
         with torch.autocast(device, torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(network(images), labels)
         loss.backward()

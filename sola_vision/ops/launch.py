@@ -2,11 +2,13 @@
 """Launch Triton kernels with less host time than the kernels take on the device.
 
 Triton inspects every argument of every launch to look up the binary compiled for such arguments, which makes eager
-networks host-bound (docs/performance-gpu.md). Here the key is known in advance: dtypes, constants and alignment.
+networks host-bound (docs/performance-gpu.md). Here the key is known in advance: dtypes, constants and alignment. A
+known binary is run as torch's Inductor does, without Triton's hooks, unless a profiler has set some.
 """
 
 import contextlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,7 +53,28 @@ def launch(
         kernel[grid](*tensors, *numbers, **constants, **options)
     else:
         # addresses instead of tensors: for a tensor the launcher reads its pointer and checks it with the driver
-        binary[grid](*addresses, *numbers, *values)
+        arguments = (*addresses, *numbers, *values)
+        driver, hooks = _triton()
+        if _is_set(hooks.launch_enter_hook) or _is_set(hooks.launch_exit_hook):
+            binary[grid](*arguments)
+        else:
+            stream = driver.active.get_current_stream(device)
+            launching = (stream, binary.function, binary.packed_metadata, None, None, None)
+            binary.run(*grid, *launching, *arguments)
+
+
+@cache
+def _triton() -> tuple[Any, Any]:
+    """Triton's driver and its settings of launches."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    return driver, knobs.runtime
+
+
+def _is_set(hook: Any) -> bool:
+    """True if a hook of Triton, a chain of functions, has any."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ from sola_vision.layers import (
     SoftmaxLayer,
     Stem,
 )
+from sola_vision.layers.linear import two_results
 from sola_vision.schedule import Bridge, Layer
 
 # outputs of the operator in the layers that bridges start from
@@ -63,9 +64,10 @@ class Stage(nn.Module):
             ]
             x = sum(arriving, x)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x, state = checkpoint(layer, x, use_reentrant=False)
+                returned = checkpoint(layer, x, use_reentrant=False)
             else:
-                x, state = layer(x)
+                returned = layer(x)
+            x, state = two_results(returned, layer, "the layer's map [B, H, W, C] and its state for bridges, or None")
             if here in self.carried:
                 states = {**states, here: state}
         return x, states

@@ -34,6 +34,18 @@ def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype
 IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
 
 
+def two_results(returned: Any, part: nn.Module, expected: str) -> tuple[Tensor, Any]:
+    """What a mixer or a layer returned. Raise TypeError for one tensor, as a replacement may return it: two images
+    would unpack into one image each.
+    """
+    if isinstance(returned, Tensor):
+        raise TypeError(f"{type(part).__name__} returned one tensor: return two values, {expected}")
+    return returned
+
+
+MIXER_RESULTS = "the mixer's output and its read-out, which bridges carry, both [B, H, W, C]"
+
+
 class LinearMixer(nn.Module):
     """Bi-WKV attention (eq. 9) with its receptance gate."""
 
@@ -213,7 +225,8 @@ class LinearLayer(nn.Module):
         if fusible and is_exactly(self.mixer, LinearMixer):
             x, readout = self.mixer.add_to(x, self.norm1, self.drop_path)
         else:
-            mixed, readout = _branch(self.mixer, LinearMixer, self.norm1, x)
+            returned = _branch(self.mixer, LinearMixer, self.norm1, x)
+            mixed, readout = two_results(returned, self.mixer, MIXER_RESULTS)
             x = x + self.drop_path(mixed)
         if fusible and is_exactly(self.channel_mix, ChannelMix):
             return self.channel_mix.add_to(x, self.norm2, self.drop_path), readout

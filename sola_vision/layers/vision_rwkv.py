@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.linear import IDENTITY, ChannelMix, LinearMixer
+from sola_vision.layers.linear import IDENTITY, MIXER_RESULTS, ChannelMix, LinearMixer, two_results
 from sola_vision.ops import gate, published_wkv, quad_shift, squared_relu, wkv
 
 
@@ -97,10 +97,13 @@ class VisionRwkvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same shape."""
         if self.scale1 is None:
-            x = x + self.drop_path(self.mixer(self.norm1(x))[0])
+            x = x + self.drop_path(self._mixed(self.norm1(x)))
             return x + self.drop_path(self.channel_mix(self.norm2(x)))
-        x = x + self.drop_path(self.scale1 * self.norm1(self.mixer(x)[0]))
+        x = x + self.drop_path(self.scale1 * self.norm1(self._mixed(x)))
         return x + self.drop_path(self.scale2 * self.norm2(self.channel_mix(x)))
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        return two_results(self.mixer(x), self.mixer, MIXER_RESULTS)[0]
 
 
 def _mixed(x: Tensor, shifted: Tensor, mix: Tensor) -> Tensor:

@@ -70,6 +70,26 @@ def test_hooks_of_a_mix_are_passed_tensors_only(name, token_shift):
         torch.testing.assert_close(read, expected_read)
 
 
+@pytest.mark.parametrize("name", ["sola_nano", "vrwkv_tiny"])
+def test_a_mixer_that_returns_one_tensor_is_refused(name):
+    network = timm.create_model(name, num_classes=3).eval()
+    layer = next(module for module in network.modules() if hasattr(module, "mixer"))
+    layer.mixer = nn.Identity()
+    # two images would unpack, and every image would get the first one's branch
+    with torch.no_grad(), pytest.raises(TypeError, match="Identity returned one tensor: return two values"):
+        network(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_layer_that_returns_one_tensor_is_refused(images, checkpointing):
+    network = timm.create_model("sola_nano", num_classes=3)
+    network.set_grad_checkpointing(checkpointing)
+    network.stages[1].layers[0] = nn.Identity()
+    with pytest.raises(TypeError, match="Identity returned one tensor: return two values"):
+        network(torch.randn(images, 3, 32, 32))
+
+
 def test_a_replaced_mix_is_called_with_the_normalised_input():
     layer = LinearLayer(8)
     layer.channel_mix = nn.Identity()

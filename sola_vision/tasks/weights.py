@@ -321,15 +321,21 @@ def _image(model: nn.Module, cfg: Mapping[str, Any]) -> ImageConfig:
 
 def _described(model: nn.Module, image: ImageConfig, names: list[str]) -> dict[str, Any]:
     """Return classes and image settings under timm's names."""
+    channels = getattr(model, "in_chans", 3)
     return {
-        "input_size": (getattr(model, "in_chans", 3), image.size, image.size),
-        "mean": image.mean,
-        "std": image.std,
+        "input_size": (channels, image.size, image.size),
+        "mean": _of_channels(image.mean, channels),
+        "std": _of_channels(image.std, channels),
         "interpolation": image.interpolation,
         "crop_pct": image.evaluated_part,
         "num_classes": len(names),
         "label_names": names,
     }
+
+
+def _of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A value for each channel: the values, or their mean if they are of other channels, as in timm."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _modules(names: str | Sequence[str] | None) -> tuple[str, ...]:

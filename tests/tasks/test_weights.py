@@ -151,6 +151,20 @@ def test_one_channel_sees_grey_as_three_did(tmp_path, model):
     assert any(what.endswith("from 3 to 1 channel") for what in loaded.load_report.adapted)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_other_channels_have_a_mean_each(tmp_path, channels):
+    sola_vision.save_pretrained(timm.create_model("sola_nano", num_classes=3, in_chans=channels), tmp_path / "f")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'f'}", pretrained=True)
+    for network in (sola_vision.load(tmp_path / "f"), theirs):
+        settings = timm.data.resolve_model_data_config(network)
+        assert settings["mean"] == pytest.approx([0.449] * channels)
+        assert settings["std"] == pytest.approx([0.226] * channels)
+    assert len(sola_vision.load(tmp_path / "f", in_chans=3).pretrained_cfg["mean"]) == 3
+    # what transformers' image processor does
+    cfg = json.loads((tmp_path / "f" / "config.json").read_text())["pretrained_cfg"]
+    assert len(cfg["mean"]) == cfg["input_size"][0] == channels
+
+
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 def test_channels_are_adapted_as_timm_does(tmp_path, model, channels):
     sola_vision.save_pretrained(model, tmp_path / "f")

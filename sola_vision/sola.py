@@ -18,10 +18,11 @@ from sola_vision import config, layers
 from sola_vision.backbone import SolaVision
 from sola_vision.layers import resize_position
 
-# modules whose forward reads shapes are leaves for torch.fx, as in timm
+# modules whose forward reads shapes or chooses a kernel are leaves for torch.fx, as in timm
 register_notrace_module(layers.PositionEmbedding)
 register_notrace_module(layers.HiddenStateBridge)
 register_notrace_module(layers.LinearLayer)
+register_notrace_module(layers.SoftmaxMixer)
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:

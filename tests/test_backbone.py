@@ -6,7 +6,9 @@ import warnings
 import pytest
 import timm
 import torch
+from timm.models import get_notrace_modules
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from sola_vision import SolaConfig, SolaVision, base, nano, ops, small, tiny
 from sola_vision.layers import LinearLayer, PositionEmbedding, SoftmaxLayer
@@ -332,6 +334,19 @@ def test_a_traced_onnx_file_is_the_network(tmp_path, grad):
     with torch.no_grad():
         expected = model(images)
     assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("bridges", ["", "paper"])
+def test_a_graph_of_timms_leaves_runs_the_same_kernels(bridges):
+    model, image = timm.create_model("sola_nano", bridges=bridges).eval(), torch.randn(2, 3, 97, 131)
+    leaves = {"leaf_modules": get_notrace_modules()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision: drop path is in the graph for training only
+        extract = create_feature_extractor(model, ["norm", "head.fc"], tracer_kwargs=leaves)
+    with torch.inference_mode():
+        maps, logits = extract(image).values()
+        assert torch.equal(logits, model(image))
+        assert torch.equal(maps.permute(0, 3, 1, 2), model.forward_features(image))
 
 
 @pytest.mark.parametrize("name", ["sola_nano", "vrwkv_tiny"])

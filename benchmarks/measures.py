@@ -61,7 +61,8 @@ class Measure:
 
 def load(folder: Path = RESULTS) -> Results:
     """Load the JSON files of a folder and, nested, those of its subfolders."""
-    files = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"), key=lambda file: file.stem)}
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stem)
+    files = {path.stem: json.loads(path.read_text()) for path in paths}
     return files | {path.name: load(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 

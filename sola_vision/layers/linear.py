@@ -120,6 +120,7 @@ class LinearMixer(nn.Module):
 
     def read(self, key: Tensor, value: Tensor) -> Tensor:
         """Apply the operator to key and value [B, H, W, C]; the same shape."""
+        # not in the paper: pixels in raster order, as in Vision-RWKV
         return wkv(self.decay, self.bonus, key.flatten(1, 2), value.flatten(1, 2)).view(key.shape)
 
 

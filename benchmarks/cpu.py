@@ -6,8 +6,7 @@
     python benchmarks/cpu.py --list                         # only the list, from the existing files
 
 A part is one or more `sola bench` commands, printed before they run; each writes benchmarks/results/<name>.json when it
-is finished, so that --missing continues an interrupted run. `report.py` turns the files into the tables of
-docs/performance.md.
+is finished, so that --missing continues an interrupted run. `report.py` turns the files into the tables of the docs.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of README.md, docs/performance.md and docs/performance-gpu.md, from the stored results.
+"""The tables of README.md and docs/performance*.md, from the stored results.
 
     python benchmarks/report.py                              # print all tables as Markdown
-    python benchmarks/report.py --write README.md docs/performance.md docs/performance-gpu.md    # replace them there
+    python benchmarks/report.py --write README.md docs/performance*.md    # replace them there
 
 A table is placed between `<!-- table: NAME -->` and `<!-- end -->`.
 """

@@ -3,8 +3,9 @@
 `projections.py`.)
 
 torch multiplies float32 matrices with MKL, which uses AVX2 only on AMD processors, and convolves with oneDNN, which
-uses AVX-512. On such a processor the same product written as a 1x1 convolution is twice as fast (docs/performance.md).
-Everywhere else, and in half precision, where torch multiplies with oneDNN too, `linear` is used.
+uses AVX-512. On such a processor the same product written as a 1x1 convolution is twice as fast
+(docs/performance-layers.md). Everywhere else, and in half precision, where torch multiplies with oneDNN too, `linear`
+is used.
 """
 
 import platform

@@ -3,8 +3,8 @@
 AVX-512.
 
 On a CPU torch's SDPA multiplies small matrices with a BLAS library, one block at a time, at a third of the processor's
-peak rate (docs/performance.md); the kernel keeps the tiles in registers. SDPA (`softmax.py`) is the definition, and is
-used on GPUs, in exported graphs, in float64 and under `ops.use("reference")` and `ops.use("portable")`.
+peak rate (docs/performance-layers.md); the kernel keeps the tiles in registers. SDPA (`softmax.py`) is the definition,
+and is used on GPUs, in exported graphs, in float64 and under `ops.use("reference")` and `ops.use("portable")`.
 """
 
 import torch
@@ -36,7 +36,7 @@ def attention(qkv: Tensor, head_dim: int) -> Tensor:
 
 
 # in bfloat16 torch's SDPA uses AMX, which the kernel does not: SDPA is faster from this number of tokens on, except in
-# training, where its slower backward costs more than AMX gains (docs/performance.md)
+# training, where its slower backward costs more than AMX gains (docs/performance-layers.md)
 _MIN_TOKENS_FOR_AMX = 256
 
 

@@ -83,9 +83,8 @@ def test_measures_take_the_right_rows(scripts):
 
 def test_the_pages_hold_what_the_files_say(scripts):
     measures, report = scripts
-    pages = {
-        name: (ROOT / name).read_text() for name in ("README.md", "docs/performance.md", "docs/performance-gpu.md")
-    }
+    names = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("performance*.md")))]
+    pages = {name: (ROOT / name).read_text() for name in names}
     together = "".join(pages.values())
     for name in report.TABLES:
         assert together.count(f"<!-- table: {name} -->") == 1, name

@@ -186,9 +186,14 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
     state: dict[Tensor, dict[str, Any]] = {
         parameters[name]: dict(values) for name, values in header["state"].items() if name in parameters
     }
-    for key, value in saved.items():
+    for key, mapped in saved.items():
         prefix, _, rest = key.partition("/")
         name, _, entry = rest.rpartition("/")
+        if prefix not in ("optimizer", "group"):
+            continue
+        # the optimiser keeps the tensors it is given; as copies they do not keep the file mapped into memory: Windows
+        # refuses to replace a mapped file, as the next save does
+        value = mapped.clone()
         if prefix == "optimizer" and name in parameters:
             parameter = parameters[name]
             same = value.shape == parameter.shape

@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
 from tiny import Classify, Images, Net, assert_same_run, metrics, settings, train
+from torch import nn
 
 from sola_vision.engine import TrainingStopped, fit, read_metadata
 from sola_vision.engine import checkpoint as module
@@ -156,3 +160,18 @@ def test_a_run_goes_on_with_another_precision(tmp_path, before, now):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, Classify(term=15), amp=before)
     assert train(tmp_path, amp=now, resume=True)["steps"] == 15
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are listed only by Linux")
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])  # lamb keeps a tensor in its parameter groups as well
+def test_a_restored_state_does_not_keep_its_file_mapped(tmp_path, optimizer):
+    """Windows would refuse to replace the file, which is what the next save does."""
+    model = nn.Linear(4, 3)
+    trained = create_optimizer_v2(model, opt=optimizer)
+    model(torch.ones(2, 4)).sum().backward()
+    trained.step()
+    module.save_state(tmp_path, {"model": model}, trained, module.Progress())
+    restored = create_optimizer_v2(model, opt=optimizer)
+    module.load_state(tmp_path, {"model": model}, restored)
+    assert restored.state
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -8,6 +8,7 @@ Standard output carries results only; with --json it is a single JSON document.
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 if the run failed, 2 for invalid input, 130 if interrupted, 141 if
     nobody reads its results.
     """
+    # as Python does for errors: a name that the output's encoding lacks (cp1252 in a pipe on Windows) is escaped
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -57,7 +61,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         close = "".join(f" (did you mean {name}?)" for name in get_close_matches(verb, VERBS, n=1))
         return _fail(f"{verb!r} is not a command{close}; the commands are {', '.join(VERBS)}")
-    if message := _empty_argument(arguments[1:]):
+    if message := _unusable_argument(verb, arguments[1:]):
         return _fail(message)
     from sola_vision.engine import TrainingStopped, keep_heap
     from sola_vision.startup import uncollected
@@ -96,15 +100,21 @@ def _values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         option = name if word.startswith("--") and not given else ""
 
 
-def _empty_argument(words: Sequence[str]) -> str | None:
-    """Return an error message if an argument is empty, as an unset shell variable is, else None.
+def _unusable_argument(verb: str, words: Sequence[str]) -> str | None:
+    """Return an error message if an argument is empty, as an unset shell variable is, or cannot be stored, else None.
 
-    As a path it would be the current folder.
+    As a path, an empty argument would be the current folder.
     """
     for option, value in _values(words):
         # empty bridges are valid: a network without any
         if not value and not option.endswith("bridges"):
             return f"{option or 'an argument'} '' is empty: give a value, or set the shell variable used there"
+        # libraries that write the files of a run refuse such paths, and a configuration that holds one is not readable
+        if verb in ("train", "study", "search") and any("\ud800" <= letter <= "\udfff" for letter in value):
+            return (
+                f"{option or 'an argument'} {value!r} has bytes that are not {sys.getfilesystemencoding()}, which the "
+                "files of a run cannot store: rename that file or folder (or set PYTHONUTF8=1 if its name is UTF-8)"
+            )
     return None
 
 

@@ -29,6 +29,8 @@ def save_figure(figure: Figure, out: Path, dpi: int) -> None:
 def fonts_for(figure: Figure) -> Iterator[None]:
     """Choose fonts for the texts of a figure, which may have characters of any language, to draw it in this context."""
     texts: list[Text] = figure.findobj(Text)
+    for text in texts:  # names of files may have bytes that are not UTF-8, which matplotlib refuses
+        text.set_text(text.get_text().encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     font = _font("".join(sorted(set().union(*(text.get_text() for text in texts)))))
     for text in texts:
         text.set_fontfamily([*rcParams["font.family"], font.name])

@@ -55,7 +55,7 @@ def write_page(
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     # title first, since the data may contain its placeholder
     head, _, tail = template.replace("__TITLE__", html.escape(title)).partition("__DATA__")
-    out.write_text(head + text + tail, encoding="utf-8")
+    out.write_text(head + text + tail, encoding="utf-8", errors="replace")
 
 
 def _layer(view: LayerView, image: tuple[int, int]) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class SegmentationImages:
         digest = hashlib.blake2b(digest_size=12)
         for files, indices in ((self.train_files, self.train_indices), (self.val_files, range(len(self.val_files)))):
             for index in indices:
-                digest.update(files.names[index].encode() + b"\n" + files.labels[index].read_bytes())
+                name = files.names[index].encode("utf-8", "surrogateescape")
+                digest.update(name + b"\n" + files.labels[index].read_bytes())
         return digest.hexdigest()
 
     @cached_property

@@ -3,6 +3,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -173,3 +174,13 @@ def test_what_cannot_be_is_refused_before_any_work(refused, monkeypatch, photogr
     given = [next((w.replace(n, p) for n, p in places.items() if n in w), w) for w in words]
     monkeypatch.setattr("sola_vision.commands.explain.explain", lambda *a, **k: pytest.fail("was explained"))
     refused("explain", *given, "--model", "sola_nano", names=names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_a_name_that_is_not_utf8_is_shown_with_replaced_characters(tmp_path):
+    file = tmp_path / "\udce9.png"
+    Image.new("RGB", (32, 32)).save(file)
+    arguments = ["--model", "sola_nano", "--schedule", "L/L/L/L", "--out", str(tmp_path / "out")]
+    assert main(["explain", str(file), *arguments]) == 0
+    assert (tmp_path / "out" / "sheet.png").is_file()
+    assert "?.png" in (tmp_path / "out" / "page.html").read_text(encoding="utf-8")

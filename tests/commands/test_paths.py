@@ -32,6 +32,14 @@ def test_an_empty_argument_is_refused(refused, data, trained, words, option):
     refused(*(places.get(word, word) for word in words), names=[f"sola: {option} is empty", "shell variable"])
 
 
+@pytest.mark.parametrize("verb", ["train", "study", "search"])
+def test_a_run_does_not_begin_with_a_path_that_it_cannot_store(refused, data, verb):
+    words = {"train": TINY, "study": ["study", "table2"], "search": ["search", "--budget", "1G"]}[verb]
+    names = [r"--out 'r\udcf6' has bytes that are not utf-8", "rename that file or folder"]
+    refused(*words, "--data", data, "--out", "r\udcf6", names=names)
+    refused(*words, "--data=d\udcf6", names=["--data 'd"])
+
+
 def test_no_bridges_may_be_asked_for(sola):
     assert sola("cost", "sola_nano", "--size", 32, "--bridges", "").code == 0
 

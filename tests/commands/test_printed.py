@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers and tables that commands print: units, and names that are not cut."""
 
+import io
 import re
 
 import pytest
+from PIL import Image
 from small import CLASSES, TINY, write_images
 
+from sola_vision.cli import main
 from sola_vision.commands import evaluate_segmentation
 
 
@@ -46,3 +49,12 @@ def test_title_of_a_segmentation_counts_images_and_classes(capsys, number, says)
     out = capsys.readouterr().out
     assert f"p on a: {says}labels 0..1" in out
     assert "mIoU 50.00 % over the 1 class that occurs, 25.00 % over all 2 " in out
+
+
+def test_a_name_that_the_output_cannot_show_is_escaped(tmp_path, trained, monkeypatch):
+    """The output of a command in a pipe on Windows has the encoding of the region."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "caf\N{LATIN SMALL LETTER E WITH ACUTE}.png")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1251"))
+    assert main(["predict", str(tmp_path), "--checkpoint", str(trained)]) == 0
+    assert b"caf\\xe9.png" in written.getvalue()

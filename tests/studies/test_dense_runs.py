@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,3 +204,13 @@ def test_images_that_do_not_suit(masks, tmp_path):
         planned(masks, ignore=9)
     with pytest.raises(ValueError, match="no train/"):
         plan(get_study("table2"), LITTLE, masks)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems refuse such names")
+def test_names_of_images_need_not_be_utf8(tmp_path, masks):
+    folder = Path(shutil.copytree(masks, tmp_path / "masks"))
+    names = {path.stem for path in folder.glob("images/*/*")}
+    for path in folder.glob("*/*/*"):
+        if path.stem == min(names):
+            path.rename(path.with_name(f"\udce9{path.name}"))
+    assert planned(folder)

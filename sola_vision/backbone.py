@@ -25,7 +25,7 @@ from sola_vision.layers import (
     SoftmaxLayer,
     Stem,
 )
-from sola_vision.layers.linear import two_results
+from sola_vision.layers.replaced import LAYER_RESULTS, two_results
 from sola_vision.schedule import Bridge, Layer
 
 # outputs of the operator in the layers that bridges start from
@@ -67,7 +67,7 @@ class Stage(nn.Module):
                 returned = checkpoint(layer, x, use_reentrant=False)
             else:
                 returned = layer(x)
-            x, state = two_results(returned, layer, "the layer's map [B, H, W, C] and its state for bridges, or None")
+            x, state = two_results(returned, layer, LAYER_RESULTS)
             if here in self.carried:
                 states = {**states, here: state}
         return x, states

@@ -121,7 +121,11 @@ def create(
 def _create(name: str, preset: config.SolaConfig, pretrained: bool, **kwargs: Any) -> SolaVision:
     stages = len(kwargs.get("dims") or preset.dims)
     return create(
-        *(SolaVision, preset, name, pretrained, kwargs),
+        SolaVision,
+        preset,
+        name,
+        pretrained,
+        kwargs,
         out_indices=tuple(range(stages)),
         why_getter="bridges cross the stages",
         filter_fn=fit_position,

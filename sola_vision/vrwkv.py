@@ -251,7 +251,11 @@ default_cfgs = generate_default_cfgs(
 
 def _create(name: str, preset: VrwkvConfig, pretrained: bool, **kwargs: Any) -> VisionRwkv:
     return create(
-        *(VisionRwkv, preset, name, pretrained, kwargs),
+        VisionRwkv,
+        preset,
+        name,
+        pretrained,
+        kwargs,
         out_indices=3,
         why_getter="the layers' maps are channels-last",
         filter_fn=checkpoint_filter_fn,

@@ -13,8 +13,8 @@ from sola_vision.layers.products import project
 def sample(state: Tensor, height: int, width: int) -> Tensor:
     """Pick equidistant tokens: [B, H_s, W_s, C] -> [B, height, width, C], without parameters."""
     # not in the paper: eq. 10's Samp is "parameter-free, equidistant"; along each axis the source token at the
-    # target token's centre is taken, floor((i + 0.5) * source / target). Its xi_eff, an
-    # interaction range whose role is not stated, is left out: the two grids determine the distance of the samples
+    # target token's centre is taken, floor((i + 0.5) * source / target). Its xi_eff, an interaction range whose role is
+    # not stated, is left out: the two grids determine the distance of the samples
     rows = _centres(state.shape[1], height, state.device)
     columns = _centres(state.shape[2], width, state.device)
     return state.index_select(1, rows).index_select(2, columns)

@@ -19,6 +19,7 @@ from sola_vision.layers.bands import bands
 from sola_vision.layers.dispatch import in_bands, in_one_node, in_tiles
 from sola_vision.layers.fused_gpu import channel_mix, spatial_mix
 from sola_vision.layers.projections import gate_linear, shift_linear, squared_relu_linear
+from sola_vision.layers.replaced import MIXER_RESULTS, two_results
 from sola_vision.layers.residual import drop_factors, drops_nothing, is_fusible
 from sola_vision.layers.unmodified import is_exactly, is_unhooked
 from sola_vision.ops import gate, gated_sum, wkv
@@ -32,18 +33,6 @@ def _interpolation(dim: int, power: float, *, device: torch.device | None, dtype
 
 
 IDENTITY: Any = nn.Identity()  # for inputs that are normalised already
-
-
-def two_results(returned: Any, part: nn.Module, expected: str) -> tuple[Tensor, Any]:
-    """What a mixer or a layer returned. Raise TypeError for one tensor, as a replacement may return it: two images
-    would unpack into one image each.
-    """
-    if isinstance(returned, Tensor):
-        raise TypeError(f"{type(part).__name__} returned one tensor: return two values, {expected}")
-    return returned
-
-
-MIXER_RESULTS = "the mixer's output and its read-out, which bridges carry, both [B, H, W, C]"
 
 
 class LinearMixer(nn.Module):

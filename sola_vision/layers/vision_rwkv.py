@@ -11,7 +11,8 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from sola_vision.layers.linear import IDENTITY, MIXER_RESULTS, ChannelMix, LinearMixer, two_results
+from sola_vision.layers.linear import IDENTITY, ChannelMix, LinearMixer
+from sola_vision.layers.replaced import MIXER_RESULTS, two_results
 from sola_vision.ops import gate, published_wkv, quad_shift, squared_relu, wkv
 
 

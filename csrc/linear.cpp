@@ -57,13 +57,18 @@ void multiply(const Tile<T>& left, int64_t tokens, const Packed<T>& right, int64
   }
 }
 
-// left right^T, one panel at a time in `sums`: calls use(first output, number of outputs) after each
+// left right^T for some panels, one panel and block of tokens at a time in `sums`: calls use(first token, number of
+// tokens, first output, number of outputs) after each
 template <class T, class Use>
-void each_panel(const Tile<T>& left, int64_t tokens, const Packed<T>& right, const Tile<float>& sums, const Use& use) {
-  for (int64_t p = 0; p < right.panels(); ++p) {
-    const int64_t rest = right.outputs - p * panel;
-    multiply_panel<false>(left.row(0), left.stride, tokens, right.at(p), right.inputs, sums.row(0), sums.stride);
-    use(p * panel, rest < panel ? rest : panel);
+void each_block(const Tile<T>& left, int64_t tokens, const Packed<T>& right, int64_t begin, int64_t end,
+                const Tile<float>& sums, const Use& use) {
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t outputs = right.outputs - p * panel < panel ? right.outputs - p * panel : panel;
+    for (int64_t t = 0; t < tokens; t += Granularity<T>::block) {
+      const int64_t count = tokens - t < Granularity<T>::block ? tokens - t : Granularity<T>::block;
+      multiply_panel<false>(left.row(t), left.stride, count, right.at(p), right.inputs, sums.row(0), sums.stride);
+      use(t, count, p * panel, outputs);
+    }
   }
 }
 
@@ -74,6 +79,19 @@ struct PrefetchPlan {
   const T* read = nullptr;
   const T* written[max_mixes] = {};
 };
+
+// Write the mixes of one token to rows, and call prefetch(c) for every register of channels.
+template <int mixes, class T, class Prefetch>
+SOLA_FORCED inline void mix_token(const Parameters<T>& a, const float* const (&from)[5], T* const (&to)[max_mixes],
+                                  const Prefetch& prefetch) {
+  const float *const token = from[4], *mix[mixes];
+  for (int m = 0; m < mixes; ++m) mix[m] = a.mix(m);
+  a.each_shifted(from, [&](int64_t c, F shifted) SOLA_FORCED {
+    prefetch(c);
+    const F difference = get(token + c) - shifted;
+    for (int m = 0; m < mixes; ++m) put(to[m] + c, shifted + get(mix[m] + c) * difference);
+  });
+}
 
 // Normalise and shift rows `begin` to `end` of all images, one tile of tokens at a time: calls use(first token,
 // tokens).
@@ -90,7 +108,7 @@ void each_tile(const Parameters<T>& a, int64_t begin, int64_t end, const Tile<T>
     const int64_t h = r % p.height;
     const auto compute = [&](int64_t row) {  // a row of the image
       if (row < 0 || row >= p.height) return;
-      normalise<T>(a, x + (r - h + row) * p.width * p.channels, ring[row], nullptr, nullptr);
+      normalise<T>(a, p.width, x + (r - h + row) * p.width * p.channels, ring[row], nullptr, nullptr);
     };
     if (r == begin || h == 0) compute(h - 1), compute(h);
     compute(h + 1);
@@ -109,10 +127,13 @@ void each_tile(const Parameters<T>& a, int64_t begin, int64_t end, const Tile<T>
     for (int64_t w = 0; w < p.width; ++w) {
       const float* from[5];
       near.of(w, from);
-      for (int64_t i = 0, c = 0; i < a.registers; ++i, c += W) {
-        prefetch(r * p.width + w, c);
-        const F s = a.shifted(from, i), difference = get(from[4] + c) - s;
-        for (int64_t m = 0; m < p.mixes; ++m) put(tiles[m]->row(filled) + c, s + get(a.mix(m) + c) * difference);
+      T* to[max_mixes] = {};
+      for (int64_t m = 0; m < p.mixes; ++m) to[m] = tiles[m]->row(filled);
+      const auto prefetch_at = [&](int64_t c) SOLA_FORCED { prefetch(r * p.width + w, c); };
+      switch (p.mixes) {
+        case 1: mix_token<1, T>(a, from, to, prefetch_at); break;
+        case 2: mix_token<2, T>(a, from, to, prefetch_at); break;
+        default: mix_token<3, T>(a, from, to, prefetch_at);
       }
       if (++filled == tile_size) {
         use(r * p.width + w + 1 - filled, filled);
@@ -153,7 +174,7 @@ void shift_of(const ShiftLinear& p, ParallelFor loop) {
     const Tile<T> first(tile_size, channels), second(mixes > 1 ? tile_size : 0, channels),
         third(mixes > 2 ? tile_size : 0, channels);
     const Tile<T>* const tiles[max_mixes] = {&first, &second, &third};
-    const Tile<float> sums(tile_size, panel);
+    const Tile<float> sums(Granularity<T>::block, panel);
     PrefetchPlan<T> plan;
     for (int64_t m = 0; m < mixes && !streaming; ++m) {
       if (p.weights[m].outputs == channels) plan.written[m] = static_cast<const T*>(p.out[m]);
@@ -162,10 +183,11 @@ void shift_of(const ShiftLinear& p, ParallelFor loop) {
       for (int64_t m = 0; m < mixes; ++m) {
         const Packed<T> right = packed<T>(p.weights[m]);
         T* const out = static_cast<T*>(p.out[m]) + token * right.outputs;
-        each_panel(*tiles[m], tokens, right, sums, [&](int64_t output, int64_t width) {
-          write(out + output, right.outputs, tokens, width, streaming,
-                [&](int64_t t, int64_t c) { return get(sums.row(t) + c); });
-        });
+        each_block(*tiles[m], tokens, right, 0, right.panels(), sums,
+                   [&](int64_t first, int64_t count, int64_t output, int64_t width) {
+                     write(out + first * right.outputs + output, right.outputs, count, width, streaming,
+                           [from = sums.rows()](int64_t t, int64_t c) { return get(from.row(t) + c); });
+                   });
       }
     });
     streaming_fence();
@@ -200,7 +222,7 @@ void element_of(const ElementLinear& p, ParallelFor loop) {
         multiply(left, tokens, packed<T>(w), s, depth, sums);
       }
       write(static_cast<T*>(p.out) + token * w.outputs, w.outputs, tokens, w.outputs, streaming,
-            [&](int64_t t, int64_t c) { return get(sums.row(t) + c); });
+            [from = sums.rows()](int64_t t, int64_t c) { return get(from.row(t) + c); });
     }
     streaming_fence();
   });
@@ -215,20 +237,28 @@ void spatial_mix_of(const SpatialMix& p, ParallelFor loop) {
   const bool streaming = use_streaming<T>(total_rows(p.shift) * p.shift.width, channels);
   parallel(loop, total_rows(p.shift), min_rows(p.shift), [&](int64_t begin, int64_t end) {
     const MatrixUnit unit;
-    const int64_t tile_size = tokens_of_tile<T>(channels, channels, 2 * channels * channels);
-    const Tile<T> factor(tile_size, channels);
-    const Tile<float> sums(tile_size, channels);
+    const int64_t tile_size = tokens_of_tile<T>(2 * channels, panel, 2 * channels * channels);
+    const Tile<T> factor(tile_size, channels), gated(tile_size, channels);
+    const Tile<float> sums(Granularity<T>::block, panel);
     const PrefetchPlan<T> plan{readout, {streaming ? nullptr : static_cast<const T*>(p.out)}};
+    const Packed<T> receptance = packed<T>(p.receptance), output = packed<T>(p.output);
     each_tile<T>(a, begin, end, {&factor, nullptr, nullptr}, tile_size, plan, [&](int64_t token, int64_t tokens) {
-      multiply(factor, tokens, packed<T>(p.receptance), 0, channels, sums);
-      write(factor.row(0), factor.stride, tokens, channels, false, [&](int64_t t, int64_t c) {
-        return sigmoid(get(sums.row(t) + c)) * get(readout + (token + t) * channels + c, channels - c);
-      });
-      multiply(factor, tokens, packed<T>(p.output), 0, channels, sums);
-      write(static_cast<T*>(p.out) + token * channels, channels, tokens, channels, streaming,
-            [&](int64_t t, int64_t c) {
-              return get(x + (token + t) * channels + c, channels - c) + get(sums.row(t) + c);
-            });
+      each_block(factor, tokens, receptance, 0, receptance.panels(), sums,
+                 [&](int64_t first, int64_t count, int64_t channel, int64_t width) {
+                   const T* const values = readout + (token + first) * channels + channel;
+                   write(gated.row(first) + channel, gated.stride, count, width, false,
+                         [=, gates = sums.rows()](int64_t t, int64_t c) {
+                           return sigmoid(get(gates.row(t) + c)) * get(values + t * channels + c, width - c);
+                         });
+                 });
+      each_block(gated, tokens, output, 0, output.panels(), sums,
+                 [&](int64_t first, int64_t count, int64_t channel, int64_t width) {
+                   const int64_t from = (token + first) * channels + channel;
+                   write(static_cast<T*>(p.out) + from, channels, count, width, streaming,
+                         [=, products = sums.rows()](int64_t t, int64_t c) {
+                           return get(x + from + t * channels + c, width - c) + get(products.row(t) + c);
+                         });
+                 });
     });
     streaming_fence();
   });
@@ -248,29 +278,31 @@ void channel_mix_of(const ChannelMix& p, ParallelFor loop) {
     const int64_t tile_size = tokens_of_tile<T>(2 * channels + width, channels, (2 * hidden + channels) * channels);
     const Tile<T> key_tile(tile_size, channels), receptance_tile(tile_size, channels), hidden_tile(tile_size, width);
     const Tile<T>* const tiles[max_mixes] = {&key_tile, &receptance_tile, nullptr};
-    const Tile<float> panel_sums(tile_size, panel), sums(tile_size, channels);
+    const Tile<float> block_sums(Granularity<T>::block, panel), sums(tile_size, channels);
     const PrefetchPlan<T> plan{nullptr, {streaming ? nullptr : static_cast<const T*>(p.out)}};
     each_tile<T>(a, begin, end, tiles, tile_size, plan, [&](int64_t token, int64_t tokens) {
       for (int64_t s = 0; s < hidden; s += slice) {
         const int64_t depth = hidden - s < slice ? hidden - s : slice;
-        for (int64_t q = s / panel; q * panel < s + depth; ++q) {
-          multiply_panel<false>(key_tile.row(0), key_tile.stride, tokens, key.at(q), channels, panel_sums.row(0),
-                                panel_sums.stride);
-          write(hidden_tile.row(0) + q * panel - s, hidden_tile.stride, tokens, panel, false,
-                [&](int64_t t, int64_t c) {
-                  const F k = relu(get(panel_sums.row(t) + c));
-                  return k * k;
-                });
-        }
+        each_block(key_tile, tokens, key, s / panel, (s + depth + panel - 1) / panel, block_sums,
+                   [&](int64_t first, int64_t count, int64_t unit, int64_t) {
+                     write(hidden_tile.row(first) + unit - s, hidden_tile.stride, count, panel, false,
+                           [from = block_sums.rows()](int64_t t, int64_t c) {
+                             const F k = relu(get(from.row(t) + c));
+                             return k * k;
+                           });
+                   });
         multiply(hidden_tile, tokens, value, s, depth, sums);
       }
-      each_panel(receptance_tile, tokens, receptance, panel_sums, [&](int64_t channel, int64_t width) {
-        const int64_t from = token * channels + channel;
-        write(static_cast<T*>(p.out) + from, channels, tokens, width, streaming, [&](int64_t t, int64_t c) {
-          const F residual = get(x + from + t * channels + c, width - c);
-          return residual + sigmoid(get(panel_sums.row(t) + c)) * get(sums.row(t) + channel + c);
-        });
-      });
+      each_block(receptance_tile, tokens, receptance, 0, receptance.panels(), block_sums,
+                 [&](int64_t first, int64_t count, int64_t channel, int64_t width) {
+                   const int64_t from = (token + first) * channels + channel;
+                   const float* const values = sums.row(first) + channel;
+                   write(static_cast<T*>(p.out) + from, channels, count, width, streaming,
+                         [=, gates = block_sums.rows(), stride = sums.stride](int64_t t, int64_t c) {
+                           const F residual = get(x + from + t * channels + c, width - c);
+                           return residual + sigmoid(get(gates.row(t) + c)) * get(values + t * stride + c);
+                         });
+                 });
     });
     streaming_fence();
   });

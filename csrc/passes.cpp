@@ -25,7 +25,7 @@ void shift_band(const Parameters<T>& a, int64_t band, const Ring<T>& ring, const
   T* out = static_cast<T*>(p.out) + (image * out_rows - p.top) * p.width * p.channels;
   const int64_t row = p.width * p.channels, plane = p.images * out_rows * row;
   const auto compute = [&](int64_t h) {
-    if (h >= 0 && h < p.height) normalise<T>(a, x + h * row, ring[h], nullptr, nullptr);
+    if (h >= 0 && h < p.height) normalise<T>(a, p.width, x + h * row, ring[h], nullptr, nullptr);
   };
   compute(first - 1);
   compute(first);
@@ -37,12 +37,12 @@ void shift_band(const Parameters<T>& a, int64_t band, const Ring<T>& ring, const
       const S<T>* from[5];
       near.of(w, from);
       T* token = out + h * row + w * p.channels;
-      for (int64_t r = 0, c = 0; r < a.registers; ++r, c += lanes<T>) {
-        const V<T> s = a.shifted(from, r), difference = get(from[4] + c) - s;
+      a.each_shifted(from, [&](int64_t c, V<T> shifted) {
+        const V<T> difference = get(from[4] + c) - shifted;
         for (int64_t m = 0; m < p.mixes; ++m) {
-          put(token + m * plane + c, s + get(a.mix(m) + c) * difference, p.channels - c);
+          put(token + m * plane + c, shifted + get(a.mix(m) + c) * difference, p.channels - c);
         }
-      }
+      });
     }
   }
 }
@@ -54,6 +54,26 @@ void shift_of(const Shift& p, ParallelFor loop) {
     const Ring<T> ring(p.width * a.padded);
     const Buffer<S<T>> zero(a.padded);
     for (int64_t band = begin; band < end; ++band) shift_band<T>(a, band, ring, zero.data);
+  });
+}
+
+template <class T>
+void norm_of(const Shift& p, ParallelFor loop) {
+  constexpr int64_t block = 16;  // tokens, which stay in the first-level cache
+  const Parameters<T> a(p);
+  const T* const x = static_cast<const T*>(p.x);
+  T* const out = static_cast<T*>(p.out);
+  parallel(loop, p.images * p.height * p.width, 1 + 16384 / p.channels, [&](int64_t begin, int64_t end) {
+    const Buffer<S<T>> normed(block * a.padded);
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t tokens = end - first < block ? end - first : block, channels = p.channels;
+      normalise<T>(a, tokens, x + first * channels, normed.data, nullptr, nullptr);
+      const S<T>* from = normed.data;
+      T* to = out + first * channels;
+      for (int64_t t = 0; t < tokens; ++t, from += a.padded, to += channels) {
+        for (int64_t c = 0; c < channels; c += lanes<T>) put(to + c, get(from + c), channels - c);
+      }
+    }
   });
 }
 
@@ -154,6 +174,7 @@ void squared_relu_backward_of(const Pointwise& p, ParallelFor loop) {
   }
 SOLA_BY_TYPE(shift, Shift)
 SOLA_BY_TYPE(shift_backward, Shift)
+SOLA_BY_TYPE(norm, Shift)
 SOLA_BY_TYPE(gate, Pointwise)
 SOLA_BY_TYPE(gate_backward, Pointwise)
 SOLA_BY_TYPE(squared_relu, Pointwise)
@@ -162,6 +183,6 @@ SOLA_BY_TYPE(squared_relu_backward, Pointwise)
 
 }  // namespace
 
-extern const Passes passes = {shift, shift_backward, gate, gate_backward, squared_relu, squared_relu_backward};
+extern const Passes passes = {shift, shift_backward, norm, gate, gate_backward, squared_relu, squared_relu_backward};
 
 }  // namespace sola::SOLA_ISA

@@ -36,6 +36,7 @@ struct Pointwise {
 struct Passes {
   void (*shift)(const Shift&, Type, ParallelFor);
   void (*shift_backward)(const Shift&, Type, ParallelFor);
+  void (*norm)(const Shift&, Type, ParallelFor);  // out [images, height, width, channels] = n, without mixes
   void (*gate)(const Pointwise&, Type, ParallelFor);           // out = [residual +] sigmoid(receptance) value
   void (*gate_backward)(const Pointwise&, Type, ParallelFor);  // grad_receptance, grad_value
   void (*squared_relu)(const Pointwise&, Type, ParallelFor);   // out = max(value, 0)^2

@@ -15,6 +15,15 @@ constexpr int block_rows = register_bytes == 64 ? 12 : 6;
 constexpr int64_t tile_tokens = 96;  // the usual maximum: a multiple of block_rows and of the matrix unit's 32
 constexpr int64_t slice = 384;       // inputs of a weight that are processed at a time
 
+// Rows of numbers in memory. Loops that store numbers capture it by value: the compiler has to assume that the stores
+// change what a reference refers to.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+  T* row(int64_t t) const { return data + t * stride; }
+};
+
 // A zero-initialised array [tokens, width] of a thread. The stride is an odd number of cache lines, because rows at
 // multiples of large powers of two would map to a few cache sets.
 template <class T>
@@ -25,6 +34,7 @@ struct Tile {
   Tile(int64_t tokens, int64_t width)
       : stride((round_up(width, 32) / line | 1) * line), numbers(round_up(tokens, 32) * stride) {}
   T* row(int64_t t) const { return numbers.data + t * stride; }
+  Rows<T> rows() const { return {numbers.data, stride}; }
 };
 
 // The granularity of a product. Rows of the tile up to the next multiple of `tokens` exist and are computed as well;
@@ -33,7 +43,7 @@ template <class T>
 struct Granularity;
 template <>
 struct Granularity<float> {
-  static constexpr int64_t tokens = 4, inputs = 1;
+  static constexpr int64_t tokens = 4, inputs = 1, block = 24;
 };
 
 // the weight of a product [outputs, inputs] in panels [inputs, panel], zero-padded to whole panels
@@ -81,7 +91,7 @@ __attribute__((noinline)) void multiply_rows(const float* left, int64_t step, in
 #if defined(__AVX512BF16__)
 template <>
 struct Granularity<bfloat16> {
-  static constexpr int64_t tokens = 32, inputs = 32;
+  static constexpr int64_t tokens = 32, inputs = 32, block = 32;
 };
 
 inline void pack_panel(const bfloat16* weight, int64_t inputs, int64_t outputs, bfloat16* to) {

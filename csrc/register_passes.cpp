@@ -24,6 +24,29 @@ void norm_shift_backward(Value* stack, uint64_t, uint64_t) {
   results.release(stack);
 }
 
+void layer_norm(Value* stack, uint64_t, uint64_t) {
+  Tensor x(stack[0]), weight(stack[1]), bias(stack[2]);
+  const std::vector<int64_t> sizes = x.sizes();
+  if (sizes.empty()) throw std::invalid_argument("sola::layer_norm: x is a number, expected [..., channels]");
+  const int64_t channels = sizes.back(), numbers = count(sizes);
+  check_size(x, "sola::layer_norm: x", sizes, "[..., channels]");
+  check_size(weight, "sola::layer_norm: weight", {channels}, "[channels]");
+  check_size(bias, "sola::layer_norm: bias", {channels}, "[channels]");
+  const std::vector<double> weights = parameter(weight, "sola::layer_norm: weight");
+  const std::vector<double> biases = parameter(bias, "sola::layer_norm: bias");
+  const Type type = x.type("sola::layer_norm: x");
+  Tensor out = Tensor::empty(sizes, type);
+  Shift norm;
+  norm.images = norm.height = 1, norm.channels = channels, norm.eps = to_double(stack[3]);
+  norm.weight = weights.data(), norm.bias = biases.data();
+  norm.x = contiguous_data(x, "sola::layer_norm: x", type), norm.out = out.write();
+  if (numbers > 0) {
+    norm.width = numbers / channels;
+    current_passes().norm(norm, type, parallel_for);
+  }
+  stack[0] = out.release();
+}
+
 // ---- element-wise passes over contiguous arrays
 
 // The arguments of a call: tensors with the size and dtype of the first one.
@@ -115,9 +138,10 @@ void squared_relu_backward(Value* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
-const std::array<NamedKernel, 8>& named_passes() {
-  static const std::array<NamedKernel, 8> all{{{"norm_shift", norm_shift},
+const std::array<NamedKernel, 9>& named_passes() {
+  static const std::array<NamedKernel, 9> all{{{"norm_shift", norm_shift},
                                              {"norm_shift_backward", norm_shift_backward},
+                                             {"layer_norm", layer_norm},
                                              {"gate", gate},
                                              {"gate_backward", gate_backward},
                                              {"gated_sum", gated_sum},

@@ -10,6 +10,7 @@ inline const char* const pass_schemas[] = {
     "norm_shift(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, int top, int bottom) -> Tensor",
     "norm_shift_backward(Tensor x, Tensor weight, Tensor bias, float eps, Tensor mixes, Tensor grad)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     "gate(Tensor receptance, Tensor value) -> Tensor",
     "gate_backward(Tensor receptance, Tensor value, Tensor grad) -> (Tensor, Tensor)",
     "gated_sum(Tensor residual, Tensor receptance, Tensor value) -> Tensor",
@@ -24,7 +25,7 @@ struct NamedKernel {
 
 // the passes of the active instruction set
 const Passes& current_passes();
-const std::array<NamedKernel, 8>& named_passes();
+const std::array<NamedKernel, 9>& named_passes();
 
 inline double to_double(Value value) {
   double result = 0.0;

@@ -12,11 +12,17 @@ namespace {
 template <class T>
 struct Parameters {
   static constexpr int sources = 5;  // left, right, above, below, the token itself
+  struct Run {                       // adjacent registers with the same neighbour; -1: one register that blends
+    int64_t begin, end;
+    int source;
+  };
   const Shift& p;
   const int64_t padded, registers;
   Buffer<S<T>> numbers;
   Buffer<typename Lane<T>::Mask> masks;  // [registers][sources]
   Buffer<int> neighbours;                // [registers][sources + 1]: source indices, terminated by -1
+  Buffer<Run> runs;
+  int64_t number_of_runs = 0;
 
   explicit Parameters(const Shift& s)
       : p(s),
@@ -24,7 +30,8 @@ struct Parameters {
         registers(padded / lanes<T>),
         numbers((3 + s.mixes) * padded),
         masks(registers * sources),
-        neighbours(registers * (sources + 1)) {
+        neighbours(registers * (sources + 1)),
+        runs(registers) {
     for (int64_t c = 0; c < p.channels; ++c) {
       numbers.data[c] = static_cast<S<T>>(p.weight[c]);
       numbers.data[padded + c] = static_cast<S<T>>(p.bias[c]);
@@ -34,20 +41,26 @@ struct Parameters {
       }
     }
     const int64_t quarter = p.channels / 4;
+    const auto source_of = [quarter](int64_t c) {
+      return static_cast<int>(quarter > 0 && c / quarter < 4 ? c / quarter : 4);
+    };
     for (int64_t r = 0; r < registers; ++r) {
+      const int64_t first = r * lanes<T>;
       int pieces = 0;
-      for (int which = 0; which < sources; ++which) {
-        bool any = false;
-        typename Lane<T>::Mask mask = {};
-        for (int64_t i = 0; i < lanes<T>; ++i) {
-          const int64_t c = r * lanes<T> + i, source = quarter > 0 && c / quarter < 4 ? c / quarter : 4;
-          if (source == which) mask[i] = ~0, any = true;
-        }
-        if (!any) continue;
-        masks.data[r * sources + pieces] = mask;
+      for (int which = source_of(first), last = source_of(first + lanes<T> - 1); which <= last; ++which) {
+        typename Lane<T>::Mask& mask = masks.data[r * sources + pieces];
+        const int64_t begin = which * quarter, end = which < 4 ? begin + quarter : padded;
+        for (int64_t i = 0; i < lanes<T>; ++i) mask[i] = first + i >= begin && first + i < end ? ~0 : 0;
         neighbours.data[r * (sources + 1) + pieces++] = which;
       }
       neighbours.data[r * (sources + 1) + pieces] = -1;
+      const int source = pieces == 1 ? neighbours.data[r * (sources + 1)] : -1;
+      const bool continues = source >= 0 && number_of_runs > 0 && runs.data[number_of_runs - 1].source == source;
+      if (continues) {
+        runs.data[number_of_runs - 1].end = r + 1;
+      } else {
+        runs.data[number_of_runs++] = {r, r + 1, source};
+      }
     }
   }
   const S<T>* weight() const { return numbers.data; }
@@ -55,7 +68,20 @@ struct Parameters {
   const S<T>* valid() const { return numbers.data + 2 * padded; }  // 1 for channels, 0 for the padding
   const S<T>* mix(int64_t m) const { return numbers.data + (3 + m) * padded; }
 
-  // register r of the shifted token, given the tokens of its neighbours
+  // calls use(first channel, register of the shifted token) for all registers, given the tokens of its neighbours
+  template <class Use>
+  SOLA_FORCED void each_shifted(const S<T>* const (&from)[sources], const Use& use) const {
+    for (const Run *run = runs.data, *const last = run + number_of_runs; run < last; ++run) {
+      if (run->source < 0) {
+        use(run->begin * lanes<T>, shifted(from, run->begin));
+        continue;
+      }
+      const S<T>* const source = from[run->source];
+      for (int64_t c = run->begin * lanes<T>, end = run->end * lanes<T>; c < end; c += lanes<T>) use(c, get(source + c));
+    }
+  }
+
+  // register r of the shifted token
   V<T> shifted(const S<T>* const (&from)[sources], int64_t r) const {
     const int* which = neighbours.data + r * (sources + 1);
     V<T> s = get(from[which[0]] + r * lanes<T>);
@@ -66,32 +92,57 @@ struct Parameters {
   }
 };
 
-// Normalise a row of tokens: to `out` with weight and bias and, unless null, to `plain` without them.
+// Normalise `count` adjacent tokens (see normalise), whose sums would otherwise wait for each other's reductions.
+template <int count, class T>
+SOLA_FORCED inline void normalise_together(const Parameters<T>& a, const T* x, S<T>* out, S<T>* plain, S<T>* scales) {
+  const int64_t channels = a.p.channels, padded = a.padded;
+  const S<T> number = static_cast<S<T>>(channels), eps = static_cast<S<T>>(a.p.eps);
+  V<T> sums[count] = {};
+  for (int64_t c = 0; c < padded; c += lanes<T>) {
+#pragma GCC unroll 4
+    for (int t = 0; t < count; ++t) {
+      const V<T> v = get(x + t * channels + c, channels - c);
+      put(out + t * padded + c, v);
+      sums[t] += v;
+    }
+  }
+  S<T> mean[count], scale[count];
+#pragma GCC unroll 4
+  for (int t = 0; t < count; ++t) mean[t] = sum(sums[t]) / number, sums[t] = V<T>{};
+  for (int64_t c = 0; c < padded; c += lanes<T>) {
+    const V<T> valid = get(a.valid() + c);
+#pragma GCC unroll 4
+    for (int t = 0; t < count; ++t) {
+      const V<T> v = (get(out + t * padded + c) - mean[t]) * valid;
+      put(out + t * padded + c, v);
+      sums[t] += v * v;
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < count; ++t) scale[t] = 1 / square_root(sum(sums[t]) / number + eps);
+  for (int64_t c = 0; c < padded; c += lanes<T>) {
+    const V<T> weight = get(a.weight() + c), bias = get(a.bias() + c);
+#pragma GCC unroll 4
+    for (int t = 0; t < count; ++t) {
+      const V<T> v = get(out + t * padded + c) * scale[t];
+      if (plain != nullptr) put(plain + t * padded + c, v);
+      put(out + t * padded + c, v * weight + bias);
+    }
+  }
+  for (int t = 0; t < count && scales != nullptr; ++t) scales[t] = scale[t];
+}
+
+// Normalise adjacent tokens: to `out` with weight and bias and, unless null, to `plain` without them.
 template <class T>
-void normalise(const Parameters<T>& a, const T* x, S<T>* out, S<T>* plain, S<T>* scales) {
-  const Shift& p = a.p;
-  const S<T> count = static_cast<S<T>>(p.channels);
-  for (int64_t w = 0; w < p.width; ++w, x += p.channels, out += a.padded) {
-    V<T> total = {};
-    for (int64_t c = 0; c < a.padded; c += lanes<T>) {
-      const V<T> v = get(x + c, p.channels - c);
-      put(out + c, v);
-      total += v;
-    }
-    const S<T> mean = sum(total) / count;
-    V<T> squares = {};
-    for (int64_t c = 0; c < a.padded; c += lanes<T>) {
-      const V<T> v = (get(out + c) - mean) * get(a.valid() + c);
-      put(out + c, v);
-      squares += v * v;
-    }
-    const S<T> scale = 1 / square_root(sum(squares) / count + static_cast<S<T>>(p.eps));
-    for (int64_t c = 0; c < a.padded; c += lanes<T>) {
-      const V<T> v = get(out + c) * scale;
-      if (plain != nullptr) put(plain + w * a.padded + c, v);
-      put(out + c, v * get(a.weight() + c) + get(a.bias() + c));
-    }
-    if (scales != nullptr) scales[w] = scale;
+void normalise(const Parameters<T>& a, int64_t tokens, const T* x, S<T>* out, S<T>* plain, S<T>* scales) {
+  const auto at = [](S<T>* to, int64_t offset) { return to != nullptr ? to + offset : nullptr; };
+  constexpr int together = 4;
+  int64_t t = 0;
+  for (; t + together <= tokens; t += together) {
+    normalise_together<together>(a, x + t * a.p.channels, out + t * a.padded, at(plain, t * a.padded), at(scales, t));
+  }
+  for (; t < tokens; ++t) {
+    normalise_together<1>(a, x + t * a.p.channels, out + t * a.padded, at(plain, t * a.padded), at(scales, t));
   }
 }
 

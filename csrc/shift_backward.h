@@ -41,7 +41,7 @@ struct ShiftBackward {
   void compute(int64_t image, int64_t h) {
     if (h < 0 || h >= p.height) return;
     const int64_t start = (image * p.height + h) * row;
-    normalise<T>(a, static_cast<const T*>(p.x) + start, normed[h], plain[h], scales.data + h % 3 * p.width);
+    normalise<T>(a, p.width, static_cast<const T*>(p.x) + start, normed[h], plain[h], scales.data + h % 3 * p.width);
     gradients.compute(h);
     for (int64_t m = 0; m < p.mixes; ++m) grads.data[m] = gradients.row(m, h);
     for (int64_t w = 0; w < p.width; ++w) {

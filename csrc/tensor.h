@@ -132,13 +132,23 @@ inline void check_size(const Tensor& tensor, const char* name, const std::vector
                               format_sizes(sizes));
 }
 
-// Return the values of a small tensor with any strides as float64.
+// Return the values of a small tensor with any strides as float64. torch's own conversion costs more than most of the
+// passes that read such tensors, so the usual cases are converted here.
 inline std::vector<double> parameter(const Tensor& tensor, const char* name) {
   int64_t count = 1;
   for (int64_t size : tensor.sizes()) count *= size;
   std::vector<double> out(static_cast<size_t>(count));
-  if (tensor.type(name) == Type::float32 && tensor.contiguous()) {
+  const Type type = tensor.type(name);
+  if (type == Type::float32 && tensor.contiguous()) {
     std::copy_n(static_cast<const float*>(tensor.read()), count, out.begin());
+  } else if (type == Type::bfloat16 && tensor.contiguous()) {
+    const uint16_t* const from = static_cast<const uint16_t*>(tensor.read());
+    std::transform(from, from + count, out.begin(), [](uint16_t upper_half) {
+      const uint32_t bits = uint32_t{upper_half} << 16;
+      float value = 0.0f;
+      memcpy(&value, &bits, sizeof value);
+      return value;
+    });
   } else {
     const Tensor wide = tensor.copy(Type::float64);
     std::copy_n(static_cast<const double*>(wide.read()), count, out.begin());

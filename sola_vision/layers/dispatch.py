@@ -64,7 +64,12 @@ def in_tiles(x: Tensor, *modules: nn.Module) -> bool:
 
 def in_bands(x: Tensor, *modules: nn.Module) -> bool:
     """True if these norms and projections may process x [B, H, W, C] in bands; compilers prefer few large steps."""
-    return not torch.compiler.is_compiling() and _inference_on_cpu(x, *modules)
+    return in_eager_inference_on_cpu(x) and is_unmodified(*modules)
+
+
+def in_eager_inference_on_cpu(x: Tensor) -> bool:
+    """True if x is part of a forward on a CPU that neither autograd nor a compiler, tracer or transform sees."""
+    return not torch.compiler.is_compiling() and _inference_on_cpu(x)
 
 
 def _inference_on_cpu(x: Tensor, *modules: nn.Module) -> bool:

@@ -102,10 +102,11 @@ class LinearMixer(nn.Module):
             mixed, readout = self(x, norm)
             return x + drop_path(mixed), readout
         # the receptance is computed where it gates, after the read-out
-        mixes = torch.stack((self.mix_key, self.mix_value))
-        readout = self.read(*shift_linear(x, norm, mixes, (self.key, self.value)))
-        mix, weights = self.mix_receptance[None], (self.receptance.weight, self.output.weight)
-        return torch.ops.sola.spatial_mix(x, norm.weight, norm.bias, norm.eps, mix, *weights, readout), readout
+        normed = x, norm.weight, norm.bias, norm.eps
+        mixes, weights = torch.stack((self.mix_key, self.mix_value)), [self.key.weight, self.value.weight]
+        readout = self.read(*torch.ops.sola.norm_shift_linear(*normed, mixes, weights))
+        mix, weights = self.mix_receptance[None], [self.receptance.weight, self.output.weight]
+        return torch.ops.sola.spatial_mix(*normed, mix, *weights, readout), readout
 
     def read(self, key: Tensor, value: Tensor) -> Tensor:
         """Apply the operator to key and value [B, H, W, C]; the same shape."""

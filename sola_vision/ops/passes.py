@@ -197,9 +197,10 @@ def _norm_shift(
     return out if out.dtype == dtype else out.to(dtype)
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     wide = _promoted(x, weight, bias)
-    return torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(dtype)
+    normed = torch.nn.functional.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    return normed.to(dtype or x.dtype)
 
 
 def _gate(receptance: Tensor, value: Tensor) -> Tensor:
@@ -398,6 +399,8 @@ def register(library: torch.library.Library) -> None:
         _norm_shift_backward,
         _fake_norm_shift_backward,
     )
+    # inference only, and therefore without a gradient (`layers/norm.py`)
+    define("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _layer_norm, _like)
     define("gate(Tensor receptance, Tensor value) -> Tensor", _gate, _promoted_like, _differentiate_gate)
     define(
         "gate_backward(Tensor receptance, Tensor value, Tensor grad) -> (Tensor, Tensor)",

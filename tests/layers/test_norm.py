@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import sola_vision
+from sola_vision import ops
 from sola_vision.layers import LayerNorm, LinearLayer, norm
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -103,6 +104,56 @@ def test_what_a_kernel_cannot_take_goes_to_torch(node):
     with pytest.raises(RuntimeError):
         LayerNorm(8, dtype=torch.float64)(x)
     assert node == []
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Counts the calls of the CPU's operator."""
+    called = []
+
+    class Counted:
+        @staticmethod
+        def layer_norm(*arguments):
+            called.append(arguments)
+            return operators.layer_norm(*arguments)
+
+    operators = torch.ops.sola
+    monkeypatch.setattr(norm.torch.ops, "sola", Counted)
+    return called
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 33), (4, 96), (0, 7, 8), (1, 1)])
+def test_inference_on_a_cpu_in_half_precision_has_a_kernel(kernel, shape, dtype):
+    expected, own = pair(shape[-1], dtype=dtype)
+    x = torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        found = own(x)
+    right = expected.double()(x.double())
+    assert len(kernel) == 1
+    assert found.dtype == dtype
+    tolerance = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_everything_else_on_a_cpu_goes_to_torch(kernel):
+    expected, own = pair(8, dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 8).bfloat16()
+    assert torch.equal(own(x), expected(x))  # gradients are needed
+    with torch.no_grad():
+        with ops.use("portable"):
+            assert torch.equal(own(x), expected(x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(own(x), expected(x))
+        assert torch.equal(torch.vmap(own)(x), torch.vmap(expected)(x))
+        assert torch.equal(torch.jit.trace(own, x, check_trace=False)(x), expected(x))
+        assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(own))(x), expected(x))
+        wide, narrow = pair(8)
+        assert torch.equal(narrow(x.float()), wide(x.float()))
+        with pytest.raises(RuntimeError, match=r"normalized_shape=\[7\]"):
+            LayerNorm(7)(x)
+    assert kernel == []
 
 
 def test_norms_outside_of_linear_layers_are_ours(node):

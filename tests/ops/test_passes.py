@@ -53,6 +53,36 @@ def test_norm_shift_and_its_gradients(path, shape, dtype):
             close(actual, right, dtype, scale=30)  # one channel's norm divides by sqrt(eps)
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("shape", [*SHAPES, (49, 1), (197, 33), (2, 300), (768,), (0, 7, 8)])
+def test_layer_norm(path, shape, dtype):
+    x, (weight, bias) = torch.randn(shape) * 3 + 1, torch.randn(2, shape[-1])
+    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
+    # of the smallest variance of a few channels; eps bounds it in a single one
+    exact = [tensor.double() for tensor in (x, weight, bias)]
+    expected = torch.nn.functional.layer_norm(exact[0], shape[-1:], *exact[1:], 1e-3)
+    found = torch.ops.sola.layer_norm(x, weight, bias, 1e-3)
+    assert found.shape == shape
+    assert found.is_contiguous()
+    if x.numel():
+        close(found, expected, dtype, scale=4)
+        shifted = x.double().movedim(-1, 0).contiguous().movedim(0, -1).to(dtype)
+        assert torch.equal(torch.ops.sola.layer_norm(shifted, weight, bias, 1e-3), found)
+    wide = torch.ops.sola.layer_norm(x, weight.double(), bias.float(), 1e-3)
+    assert torch.equal(wide, found)
+
+
+def test_layer_norm_of_nan_and_infinity_is_torchs(path):
+    x, weight, bias = torch.randn(9, 40), *torch.randn(2, 40)
+    x[0, 3], x[5, 39], x[8, 0] = float("nan"), float("inf"), 1e30
+    found = torch.ops.sola.layer_norm(x, weight, bias, 1e-5)
+    expected = torch.nn.functional.layer_norm(x, (40,), weight, bias)
+    finite = [1, 2, 3, 4, 6, 7]
+    torch.testing.assert_close(found[finite], expected[finite])
+    assert found[[0, 5]].isnan().all()
+
+
 def test_quad_shift_moves_each_quarter_one_pixel():
     x = torch.arange(2 * 3 * 4 * 9, dtype=torch.float32).reshape(2, 3, 4, 9) + 1
     out = ops.quad_shift(x)
@@ -155,6 +185,8 @@ def test_operators_are_registered_correctly():
     torch.library.opcheck(torch.ops.sola.gate.default, (x, x * 2), test_utils=tests)
     torch.library.opcheck(torch.ops.sola.gated_sum.default, (x, x * 2, x * 3), test_utils=tests)
     torch.library.opcheck(torch.ops.sola.squared_relu.default, (x,), test_utils=tests)
+    inference = [tensor.detach() for tensor in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.sola.layer_norm.default, (*inference, 1e-5), test_utils=tests)
     plain = [t.detach() for t in (x, x, x, x)]
     torch.library.opcheck(torch.ops.sola.gated_sum_.default, (*plain[:3], plain[3].clone()), test_utils=tests)
 
@@ -183,6 +215,10 @@ def test_the_kernels_reject_invalid_arguments():
     ):
         with pytest.raises(errors, match=message):
             sola.norm_shift(*wrong)
+    with pytest.raises(errors, match=r"weight is \[23\], expected \[channels\] = \[24\]"):
+        sola.layer_norm(x, weight[1:], bias, 1e-5)
+    with pytest.raises(errors, match="x is a number"):
+        sola.layer_norm(torch.tensor(1.0), weight, bias, 1e-5)
     with pytest.raises(errors, match=r"value is \[5, 4, 24\], expected"):
         sola.gate(x, x[0])
     with pytest.raises(errors, match="out must be contiguous"):

@@ -52,5 +52,8 @@ extern const Passes passes;
 namespace avx512 {
 extern const Passes passes;
 }
+namespace avx512_bf16 {
+extern const Passes passes;
+}
 
 }  // namespace sola

@@ -31,12 +31,11 @@ const char* const schemas[] = {
 std::atomic<const Kernel*> kernel{nullptr};
 
 #if defined(SOLA_BFLOAT16)
-Kernel variant(Kernel kernel, const char* name, const Linear& linear, const AttentionKernels& attention_kernels) {
-  kernel.name = name, kernel.linear = &linear, kernel.attention = &attention_kernels;
+Kernel with_matrix_unit(Kernel kernel) {
+  kernel.name = "amx", kernel.linear = &amx::linear, kernel.attention = &avx512::attention_kernels;
   return kernel;
 }
-const Kernel dot_products = variant(avx512::kernel, "avx512_bf16", avx512_bf16::linear, avx512_bf16::attention_kernels);
-const Kernel matrix_products = variant(avx512::kernel, "amx", amx::linear, avx512::attention_kernels);
+const Kernel matrix_products = with_matrix_unit(avx512_bf16::kernel);
 
 // True if the processor and the operating system support bfloat16 tiles (AMX).
 constexpr long tile_data = 18;
@@ -86,7 +85,7 @@ std::vector<const Kernel*> supported_kernels() {
       all.push_back(&avx512::kernel);
 #if defined(SOLA_BFLOAT16)
       if (__builtin_cpu_supports("avx512bf16")) {
-        all.push_back(&dot_products);
+        all.push_back(&avx512_bf16::kernel);
         if (has_matrix_unit()) all.push_back(&matrix_products);
       }
 #endif
@@ -248,7 +247,7 @@ const Linear& current_linear() { return *kernel.load()->linear; }
 void prepare_bfloat16() {
 #if defined(SOLA_BFLOAT16)
   const Kernel* current = &matrix_products;
-  if (kernel == current && !request_matrix_unit()) kernel.compare_exchange_strong(current, &dot_products);
+  if (kernel == current && !request_matrix_unit()) kernel.compare_exchange_strong(current, &avx512_bf16::kernel);
 #endif
 }
 

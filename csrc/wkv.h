@@ -55,5 +55,8 @@ extern const Kernel kernel;
 namespace avx512 {
 extern const Kernel kernel;
 }
+namespace avx512_bf16 {
+extern const Kernel kernel;
+}
 
 }  // namespace sola

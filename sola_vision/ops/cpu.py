@@ -42,7 +42,8 @@ def load() -> str | None:
 
 def instruction_set(name: str | None = None) -> str:
     """Return the instruction set of the CPU kernels: "amx", "avx512_bf16", "avx512", "avx2" or "generic". With a name,
-    switch to it first (for the process). "avx512_bf16" and "amx" are "avx512" with other matrix products in bfloat16.
+    switch to it first (for the process). "avx512_bf16" and "amx" are "avx512" with other products and conversions in
+    bfloat16.
 
     Raises RuntimeError if the kernels are unavailable, ValueError if this CPU does not support the instruction set.
     """

@@ -16,7 +16,7 @@ from sola_vision.ops import cpu, portable, reference
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("cpu_driver.cpp")
-SETS = ("generic", "avx2", "avx512")
+SETS = ("generic", "avx2", "avx512", "avx512_bf16")
 KERNELS = ("wkv", "passes", "attention", "attention_backward", "linear", "linear_backward")
 
 reason = cpu.load()
@@ -294,6 +294,17 @@ def test_gradients_that_overflow_with_large_values(instruction_set):
     _, exact = kernel(*(x.double() for x in (*tensors, value, grad)))
     for got, right in zip(actual, exact, strict=True):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e13)
+
+
+@needs_kernel
+def test_conversions_in_hardware_round_as_those_in_software(switch):
+    case = inputs(2, 130, 33, bonus=(-3, 3), key=(-3, 3), dtype=torch.bfloat16)
+    found = []
+    for name in ("avx512", "avx512_bf16"):
+        switch(name)
+        out, grads = kernel(*case)
+        found.append((out, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @needs_kernel

@@ -13,7 +13,7 @@ SHAPES = [(1, 1, 1, 1), (2, 5, 3, 33), (1, 7, 7, 96), (2, 40, 3, 48), (1, 17, 20
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(params=["plain", "generic", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "generic", "avx2", "avx512", "avx512_bf16"])
 def path(request, switch):
     """The operators' plain form, then every instruction set."""
     if request.param == "plain":

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sola_vision import ops
 from sola_vision.layers.products import matrices_stay_narrow
-from sola_vision.layers.unmodified import has_global_hook, is_unmodified
+from sola_vision.layers.unmodified import has_global_hook, is_unmodified, parameter
 from sola_vision.ops import cpu
 from sola_vision.ops.autocast import autocasts
 from sola_vision.ops.path import exporting
@@ -57,9 +57,10 @@ def operands_agree(x: Tensor, *others: Tensor) -> bool:
 
 def in_tiles(x: Tensor, *modules: nn.Module) -> bool:
     """True if the CPU kernel can apply these norms and projections to x [..., C] in tiles of tokens."""
-    weights = (module.weight for module in modules if isinstance(module, nn.Linear))
     # exported graphs have to run on any processor
-    return not exporting() and _inference_on_cpu(x, *modules) and multiplied_in_tiles(x, *weights)
+    if exporting() or not _inference_on_cpu(x, *modules):
+        return False
+    return multiplied_in_tiles(x, *(parameter(module, "weight") for module in modules if type(module) is nn.Linear))
 
 
 def in_bands(x: Tensor, *modules: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 wrapper, has an adapter, a quantised weight or a hook, or if its forward was replaced.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,26 +16,26 @@ def is_unmodified(*modules: nn.Module) -> bool:
     for module in modules:  # a plain loop: every layer runs this in every forward
         if not is_stock(module):
             return False
-        if not has_plain_parameters(module) if type(module) is nn.LayerNorm else _parameter(module, "bias") is not None:
+        if not has_plain_parameters(module) if type(module) is nn.LayerNorm else parameter(module, "bias") is not None:
             return False
     return True
 
 
 def has_plain_parameters(norm: nn.LayerNorm) -> bool:
     """True if a norm has both parameters, and they are plain tensors."""
-    return type(_parameter(norm, "weight")) in _TENSORS and type(_parameter(norm, "bias")) in _TENSORS
+    return type(parameter(norm, "weight")) in _TENSORS and type(parameter(norm, "bias")) in _TENSORS
 
 
 def is_stock(module: nn.Module) -> bool:
     """True for an nn.Linear or nn.LayerNorm with a plain weight: no adapter, quantised weight, hook or own forward."""
     kind = nn.LayerNorm if type(module) is nn.LayerNorm else nn.Linear
-    return is_unhooked(module, kind) and type(_parameter(module, "weight")) in _TENSORS
+    return is_unhooked(module, kind) and type(parameter(module, "weight")) in _TENSORS
 
 
-def _parameter(module: nn.Module, name: str) -> object:
-    """getattr without nn.Module's slow lookup where the attribute is a parameter."""
-    parameter = module._parameters.get(name)
-    return getattr(module, name) if parameter is None else parameter
+def parameter(module: nn.Module, name: str) -> Any:
+    """getattr without nn.Module's slow lookup where the attribute is a parameter, or None in its place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def is_affine(norm: nn.Module) -> bool:

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix products fused with the passes before and after them, compiled once per instruction set (see linear.h).
 //
-// A thread processes its tokens one tile at a time: it computes the left factor of a tile, multiplies it by one panel
-// of a weight after another, and consumes the sums while they are in its cache. The summation order depends on neither
-// the tiles nor the number of threads.
+// A thread processes its tokens one tile at a time: it computes the left factor of a tile, multiplies blocks of it by
+// one panel of a weight after another, and consumes the sums while they are in its cache. The summation order depends
+// on neither the tiles nor the number of threads.
 #include "linear.h"
 
 #include "parallel.h"

@@ -38,7 +38,8 @@ struct Tile {
 };
 
 // The granularity of a product. Rows of the tile up to the next multiple of `tokens` exist and are computed as well;
-// inputs up to the next multiple of `inputs` exist and are zero.
+// inputs up to the next multiple of `inputs` exist and are zero. Sums are used for a `block` of tokens at a time: few
+// enough for the processor to multiply the next block meanwhile.
 template <class T>
 struct Granularity;
 template <>

@@ -61,8 +61,8 @@ def save_pretrained(
     classes: a name for each output; default: the names it was loaded with, or numbers.
     image: preprocessing of its images; default: the settings it was loaded with, or timm's for its name.
     What torch.compile or DistributedDataParallel returned is saved as the network inside. Raise ValueError if the
-    arguments do not match or a network of this package was pruned, changed or is inside of another module, OSError if
-    it cannot be written.
+    arguments do not match, a network was quantised, or one of this package was pruned, changed or is inside of another
+    module, OSError if it cannot be written.
     """
     folder, model = Path(folder), unwrap_model(model)
     if folder.suffix == ".safetensors" or folder.is_file():
@@ -70,6 +70,7 @@ def save_pretrained(
     if (folder / "best.safetensors").exists():
         raise ValueError(f"{folder} is the folder of a run, whose best.safetensors is loaded first: use another folder")
     name, cfg = _identity(model)
+    _check_tensors(model)
     _check_whole(model)
     arguments = network_arguments(model)
     count: int = getattr(model, "num_classes", 0)
@@ -279,6 +280,16 @@ def _identity(model: nn.Module) -> tuple[str, dict[str, Any]]:
     if strange:
         raise ValueError(f"{name} was built with {', '.join(strange)}: save it with timm's save_for_hf")
     return name, cfg
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Raise ValueError if a network's state has anything but tensors, as torch's quantised modules have."""
+    others = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{others[0]} is not a tensor: a quantised network cannot be saved; save the one that it was made from, "
+            "and quantise what sola_vision.load returns"
+        )
 
 
 def _check_whole(model: nn.Module) -> None:

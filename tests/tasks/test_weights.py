@@ -359,6 +359,15 @@ def test_save_pretrained_refuses_what_it_could_not_bring_back(tmp_path, sola):
         sola_vision.save_pretrained(sola, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning", "ignore:.*quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", ["sola_nano", "resnet18"])
+def test_a_quantised_network_is_refused_in_one_line(tmp_path, name):
+    quantised = torch.ao.quantization.quantize_dynamic(timm.create_model(name, num_classes=3), {torch.nn.Linear})
+    with pytest.raises(ValueError, match=r"is not a tensor: a quantised network cannot be saved; save the one that"):
+        sola_vision.save_pretrained(quantised, tmp_path / "quantised")
+    assert not (tmp_path / "quantised").exists()
+
+
 def test_a_pruned_network_is_not_saved_as_a_whole_one(tmp_path, sola):
     sola.prune_intermediate_layers([1])
     with pytest.raises(ValueError, match=r"140 parts do not match .* \(norm\.bias first\): it was pruned or changed"):

@@ -196,6 +196,7 @@ inline void gather(bfloat16* a, U bits) {
 inline F widen(const bfloat16* a) { return as_float(spread(a) << 16); }
 
 #if defined(__AVX512BF16__)
+// the instruction flushes subnormal numbers to zero
 inline void narrow(bfloat16* a, F f) { _mm256_storeu_si256((__m256i*)a, (__m256i)_mm512_cvtneps_pbh((__m512)f)); }
 #else
 inline void narrow(bfloat16* a, F f) {

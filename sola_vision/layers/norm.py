@@ -14,7 +14,8 @@ class LayerNorm(nn.LayerNorm):
 
     In eager mode on a GPU the kernel reads half precision under autocast, instead of after a conversion, and processes
     several tokens at a time. torch's takes one block of threads for each and was the largest item of a small network's
-    profile (docs/log.md). In inference on a CPU in half precision torch's takes twice as long.
+    profile (docs/log.md). In inference on a CPU in half precision torch's takes up to 2.9 times as long
+    (docs/performance-layers.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,11 +9,14 @@ With d = w / N, eq. 9 is the quotient of two sums, computed by a left-to-right a
 A state is stored as e^m s with m the largest exponent in it, in float64, so that nothing over- or underflows and the
 rounding of an exponent is negligible in float32. The mixing matrix is symmetric: the backward needs the same scans.
 
-Tensors in this file are time-major, [N, B, C]; a state of K sums is [N, K, B, C].
+Tensors in this file are time-major, [N, B, C]; a state of K sums is [N, K, B, C]. Devices without float64 are passed to
+`portable_float32.py`.
 """
 
 import torch
 from torch import Tensor
+
+from sola_vision.ops import portable_float32
 
 # exponent of an empty state: e^EMPTY is 0 relative to any weight, and EMPTY - EMPTY is 0 where -inf would give nan
 _EMPTY = -1e300
@@ -25,6 +28,8 @@ def wkv(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return eq. 9: decay, bonus [C], key, value [B, N, C] -> [B, N, C] in value's dtype."""
     if key.numel() == 0:
         return torch.empty_like(value, memory_format=torch.contiguous_format)
+    if not _has_float64(key.device):
+        return portable_float32.wkv(decay, bonus, key, value)
     d, u, k, v = _prepare(decay, bonus, key, value)
     _, num, den, *_ = _states(d, u, k, v)
     return (num / den).transpose(0, 1).to(value.dtype).contiguous()
@@ -41,6 +46,8 @@ def wkv_backward(
     """
     if key.numel() == 0:
         return torch.zeros_like(decay), torch.zeros_like(bonus), torch.zeros_like(key), torch.zeros_like(value)
+    if not _has_float64(key.device):
+        return portable_float32.wkv_backward(decay, bonus, key, value, grad)
     d, u, k, v = _prepare(decay, bonus, key, value)
     top, num, den, left, right = _states(d, u, k, v)
     y = num / den
@@ -66,6 +73,10 @@ def wkv_backward(
 
     gw = gd / k.shape[0]
     return gw.to(decay.dtype), gu.to(bonus.dtype), batch_major(gk, key), batch_major(gv, value)
+
+
+def _has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
 
 
 def _prepare(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator against its definition: values, gradients, laws, contract, the same on every path."""
 
+import contextlib
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 
 from sola_vision import ops
-from sola_vision.ops import reference, wkv
+from sola_vision.ops import portable, reference, wkv
 
 # the default is the kernel for this machine: the C++ one if it was built during installation
 PATHS = ["reference", "portable", "default"]
+SINGLE = "portable in float32"  # the portable path on a device without float64
 SIZES = [(1, 1, 3), (2, 49, 1), (1, 196, 5), (2, 197, 33), (1, 64, 8), (3, 65, 2)]
 
 
 def pinned(path):
-    return ops.use(path) if path != "default" else torch.autograd.set_grad_enabled(True)
+    return ops.use("portable" if path == SINGLE else path) if path != "default" else contextlib.nullcontext()
+
+
+def device(path):
+    missing = mock.patch.object(portable, "_has_float64", return_value=False)
+    return missing if path == SINGLE else contextlib.nullcontext()
 
 
 def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, key_range=50.0):
@@ -33,9 +41,10 @@ def random_inputs(batch, num_tokens, channels, dtype=torch.float32, seed=0, key_
 
 def run(path, decay, bonus, key, value, grad):
     leaves = [x.clone().requires_grad_() for x in (decay, bonus, key, value)]
-    with pinned(path):
-        out = wkv(*leaves)
-    return out, torch.autograd.grad(out, leaves, grad)
+    with device(path):
+        with pinned(path):
+            out = wkv(*leaves)
+        return out, torch.autograd.grad(out, leaves, grad)
 
 
 def truth(decay, bonus, key, value, grad):
@@ -53,7 +62,7 @@ def gradient_error(got, expected, value, grad):
     return ((got.double() - expected).abs().max() / torch.maximum(expected.abs().max(), floor)).item()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, SINGLE])
 @pytest.mark.parametrize("size", SIZES)
 def test_wkv_equals_the_definition_in_float32(path, size):
     inputs = random_inputs(*size)
@@ -65,7 +74,7 @@ def test_wkv_equals_the_definition_in_float32(path, size):
         assert gradient_error(got, want, inputs[3], inputs[4]) <= 1e-5
 
 
-@pytest.mark.parametrize("path", ["portable", "default"])
+@pytest.mark.parametrize("path", ["portable", "default", SINGLE])
 def test_wkv_equals_the_definition_at_stage_1_of_224(path):
     inputs = random_inputs(1, 3136, 2)
     out, grads = run(path, *inputs)
@@ -75,7 +84,7 @@ def test_wkv_equals_the_definition_at_stage_1_of_224(path):
         assert gradient_error(got, want, inputs[3], inputs[4]) <= 1e-5
 
 
-@pytest.mark.parametrize("path", ["portable", "default"])
+@pytest.mark.parametrize("path", ["portable", "default", SINGLE])
 @pytest.mark.parametrize("keys", ["one outweighs all", "rising"])
 def test_gradients_whose_terms_cancel_are_exact_relative_to_the_terms(path, keys):
     """The results are close to one value and the loss is a sum: the gradients of decay and key are almost zero."""
@@ -93,7 +102,7 @@ def test_gradients_whose_terms_cancel_are_exact_relative_to_the_terms(path, keys
         assert (got.double() - want).abs().max() <= 5e-7 * 65 * images * value.abs().max()
 
 
-@pytest.mark.parametrize("path", ["portable", "default"])
+@pytest.mark.parametrize("path", ["portable", "default", SINGLE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wkv_in_half_precision_adds_little_to_rounding(path, dtype):
     decay, bonus, key, value, grad = random_inputs(2, 197, 9, torch.float64, key_range=5.0)
@@ -108,7 +117,7 @@ def test_wkv_in_half_precision_adds_little_to_rounding(path, dtype):
         assert gradient_error(got, want, value, grad) <= 2 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, SINGLE])
 @pytest.mark.parametrize(
     ("decay", "bonus", "key_scale"),
     [
@@ -134,21 +143,23 @@ def test_wkv_is_correct_at_extremes(path, decay, bonus, key_scale, num_tokens):
         assert gradient_error(got, want, value, grad) <= 1e-5
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, SINGLE])
 def test_wkv_laws(path):
-    decay, bonus, key, value, _ = random_inputs(2, 60, 7, torch.float64)
-    with pinned(path):
+    single = path == SINGLE
+    decay, bonus, key, value, _ = random_inputs(2, 60, 7, torch.float32 if single else torch.float64)
+    close = {"rtol": 1e-5, "atol": 5e-6} if single else {"rtol": 1e-9, "atol": 1e-12}
+    with device(path), pinned(path):
         out = wkv(decay, bonus, key, value)
         reversed_ = wkv(decay, bonus, key.flip(1), value.flip(1))
         shifted = wkv(decay, bonus, key + 17.0, value)
         constant = wkv(decay, bonus, key, torch.full_like(value, 3.25))
         scaled = wkv(decay, bonus, key, 2 * value + 1)
-    torch.testing.assert_close(reversed_, out.flip(1), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(shifted, out, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(reversed_, out.flip(1), **close)
+    torch.testing.assert_close(shifted, out, **close)
     torch.testing.assert_close(constant, torch.full_like(value, 3.25))
-    torch.testing.assert_close(scaled, 2 * out + 1, rtol=1e-9, atol=1e-12)
-    assert (out <= value.amax(1, keepdim=True) + 1e-12).all()
-    assert (out >= value.amin(1, keepdim=True) - 1e-12).all()
+    torch.testing.assert_close(scaled, 2 * out + 1, **close)
+    assert (out <= value.amax(1, keepdim=True) + close["atol"]).all()
+    assert (out >= value.amin(1, keepdim=True) - close["atol"]).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -182,6 +193,32 @@ def test_wkv_gradcheck(path):
     leaves = [x.requires_grad_() for x in (decay / 20, bonus / 5, key, value)]
     with pinned(path):
         assert torch.autograd.gradcheck(wkv, leaves)
+
+
+@pytest.mark.parametrize("keys", ["random", "equal"])
+def test_double_backward_without_float64_is_that_of_the_definition(keys):
+    """Of equal keys without decay, sums are equally large: which is kept must not change a derivative."""
+    decay, bonus, key, value, grad = random_inputs(2, 21, 3, key_range=3.0)
+    if keys == "equal":
+        decay, bonus, key = torch.zeros_like(decay), torch.zeros_like(bonus), torch.ones_like(key)
+
+    def penalty(path):
+        leaves = [x.clone().requires_grad_() for x in (decay / 20, bonus / 5, key, value)]
+        with device(path), pinned(path):
+            first = torch.autograd.grad(wkv(*leaves), leaves, grad, create_graph=True)
+            return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    torch.testing.assert_close(penalty(SINGLE), penalty("reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_without_float64_is_that_of_the_definition():
+    decay, bonus, key, value, grad = random_inputs(2, 21, 3, key_range=3.0)
+    inputs = decay / 20, bonus / 5, key, value
+    tangents = torch.ones_like(decay), torch.ones_like(bonus), grad, grad.flip(1)
+    with device(SINGLE):
+        _, got = torch.func.jvp(wkv, inputs, tangents)
+    _, expected = torch.func.jvp(reference.wkv, inputs, tangents)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wkv", "wkv_portable"])
@@ -229,9 +266,9 @@ def test_wkv_does_not_depend_on_memory_layout():
     torch.testing.assert_close(grads, expected_grads, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, SINGLE])
 def test_wkv_of_an_empty_batch_is_empty(path):
-    with pinned(path):
+    with device(path), pinned(path):
         assert wkv(torch.ones(3), torch.ones(3), torch.ones(0, 5, 3), torch.ones(0, 5, 3)).shape == (0, 5, 3)
 
 

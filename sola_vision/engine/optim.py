@@ -5,10 +5,11 @@ Parameter groups (no decay for biases, norms and `no_weight_decay()`; layer-wise
 timm's. The schedule has no state: resuming needs only the step.
 """
 
+import inspect
 import math
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +26,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             f"layer_decay={config.layer_decay} needs a model with group_matcher(), which {type(model).__name__} lacks"
         )
     try:
+        # one kernel for all parameters where torch has it: a fifth of the time on a CPU, and fewer launches on a GPU
+        kernel = {"fused": True} if _is_fused(config.optimizer) else {}
         _check_step(config.optimizer, next(model.parameters()).device)
         # not in the paper: timm leaves all vectors without weight decay; besides biases and norms, as in Swin, these
         # are decays, bonuses and the weights of the token shift
@@ -34,12 +37,17 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
             lr=config.lr,
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
+            **kernel,
         )
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"optimizer={config.optimizer!r} cannot be used here ({reason}): use another, such as adamw, sgd or lamb"
         ) from None
+
+
+def _is_fused(name: str) -> bool:
+    return "fused" in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
 
 
 def _check_step(name: str, device: torch.device) -> None:

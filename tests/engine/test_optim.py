@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from sola_vision.engine import TrainConfig, lr_at
@@ -122,6 +123,29 @@ def test_make_optimizer_refuses_unknown_names_and_layer_decay_without_layers():
         make_optimizer(Layered(), config(optimizer="adamv"))
     with pytest.raises(ValueError, match="group_matcher"):
         make_optimizer(nn.Linear(2, 2), config(layer_decay=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD), ("lamb", None)],
+)
+def test_torchs_optimizers_update_all_parameters_by_one_kernel(name, kind):
+    """And by the same formula as without it."""
+    models = Layered(), Layered()
+    models[1].load_state_dict(models[0].state_dict())
+    optimizer = make_optimizer(models[0], config(optimizer=name, weight_decay=0.1))
+    assert optimizer.defaults.get("fused", False) == (kind is not None)
+    if kind is None:
+        return
+    plain = create_optimizer_v2(models[1], opt=name, lr=1.0, weight_decay=0.1)
+    assert type(optimizer) is type(plain) is kind
+    for _ in range(3):
+        for model in models:
+            for i, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.linspace(-1, 2, parameter.numel()).view_as(parameter) + i
+        optimizer.step()
+        plain.step()
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*opt_einsum")

@@ -12,10 +12,10 @@ from matplotlib.ticker import NullLocator
 from sola_vision.analysis.cost import Cost
 from sola_vision.analysis.receptive import FieldMap, field_statistics
 from sola_vision.analysis.scaling import Point
+from sola_vision.colours import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from sola_vision.fonts import save_figure
 
-# Okabe and Ito's colours, each with its own marker: distinguishable for colour-blind readers and in print
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)  # each with its own marker
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 

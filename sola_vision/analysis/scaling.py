@@ -7,11 +7,10 @@ are independent. `python -m sola_vision.analysis.scaling NETWORK SIZE THREADS` m
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -21,6 +20,7 @@ from torch import nn
 from sola_vision import sola  # noqa: F401 - registers sola_* when this module is run as a script
 from sola_vision.analysis import memory
 from sola_vision.analysis.cost import build, count, full_softmax
+from sola_vision.analysis.process import in_process
 from sola_vision.config import tiny
 
 # not in the paper: the sizes of each family; here the tiny ones, all with patches of 4 pixels as its caption says
@@ -66,30 +66,14 @@ def measured(points: list[Point], threads: int, report: Callable[[Point], None] 
     for point in points:
         expected = pace.get(point.network, 0.0) * point.gmacs
         if point.size <= ALWAYS or expected <= LIMIT:
-            seconds, mebibytes = _measure_in_process(point, threads)
-            point = Point(point.network, point.size, point.gmacs, seconds, mebibytes)
-            if seconds is not None:
-                pace[point.network] = seconds / point.gmacs
-            else:
-                pace[point.network] = float("inf")
+            arguments, subject = (point.network, str(point.size), str(threads)), f"{point.network} at {point.size}"
+            found = in_process("sola_vision.analysis.scaling", *arguments, subject=subject, timeout=_TIMEOUT)
+            if found is not None:
+                point = replace(point, **found)
+            pace[point.network] = float("inf") if point.seconds is None else point.seconds / point.gmacs
         report(point)
         done.append(point)
     return done
-
-
-def _measure_in_process(point: Point, threads: int) -> tuple[float | None, float | None]:
-    command = [sys.executable, "-m", "sola_vision.analysis.scaling", point.network, str(point.size), str(threads)]
-    try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        print(f"{point.network} at {point.size}: not measured, it took over {_TIMEOUT:.0f} s", file=sys.stderr)
-        return None, None
-    if finished.returncode:  # usually out of memory
-        last = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
-        print(f"{point.network} at {point.size}: not measured: {last}", file=sys.stderr)
-        return None, None
-    result = json.loads(finished.stdout)
-    return result["seconds"], result["mebibytes"]
 
 
 @torch.inference_mode()

@@ -8,7 +8,6 @@ random weights.
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from torch import nn
 from sola_vision import sola  # noqa: F401 - registers sola_* where this module is run on its own
 from sola_vision.analysis import memory
 from sola_vision.analysis.cost import build, count
+from sola_vision.analysis.process import in_process
 from sola_vision.bench.rounds import Job, Protocol, Times, interleave, ratio
 from sola_vision.tasks import describe_classifier
 
@@ -213,19 +213,9 @@ def job(model: nn.Module, case: Case) -> Job:
 
 def memory_of(case: Case) -> dict[str, float | None]:
     """Measure a fresh process in MiB: its peak, and its increase by the network, images and optimiser state."""
-    command = [
-        sys.executable,
-        "-m",
-        "sola_vision.bench.network",
-        json.dumps(asdict(case)),
-        str(torch.get_num_threads()),
-    ]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode:  # usually killed for lack of memory
-        last = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
-        print(f"sola: memory of {text(case)} could not be measured: {last}", file=sys.stderr)
-        return {"peak_mib": None, "added_mib": None}
-    return json.loads(finished.stdout)
+    arguments = json.dumps(asdict(case)), str(torch.get_num_threads())
+    found = in_process("sola_vision.bench.network", *arguments, subject=f"memory of {text(case)}")
+    return found or {"peak_mib": None, "added_mib": None}
 
 
 def _memory_here(case: Case, threads: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from sola_vision.bench import accuracy, network, operator
 from sola_vision.bench.rounds import Protocol
 from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder
-from sola_vision.commands.cost import SIZE_HELP, full_name, image_sizes, short_name
+from sola_vision.commands.networks import SIZE_HELP, full_name, image_sizes, short_name
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.engine.log import json_text, surroundings, write_json
 

@@ -6,8 +6,6 @@ MODEL is a name, or the path of a classifier's run or checkpoint, which is count
 """
 
 import json
-import os
-import re
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -15,17 +13,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-from rich.text import Text
-
 from sola_vision.analysis.cost import Cost, Group, build, count
 from sola_vision.analysis.paper import Compared, compare_with_paper
-from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder, parse_size, plain
+from sola_vision.commands.arguments import Arguments, check_minimum, check_parent_folder, plain
+from sola_vision.commands.networks import SIZE_HELP, full_name, image_sizes, short_name
 from sola_vision.commands.results import write_csv
 from sola_vision.commands.tables import new_table, show_table
 from sola_vision.tasks import describe_classifier
 
-SIZE_HELP = "image sizes, such as 224 1333x800 (default: those of the runs or checkpoints, 224 for names)"
 _MULTIPLE = 32  # sides are rounded up to it for timm networks that do not take the given size
 
 
@@ -120,38 +115,6 @@ def _networks(options: Namespace) -> None:
         print(json.dumps([*documents, *(_document(cost, {}) for cost in compared)], indent=2))
     else:
         _print(costs, options.by)
-
-
-def full_name(name: str) -> str:
-    """Return timm's name for a short one (swin_tiny: swin_tiny_patch4_window7_224), the shortest with that prefix.
-
-    The path of a classifier's run or checkpoint is returned unchanged; raise ValueError or OSError for any other path.
-    """
-    if Path(name).exists():
-        describe_classifier(name)
-        return name
-    if timm.is_model(name):
-        return name
-    longer = timm.list_models(f"{name}_*")
-    if not longer or not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(
-            f"network {name!r} is unknown: use sola_nano, sola_tiny, sola_small, sola_base, a timm name, or the path "
-            "of a run or checkpoint"
-        )
-    return min(longer, key=len)
-
-
-def short_name(model: str) -> Text:
-    """Return the label of a network in a table: its name, or the last two parts of the path of a run or checkpoint."""
-    return plain(str(Path(*Path(model).parts[-2:])) if os.path.exists(model) else model)  # not Path: a long label
-
-
-def image_sizes(texts: Sequence[str] | None, models: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the sizes of --size; by default the image sizes of the runs and checkpoints in `models`, otherwise 224."""
-    if texts is not None:
-        return [parse_size(text) for text in texts]
-    sides = [describe_classifier(model).image_size for model in models if Path(model).exists()]
-    return [(side, side) for side in dict.fromkeys(sides or [224])]
 
 
 def _count(model: str, size: tuple[int, int], options: Namespace, changes: dict[str, Any]) -> Cost:

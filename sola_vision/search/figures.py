@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sola_vision.analysis.labels import label_points
+from sola_vision.colours import BLUE, GREEN, ORANGE
 
 from .costs import TOLERANCE, Costs
 from .methods import Found
@@ -17,10 +18,10 @@ def draw_search(found: Found, costs: Costs, budget: float, out: Path) -> None:
     scale, unit = (1e-6, "MMACs") if costs.unit == "MACs" else (1e3, "ms")
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
-    axes.axvspan(scale * budget * (1 - TOLERANCE), scale * budget * (1 + TOLERANCE), color="#E69F00", alpha=0.2)
-    axes.axvline(scale * budget, color="#E69F00", label="budget ± 2 %")
+    axes.axvspan(scale * budget * (1 - TOLERANCE), scale * budget * (1 + TOLERANCE), color=ORANGE, alpha=0.2)
+    axes.axvline(scale * budget, color=ORANGE, label="budget ± 2 %")
     kinds = list(dict.fromkeys(point.how for point in found.points))
-    for how, colour in zip(kinds, ("#0072B2", "#009E73"), strict=False):
+    for how, colour in zip(kinds, (BLUE, GREEN), strict=False):
         points = sorted((p for p in found.points if p.how == how), key=lambda point: (point.cost, point.top1))
         axes.plot(
             [scale * p.cost for p in points], [p.top1 for p in points], color=colour, marker="o", ls="none", label=how

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
 from sola_vision.analysis.paper import ROWS
+from sola_vision.colours import BLUE, SKY, VERMILION
 from sola_vision.fonts import save_figure
 
 from .outcome import RESULTS, Outcome, gather
@@ -49,7 +50,7 @@ _PANELS = {
     "5": ("ADE20K, UPerNet, 512 x 512", "mIoU"),
 }
 # fmt: on
-_SOLA, _OTHERS, _OURS = "#D55E00", "#56B4E9", "#0072B2"
+_SOLA, _OTHERS, _OURS = VERMILION, SKY, BLUE
 _DPI = 100  # of the layout in which labels are placed, and of the file
 
 

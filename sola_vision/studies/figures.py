@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sola_vision.analysis.labels import label_points
+from sola_vision.colours import BLUE, GREEN, VERMILION
 from sola_vision.fonts import save_figure
 from sola_vision.wording import amount
 
 from .outcome import Outcome, Row
 
-# Okabe and Ito's colours, distinguishable for colour-blind readers and in print
-LINEAR, SOFTMAX, MIXED = "#0072B2", "#D55E00", "#009E73"
+LINEAR, SOFTMAX, MIXED = BLUE, VERMILION, GREEN
 _DPI = 100  # of the file
 _LAYOUT_DPI = 110  # in which labels are placed; their offsets are in points, which suit the file too
 

@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from sola_vision.colours import BLUE, GREEN, ORANGE, VERMILION
 from sola_vision.fonts import pillow_font, save_figure
 from sola_vision.tasks.coco_eval import RECALLS, THRESHOLDS, Score
 from sola_vision.tasks.label_pictures import class_colours, enlargement
-from sola_vision.tasks.pictures import BLUE, GREEN, ORANGE, VERMILION
 from sola_vision.wording import amount
 
 _LABELLED = 40  # with more objects than this, classes are shown by colour alone

@@ -11,15 +11,16 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
+from sola_vision.colours import VERMILION
 from sola_vision.data import IGNORED, LabelRule
 from sola_vision.fonts import pillow_font, save_figure
 from sola_vision.tasks.pictures import shortened
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _NONE = (0, 0, 0)  # pixels without a class
-_WRONG = (213, 94, 0)  # Okabe and Ito's vermilion
+_WRONG = ImageColor.getrgb(VERMILION)
 _SHORTEST = 480  # smallest side of a drawn image in pixels, so that labels are readable
 _LONGEST = 4096  # largest side after enlarging, for very elongated images
 _NAMED = 24  # classes in the legend of the worst images

@@ -11,11 +11,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
+from sola_vision.colours import BLUE, VERMILION
 from sola_vision.engine.log import read_records
 from sola_vision.fonts import save_figure
-
-# Okabe and Ito's colours, distinguishable by colour-blind readers and in print
-BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 
 _NAMES = 40  # maximum number of class names along a side of a confusion matrix
 _FEW = 30  # curves with up to this many points get markers; a single point would be invisible otherwise

@@ -45,7 +45,7 @@ def kernel_sources(bfloat16: bool) -> dict[str, list[str]]:
     sets = {"generic": []} | ({"avx2": AVX2, "avx512": AVX512} if x86 else {})
     more = {"avx512_bf16": AVX512_BF16, "amx": AMX} if x86 and bfloat16 else {}
     pairs = {name: flags for name, flags in more.items() if name == "avx512_bf16"}
-    products = {"linear": more, "attention": pairs, "wkv": pairs, "passes": pairs}  # and conversions, of bfloat16
+    products = {"linear": more, "attention": more, "wkv": pairs, "passes": pairs}  # and conversions, of bfloat16
     objects = {
         f"{source}_{name}": [f"csrc/{source}.cpp", f"-DSOLA_ISA={name}", *MATHS, *flags]
         for source in ("linear", "linear_backward", "wkv", "passes", "attention", "attention_backward")

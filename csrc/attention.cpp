@@ -13,16 +13,14 @@
 namespace sola::SOLA_ISA {
 namespace {
 
-constexpr float masked_score = -1e30f;  // the score of keys beyond the last token
-
 struct Workspace {
   int64_t padded_dim;  // head_dim, rounded up to whole tiles
   Arena memory;
   float *keys, *values, *scores, *queries, *results;         // [block, padded_dim] x 2, [block, panel], rest per panel
   Lanes (*maximum)[cols], (*total)[cols], (*divisor)[cols];  // per panel
 
-  Workspace(int64_t dim, int64_t panels)
-      : padded_dim(round_up(dim, rows)),
+  Workspace(int64_t dim, int64_t panels, int64_t step)
+      : padded_dim(round_up(dim, step)),
         memory(2 * block * padded_dim + block * panel + panels * panel * (2 * padded_dim + 3), 8),
         keys(memory.allocate(block * padded_dim)),
         values(memory.allocate(block * padded_dim)),
@@ -42,25 +40,13 @@ void update_weights(const Workspace& space, int64_t p, int64_t keys, int64_t dim
   const float* const queries = space.queries + p * panel * space.padded_dim;
   float* const scores = space.scores;
   F maximum[cols] = {splat(masked_score), splat(masked_score)};
-  for (int64_t j = 0; j < keys; j += rows) {
-    F sums[rows][cols] = {};
-    multiply<typename Ops::Kind>(sums, space.keys + j * Ops::key_stride(dim), Ops::key_stride(dim), 1, queries, panel,
-                                 Ops::depth(dim));
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < cols; ++v) {
-        const F s = j + r >= keys ? splat(masked_score) : Ops::scaled ? sums[r][v] : sums[r][v] * factor;
-        maximum[v] = larger(maximum[v], s);
-        narrow(scores + (j + r) * panel + v * W, s);
-      }
-    }
-  }
+  Ops::scores(space.keys, queries, keys, dim, scores, maximum);
+  const F remaining = splat(Ops::scaled ? 1.0f : factor);
   for (int v = 0; v < cols; ++v) {
-    const F before = space.maximum[p][v], now = larger(before, round_to_integer(maximum[v]));
-    const Reference reference(now);
-    const F rescale = power(before, reference);
+    const F before = space.maximum[p][v], now = larger(before, round_to_integer(maximum[v] * remaining));
+    const F rescale = power(before, Reference(now));
     space.maximum[p][v] = now;
-    const Total total = Ops::exponentiate(scores + v * W, keys, reference);
+    const Total total = Ops::exponentiate(scores + v * W, keys, Reference(now, remaining));
     space.total[p][v] = F(space.total[p][v]) * rescale + total.exact;
     space.divisor[p][v] = F(space.divisor[p][v]) * rescale + total.rounded;
     if (memcmp(&before, &now, sizeof now) == 0) continue;
@@ -92,11 +78,7 @@ bool fast(const Head<T>& h, int64_t first, int64_t queries, const Workspace& spa
     value_bits = larger(value_bits, Ops::values(h.value + k * h.stride, h.stride, keys, h.dim, space.values));
     for (int64_t p = 0; p < panels; ++p) {
       update_weights<T>(space, p, keys, h.dim, factor);
-      for (int64_t d = 0; d < padded_dim; d += rows) {
-        float* const results = space.results + (p * padded_dim + d) * panel;
-        multiply_onto<typename Ops::Kind>(results, panel, space.values + d, 1, padded_dim, space.scores, panel,
-                                          Ops::value_rows(keys));
-      }
+      Ops::add(space.results + p * padded_dim * panel, space.values, space.scores, keys, padded_dim);
     }
   }
   // unscaled queries lack the factor of the scores, which is at most 1.5
@@ -142,11 +124,11 @@ void robust(const Head<T>& h, int64_t first, int64_t queries) {
 struct Partition {
   int64_t panels, tasks;  // panels per task, tasks per head
 
-  explicit Partition(const Attention& a) {
+  Partition(const Attention& a, int64_t step) {
     constexpr int64_t cache = 512 << 10, tasks_per_thread = 4, min_panels = 256 / panel;
     const int64_t all_panels = ceil_div(a.tokens, panel);
     const int64_t cached_panels =
-        cache / (panel * (a.head_dim + round_up(a.head_dim, rows)) * static_cast<int64_t>(sizeof(float)));
+        cache / (panel * (a.head_dim + round_up(a.head_dim, step)) * static_cast<int64_t>(sizeof(float)));
     const int64_t min_tasks = ceil_div(all_panels, cached_panels > min_panels ? cached_panels : min_panels),
                   max_tasks = ceil_div(all_panels, min_panels);
     const int64_t target_tasks = ceil_div(tasks_per_thread * a.threads, a.batch * a.heads);
@@ -161,10 +143,11 @@ struct Partition {
 template <class T>
 void forward(const Attention& a, ParallelFor loop) {
   if (a.batch * a.tokens * a.heads == 0) return;
-  const Partition partition(a);
+  const Partition partition(a, Operands<T>::step);
   parallel(loop, a.batch * a.heads * partition.tasks, 1, [&a, partition](int64_t begin, int64_t end) {
     const FlushSubnormals keep_subnormals(false);
-    const Workspace space(a.head_dim, partition.panels);
+    const MatrixUnit unit;
+    const Workspace space(a.head_dim, partition.panels, Operands<T>::step);
     for (int64_t i = begin; i < end; ++i) {
       const Head<T> head(a, i / partition.tasks);
       const int64_t each = partition.panels * panel, first = i % partition.tasks * each;

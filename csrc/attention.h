@@ -20,7 +20,7 @@ struct Attention {
   void* grad_qkv = nullptr;    // like qkv
 };
 
-// float32, bfloat16 and float16, accumulated in float32; the forward of avx512_bf16 multiplies pairs of bfloat16
+// float32, bfloat16 and float16, accumulated in float32; the forwards of avx512_bf16 and amx multiply bfloat16
 struct AttentionKernels {
   void (*forward)(const Attention&, Type, ParallelFor);
   void (*backward)(const Attention&, Type, ParallelFor);
@@ -41,5 +41,8 @@ void attention_backward(const Attention&, Type, ParallelFor);
 namespace avx512_bf16 {
 extern const AttentionKernels attention_kernels;
 }  // namespace avx512_bf16
+namespace amx {
+extern const AttentionKernels attention_kernels;
+}  // namespace amx
 
 }  // namespace sola

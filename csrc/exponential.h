@@ -79,16 +79,18 @@ inline F round_to_integer(F a) { return (a + 12582912.0f) - 12582912.0f; }
 // The integer m that powers of two are relative to. m is subtracted from the rounding constant, which needs no extra
 // instruction and is exact up to 2^22, as are m and m - 125.
 struct Reference {
-  F constant, lower_bound;
-  explicit Reference(F m) : constant(12582912.0f / units - m), lower_bound(m - 125.0f) {}
+  F factor, constant, lower_bound;  // the last one for arguments without the factor
+  explicit Reference(F m, F factor = splat(1.0f))
+      : factor(factor), constant(12582912.0f / units - m), lower_bound((m - 125.0f) / factor) {}
 };
 
-// 2^(s - m), accurate to 2e-7 for s up to m + 2; exact for integers s, zero for s <= m - 125; NaN gives NaN or zero
-SOLA_FORCED inline F power(F s, const Reference& m) {
-  const F shifted = s + m.constant;
-  const F r = s - (shifted - m.constant);
+// 2^(s - m) for s = a times the factor of m, accurate to 2e-7 for s up to m + 2; exact for integers s, zero for
+// s <= m - 125; NaN gives NaN or zero
+SOLA_FORCED inline F power(F a, const Reference& m) {
+  const F shifted = a * m.factor + m.constant;
+  const F r = a * m.factor - (shifted - m.constant);
 #if defined(__AVX512F__)
-  const F unit = power<0>(as_bits(shifted), _mm512_cmp_ps_mask((__m512)s, (__m512)m.lower_bound, _CMP_GT_OQ));
+  const F unit = power<0>(as_bits(shifted), _mm512_cmp_ps_mask((__m512)a, (__m512)m.lower_bound, _CMP_GT_OQ));
   return unit * r * (r * 0.240226507f + 0.693157344f) + unit;
 #else
   F p = r * 0.00132029823f + 0.00967495193f;
@@ -97,7 +99,7 @@ SOLA_FORCED inline F power(F s, const Reference& m) {
   p = p * r + 0.693146596f;
   p = p * r + 1.0f;
   p = as_float(as_bits(p) + (as_bits(shifted) << 23));
-  return s > m.lower_bound ? p : F{};
+  return a > m.lower_bound ? p : F{};
 #endif
 }
 

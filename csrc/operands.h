@@ -4,25 +4,53 @@
 //
 //   queries [depth, panel], keys [block, key_stride], values [value_rows, padded_dim], weights [value_rows, panel]
 //
-// Words beyond the last key or dimension are zero.
+// The matrix unit (AMX) reads values as [padded_dim, block / 2]. Words beyond the last key or dimension are zero.
 #pragma once
 #include "heads.h"
+#include "products.h"
 
 namespace sola::SOLA_ISA {
 namespace {
+
+constexpr float masked_score = -1e30f;  // the score of keys beyond the last token
 
 struct Total {
   F exact, rounded;  // the sums of the weights, and of the weights as rounded for the product
 };
 
+// The scores of `count` keys by a panel of queries, and their maximum; those of keys up to the next multiple of `rows`
+// are masked. A word of keys and queries holds one number or two.
+template <class Kind>
+SOLA_FORCED inline void block_scores(const float* keys, int64_t key_stride, const float* queries, int64_t depth,
+                                     int64_t count, float* scores, F (&maximum)[cols]) {
+  for (int64_t j = 0; j < count; j += rows) {
+    F sums[rows][cols] = {};
+    multiply<Kind>(sums, keys + j * key_stride, key_stride, 1, queries, panel, depth);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < cols; ++v) {
+        const F s = j + r >= count ? splat(masked_score) : sums[r][v];
+        maximum[v] = larger(maximum[v], s);
+        narrow(scores + (j + r) * panel + v * W, s);
+      }
+    }
+  }
+}
+
+// results [padded_dim, panel] += values' weights
+template <class Kind>
+inline void add_values(float* results, const float* values, const float* weights, int64_t depth, int64_t padded_dim) {
+  for (int64_t d = 0; d < padded_dim; d += rows) {
+    multiply_onto<Kind>(results + d * panel, panel, values + d, 1, padded_dim, weights, panel, depth);
+  }
+}
+
 template <class T>
 struct Operands {
-  using Kind = Float32Words;
-  static constexpr bool scaled = true;  // queries are multiplied by the factor of the scores
+  static constexpr bool scaled = true;    // queries are multiplied by the factor of the scores
+  static constexpr int64_t step = rows;  // of keys, and of dimensions
 
-  static int64_t depth(int64_t dim) { return dim; }
-  static int64_t key_stride(int64_t dim) { return round_up(dim, rows); }
-  static int64_t value_rows(int64_t keys) { return keys; }
+  static int64_t key_stride(int64_t dim) { return round_up(dim, step); }
 
   static U queries(const T* from, int64_t stride, int64_t count, int64_t dim, float factor, float* to) {
     U max_bits{};
@@ -31,10 +59,17 @@ struct Operands {
     return max_bits;
   }
   static U keys(const T* from, int64_t stride, int64_t count, int64_t dim, float* to) {
-    return copy_rows(from, stride, count, dim, 1.0f, round_up(count, rows), key_stride(dim), to);
+    return copy_rows(from, stride, count, dim, 1.0f, round_up(count, step), key_stride(dim), to);
   }
   static U values(const T* from, int64_t stride, int64_t count, int64_t dim, float* to) {
-    return copy_rows(from, stride, count, dim, 1.0f, count, round_up(dim, rows), to);
+    return copy_rows(from, stride, count, dim, 1.0f, count, round_up(dim, step), to);
+  }
+  SOLA_FORCED static void scores(const float* keys, const float* queries, int64_t count, int64_t dim, float* to,
+                                 F (&maximum)[cols]) {
+    block_scores<Float32Words>(keys, key_stride(dim), queries, dim, count, to, maximum);
+  }
+  static void add(float* results, const float* values, const float* weights, int64_t keys, int64_t padded_dim) {
+    add_values<Float32Words>(results, values, weights, keys, padded_dim);
   }
   // Replace the scores of one register of queries with weights and return their sum.
   SOLA_FORCED static Total exponentiate(float* scores, int64_t keys, const Reference& reference) {
@@ -67,16 +102,18 @@ inline U magnitude(U pairs) { return larger(first_of(pairs) & 0x7fffffffu, secon
 
 template <>
 struct Operands<bfloat16> {
-  using Kind = BFloat16Pairs;
   static constexpr bool scaled = false;
+#if defined(__AMX_BF16__)
+  static constexpr int64_t step = 32;
+#else
+  static constexpr int64_t step = rows;
+#endif
 
-  static int64_t depth(int64_t dim) { return key_stride(dim); }
-  static int64_t key_stride(int64_t dim) { return round_up(dim, rows) / 2; }
-  static int64_t value_rows(int64_t keys) { return (keys + 1) / 2; }
+  static int64_t key_stride(int64_t dim) { return round_up(dim, step) / 2; }
 
   static U queries(const bfloat16* from, int64_t stride, int64_t count, int64_t dim, float, float* to) {
     U max_bits{};
-    transpose_panel(depth(dim), to, [=, &max_bits](int64_t q, int64_t d) {
+    transpose_panel(key_stride(dim), to, [=, &max_bits](int64_t q, int64_t d) {
       const U pairs = q < count && 2 * d < dim ? load_pairs(from + q * stride + 2 * d, dim - 2 * d) : U{};
       max_bits = larger(max_bits, magnitude(pairs));
       return as_float(pairs);
@@ -86,7 +123,7 @@ struct Operands<bfloat16> {
   static U keys(const bfloat16* from, int64_t stride, int64_t count, int64_t dim, float* to) {
     U max_bits{};
     const int64_t width = key_stride(dim);
-    for (int64_t i = 0; i < round_up(count, rows); ++i) {
+    for (int64_t i = 0; i < round_up(count, step); ++i) {
       for (int64_t d = 0; d < width; d += W) {
         const U pairs = i < count && 2 * d < dim ? load_pairs(from + i * stride + 2 * d, dim - 2 * d) : U{};
         max_bits = larger(max_bits, magnitude(pairs));
@@ -98,33 +135,67 @@ struct Operands<bfloat16> {
   // a pair holds the numbers of two consecutive keys
   static U values(const bfloat16* from, int64_t stride, int64_t count, int64_t dim, float* to) {
     U max_bits{};
-    const int64_t padded_dim = round_up(dim, rows);
-    for (int64_t i = 0; i < count; i += 2) {
+    const int64_t padded_dim = round_up(dim, step);
+    const auto word = [=](int64_t key, int64_t d) {
+      return key < count && d < dim ? as_bits(load(from + key * stride + d, active_lanes(dim - d))) : U{};
+    };
+    const auto pairs = [=, &max_bits](int64_t i, int64_t d) {
+      const U both = word(2 * i, d) >> 16 | word(2 * i + 1, d);
+      max_bits = larger(max_bits, magnitude(both));
+      return as_float(both);
+    };
+#if defined(__AMX_BF16__)
+    static_assert(block == 2 * panel);
+    transpose_panel(padded_dim, to, pairs);
+#else
+    for (int64_t i = 0; 2 * i < count; ++i) {
       for (int64_t d = 0; d < padded_dim; d += W) {
-        const auto word = [=](int64_t key) {
-          return key < count && d < dim ? as_bits(load(from + key * stride + d, active_lanes(dim - d))) : U{};
-        };
-        const U pairs = word(i) >> 16 | word(i + 1);
-        max_bits = larger(max_bits, magnitude(pairs));
-        store(to + i / 2 * padded_dim + d, as_float(pairs), active_lanes(padded_dim - d));
+        store(to + i * padded_dim + d, pairs(i, d), active_lanes(padded_dim - d));
       }
     }
+#endif
     return max_bits;
   }
+
+#if defined(__AMX_BF16__)
+  static void scores(const float* keys, const float* queries, int64_t count, int64_t dim, float* to,
+                     F (&maximum)[cols]) {
+    const int64_t padded_dim = round_up(dim, step);
+    multiply_panel<false>(numbers(keys), padded_dim, round_up(count, step), numbers(queries), padded_dim, to, panel);
+    for (int64_t j = 0; j < count; ++j) {
+      for (int v = 0; v < cols; ++v) maximum[v] = larger(maximum[v], widen(to + j * panel + v * W));
+    }
+    for (int64_t i = count * panel; i < round_up(count, 2) * panel; ++i) to[i] = masked_score;
+  }
+  static void add(float* results, const float* values, const float* weights, int64_t keys, int64_t padded_dim) {
+    multiply_panel<true>(numbers(values), block, padded_dim, numbers(weights), round_up(keys, step), results, panel);
+  }
+  static const bfloat16* numbers(const float* words) { return reinterpret_cast<const bfloat16*>(words); }
+#else
+  SOLA_FORCED static void scores(const float* keys, const float* queries, int64_t count, int64_t dim, float* to,
+                                 F (&maximum)[cols]) {
+    block_scores<BFloat16Pairs>(keys, key_stride(dim), queries, key_stride(dim), count, to, maximum);
+  }
+  static void add(float* results, const float* values, const float* weights, int64_t keys, int64_t padded_dim) {
+    add_values<BFloat16Pairs>(results, values, weights, (keys + 1) / 2, padded_dim);
+  }
+#endif
+
   SOLA_FORCED static Total exponentiate(float* scores, int64_t keys, const Reference& reference) {
     Total total{};
 #pragma GCC unroll 2
     for (int64_t j = 0; j < keys; j += 2) {
-      const float* const at = scores + j * panel;  // keys beyond the last token have masked_score
+      const float* const at = scores + j * panel;  // the key beyond an odd last one has masked_score
       const F first = power(widen(at), reference), second = power(widen(at + panel), reference);
-      const U pairs = pair(first) | pair(second) << 16;
+      // rounds halves up: weights are positive
+      const U upper = as_bits(first) + 0x8000u & 0xffff0000u, lower = as_bits(second) + 0x8000u & 0xffff0000u;
       total.exact += first + second;
-      total.rounded += as_float(first_of(pairs)) + as_float(second_of(pairs));
-      narrow(scores + j / 2 * panel, as_float(pairs));
+      total.rounded += as_float(upper) + as_float(lower);
+      narrow(scores + j / 2 * panel, as_float(upper >> 16 | lower));
     }
+    for (int64_t i = (keys + 1) / 2; i < round_up(keys, step) / 2; ++i) narrow(scores + i * panel, F{});
     return total;
   }
-  SOLA_FORCED static U pair(F a) { return (U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)a)); }
 };
 
 #endif

@@ -32,7 +32,7 @@ std::atomic<const Kernel*> kernel{nullptr};
 
 #if defined(SOLA_BFLOAT16)
 Kernel with_matrix_unit(Kernel kernel) {
-  kernel.name = "amx", kernel.linear = &amx::linear, kernel.attention = &avx512::attention_kernels;
+  kernel.name = "amx", kernel.linear = &amx::linear, kernel.attention = &amx::attention_kernels;
   return kernel;
 }
 const Kernel matrix_products = with_matrix_unit(avx512_bf16::kernel);

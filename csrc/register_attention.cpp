@@ -3,6 +3,7 @@
 #include "register_attention.h"
 
 #include "attention.h"
+#include "register_linear.h"
 
 namespace sola {
 namespace {
@@ -45,6 +46,7 @@ struct Call {
 void attention(Value* stack, uint64_t, uint64_t) {
   Call call(stack);
   call.prepare(static_cast<int64_t>(stack[1]));
+  if (call.type == Type::bfloat16) prepare_bfloat16();
   Tensor out = Tensor::empty(call.out_sizes(), call.type), lse = Tensor::empty(call.lse_sizes(), Type::float32);
   call.problem.out = out.write(), call.problem.lse = static_cast<float*>(lse.write());
   current_attention().forward(call.problem, call.type, parallel_for);

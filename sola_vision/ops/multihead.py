@@ -3,8 +3,9 @@
 AVX-512.
 
 On a CPU torch's SDPA multiplies small matrices with a BLAS library, one block at a time, at a third of the processor's
-peak rate (docs/performance-layers.md); the kernel keeps the tiles in registers. SDPA (`softmax.py`) is the definition,
-and is used on GPUs, in exported graphs, in float64 and under `ops.use("reference")` and `ops.use("portable")`.
+peak rate (docs/performance-layers.md); the kernel keeps the tiles in registers, or on the matrix unit (AMX). SDPA
+(`softmax.py`) is the definition, and is used on GPUs, in exported graphs, in float64 and under `ops.use("reference")`
+and `ops.use("portable")`.
 """
 
 import torch
@@ -35,30 +36,13 @@ def attention(qkv: Tensor, head_dim: int) -> Tensor:
     return torch.ops.sola.attention(qkv, head_dim)[0]
 
 
-# in bfloat16 torch's SDPA uses AMX, which the kernel does not: SDPA is faster from this number of tokens on, except in
-# training, where its slower backward costs more than AMX gains (docs/performance-layers.md)
-_MIN_TOKENS_FOR_AMX = 256
-
-
-@torch.compiler.assume_constant_result
-def _has_amx() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
 def _use_sdpa(qkv: Tensor) -> bool:
     return (
         qkv.device.type != "cpu"
         or qkv.dtype == torch.float64
         or not cpu.multiplies(torch.float32)  # depends on the current instruction set
-        or _amx_is_faster(qkv)
         or pinned() in ("reference", "portable")
         or exporting()  # an exported graph must run on any device
         or torch.jit.is_tracing()
         or exporting_onnx()
     )
-
-
-def _amx_is_faster(qkv: Tensor) -> bool:
-    training = torch.is_grad_enabled() and qkv.requires_grad
-    # the shape last: a compiler guards on it
-    return qkv.dtype == torch.bfloat16 and not training and _has_amx() and qkv.shape[1] >= _MIN_TOKENS_FOR_AMX

@@ -28,7 +28,7 @@ SHAPES = [
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(params=["default", "generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["default", "generic", "avx2", "avx512", "avx512_bf16", "amx"])
 def path(request, switch):
     """The operator's default kernel, then every instruction set."""
     if request.param == "default":
@@ -327,7 +327,6 @@ def test_the_kernel_rejects_invalid_shapes(kernel_error):
 @needs_kernel
 def test_when_the_kernel_is_used(monkeypatch):
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: True)
-    monkeypatch.setattr(multihead, "_has_amx", lambda: False)
     qkv, _ = inputs(1, 4, 1, 4)
     assert not multihead._use_sdpa(qkv)
     assert not multihead._use_sdpa(qkv.bfloat16())
@@ -337,16 +336,6 @@ def test_when_the_kernel_is_used(monkeypatch):
         with ops.use(name):
             assert multihead._use_sdpa(qkv)
             assert torch.equal(ops.attention(qkv, 4), softmax.attention(qkv, 4))
-    monkeypatch.setattr(multihead, "_has_amx", lambda: True)
-    long = qkv.detach().repeat(1, 64, 1)
-    assert multihead._use_sdpa(long.bfloat16())
-    assert not multihead._use_sdpa(long.bfloat16()[:, :-1])
-    assert not multihead._use_sdpa(long.half())
-    assert not multihead._use_sdpa(long)
-    trained = long.bfloat16().requires_grad_()
-    assert not multihead._use_sdpa(trained)
-    with torch.no_grad():
-        assert multihead._use_sdpa(trained)
 
 
 def test_the_current_instruction_set_decides(switch):

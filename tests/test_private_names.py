@@ -40,7 +40,9 @@ NAMES = {
     # speed
     "_foreach_copy_": (torch, "many tensors in one kernel"),
     "_foreach_lerp_": (torch, "many tensors in one kernel"),
-    "_is_mkldnn_bf16_supported": (torch.ops.mkldnn, "a note where bfloat16 is emulated"),
+    "_is_mkldnn_bf16_supported": (torch.ops.mkldnn, "a note where bfloat16 is emulated, and the next two elsewhere"),
+    "_linear_pointwise": (torch.ops.mkldnn, "a product with its bias; used only where it exists"),
+    "_convolution_pointwise": (torch.ops.mkldnn, "a convolution with its GELU; used only where it exists"),
     # data loading: workers live as long as their iterator
     "_iterator": (LOADER, "of persistent workers"),
     "_shutdown_workers": (torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "ends workers at once"),

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from sola_vision.layers.norm import LayerNorm
-from sola_vision.layers.products import project
+from sola_vision.layers.onednn import convolve_gelu, project_biased
 from sola_vision.layers.residual import add_branch
 from sola_vision.ops import attention
 
@@ -36,8 +36,8 @@ class SoftmaxMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same shape."""
-        mixed = attention(project(x, self.qkv).flatten(1, 2), self.head_dim)
-        return project(mixed.unflatten(1, x.shape[1:3]), self.output)
+        mixed = attention(project_biased(x, self.qkv).flatten(1, 2), self.head_dim)
+        return project_biased(mixed.unflatten(1, x.shape[1:3]), self.output)
 
 
 class ConvMlp(nn.Module):
@@ -53,10 +53,10 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, C] -> the same shape."""
-        x = project(x, self.fc1).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
+        x = project_biased(x, self.fc1).permute(0, 3, 1, 2)  # [B, 4C, H, W], channels last in memory
         # not in the paper: the convolution comes before the activation, as in PVT v2, which introduced this MLP
-        x = self.depthwise(x).permute(0, 2, 3, 1)
-        return project(nn.functional.gelu(x), self.fc2)
+        x = convolve_gelu(x, self.depthwise).permute(0, 2, 3, 1)
+        return project_biased(x, self.fc2)
 
 
 class SoftmaxLayer(nn.Module):

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""oneDNN's products with what follows them in the same pass, for inference on a CPU: a linear layer with its bias in
+bfloat16, where torch first copies the bias to every row of the result, and a convolution with its GELU.
+
+These are torch's operators for Inductor. In eager mode torch has no public way to them (docs/performance-layers.md).
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from sola_vision.layers.dispatch import in_eager_inference_on_cpu
+from sola_vision.layers.products import project
+from sola_vision.layers.unmodified import is_stock, is_unhooked
+
+# what oneDNN multiplies by instructions for it
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def project_biased(x: Tensor, projection: nn.Linear) -> Tensor:
+    """projection(x): [..., K] -> [..., D]."""
+    fits = type(x) is Tensor and x.dtype == torch.bfloat16 and is_stock(projection)  # not a torch.fx proxy
+    if not fits or not _takes(x, projection.weight, projection.bias) or x.shape[-1] != projection.in_features:
+        return project(x, projection)
+    return torch.ops.mkldnn._linear_pointwise(x, projection.weight, projection.bias, "none", [], "")
+
+
+def convolve_gelu(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """gelu(convolution(x)): [B, C, H, W] -> [B, D, H, W]."""
+    c = convolution
+    fits = type(x) is Tensor and x.dtype in _DTYPES and is_unhooked(c, nn.Conv2d) and c.padding_mode == "zeros"
+    if not fits or isinstance(c.padding, str) or not _takes(x, c.weight, c.bias) or x.shape[1] != c.in_channels:
+        return gelu(c(x))
+    sizes = c.padding, c.stride, c.dilation
+    return torch.ops.mkldnn._convolution_pointwise(x, c.weight, c.bias, *sizes, c.groups, "gelu", [], "none")
+
+
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        bias is not None
+        and all(type(p) in (nn.Parameter, Tensor) and p.dtype == x.dtype and p.is_cpu for p in (weight, bias))
+        and in_eager_inference_on_cpu(x)
+        and x.numel() > 0
+        and bool(torch.backends.mkldnn.enabled)
+        and _is_built(x.dtype)
+        # dispatch modes, such as FlopCounterMode, know torch's public operators
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+@cache
+def _is_built(dtype: torch.dtype) -> bool:
+    names = ("_linear_pointwise", "_convolution_pointwise")
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -84,8 +84,8 @@ struct Reference {
       : factor(factor), constant(12582912.0f / units - m), lower_bound((m - 125.0f) / factor) {}
 };
 
-// 2^(s - m) for s = a times the factor of m, accurate to 2e-7 for s up to m + 2; exact for integers s, zero for
-// s <= m - 125; NaN gives NaN or zero
+// 2^(s - m) for s = a times the factor of m, accurate to 2e-7 for s up to m + 2; zero for s <= m - 125; without a factor
+// exact for integers; NaN gives NaN or zero
 SOLA_FORCED inline F power(F a, const Reference& m) {
   const F shifted = a * m.factor + m.constant;
   const F r = a * m.factor - (shifted - m.constant);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The packed operands of attention, one block at a time: float32, or pairs of bfloat16 if the processor multiplies such
-// pairs. All are arrays of 32-bit words:
+// pairs: of dimensions in queries and keys, of keys in values and weights. All are arrays of 32-bit words:
 //
-//   queries [depth, panel], keys [block, key_stride], values [value_rows, padded_dim], weights [value_rows, panel]
+//   queries [words of a row, panel], keys [block, key_stride], values and weights [words of the keys, padded_dim or
+//   panel]
 //
 // The matrix unit (AMX) reads values as [padded_dim, block / 2]. Words beyond the last key or dimension are zero.
 #pragma once
@@ -47,8 +48,8 @@ inline void add_values(float* results, const float* values, const float* weights
 
 template <class T>
 struct Operands {
-  static constexpr bool scaled = true;    // queries are multiplied by the factor of the scores
-  static constexpr int64_t step = rows;  // of keys, and of dimensions
+  static constexpr bool scaled = true;   // queries are multiplied by the factor of the scores
+  static constexpr int64_t step = rows;  // keys and dimensions are padded to a multiple of it
 
   static int64_t key_stride(int64_t dim) { return round_up(dim, step); }
 
@@ -165,7 +166,7 @@ struct Operands<bfloat16> {
     for (int64_t j = 0; j < count; ++j) {
       for (int v = 0; v < cols; ++v) maximum[v] = larger(maximum[v], widen(to + j * panel + v * W));
     }
-    for (int64_t i = count * panel; i < round_up(count, 2) * panel; ++i) to[i] = masked_score;
+    for (int64_t i = count * panel; i < round_up(count, 2) * panel; ++i) to[i] = masked_score;  // of an odd pair
   }
   static void add(float* results, const float* values, const float* weights, int64_t keys, int64_t padded_dim) {
     multiply_panel<true>(numbers(values), block, padded_dim, numbers(weights), round_up(keys, step), results, panel);
@@ -188,12 +189,14 @@ struct Operands<bfloat16> {
       const float* const at = scores + j * panel;  // the key beyond an odd last one has masked_score
       const F first = power(widen(at), reference), second = power(widen(at + panel), reference);
       // rounds halves up: weights are positive
-      const U upper = as_bits(first) + 0x8000u & 0xffff0000u, lower = as_bits(second) + 0x8000u & 0xffff0000u;
+      const U upper = (as_bits(first) + 0x8000u) & 0xffff0000u, lower = (as_bits(second) + 0x8000u) & 0xffff0000u;
       total.exact += first + second;
       total.rounded += as_float(upper) + as_float(lower);
       narrow(scores + j / 2 * panel, as_float(upper >> 16 | lower));
     }
+#if defined(__AMX_BF16__)
     for (int64_t i = (keys + 1) / 2; i < round_up(keys, step) / 2; ++i) narrow(scores + i * panel, F{});
+#endif
     return total;
   }
 };

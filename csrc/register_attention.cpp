@@ -3,7 +3,6 @@
 #include "register_attention.h"
 
 #include "attention.h"
-#include "register_linear.h"
 
 namespace sola {
 namespace {

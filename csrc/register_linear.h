@@ -20,7 +20,6 @@ inline const char* const linear_schemas[] = {
 
 // the products of the active instruction set
 const Linear& current_linear();
-void prepare_bfloat16();  // must be called before the first product in bfloat16
 const std::array<NamedKernel, 8>& named_linear();
 
 }  // namespace sola

@@ -23,6 +23,9 @@ struct NamedKernel {
   torch::Boxed function;
 };
 
+// must be called before the kernels multiply bfloat16
+void prepare_bfloat16();
+
 // the passes of the active instruction set
 const Passes& current_passes();
 const std::array<NamedKernel, 9>& named_passes();

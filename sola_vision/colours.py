@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Okabe and Ito's colours, for all pictures and pages: distinguishable by colour-blind readers and in print."""
+"""Okabe and Ito's colours, for all pictures: distinguishable by colour-blind readers and in print. (Pages have some in
+their style sheets.)
+"""
 
 BLUE = "#0072B2"
 ORANGE = "#E69F00"

@@ -40,7 +40,10 @@ NAMES = {
     # speed
     "_foreach_copy_": (torch, "many tensors in one kernel"),
     "_foreach_lerp_": (torch, "many tensors in one kernel"),
-    "_is_mkldnn_bf16_supported": (torch.ops.mkldnn, "a note where bfloat16 is emulated, and the next two elsewhere"),
+    "_is_mkldnn_bf16_supported": (
+        torch.ops.mkldnn,
+        "a note where bfloat16 is emulated; decides whether the next two are used",
+    ),
     "_linear_pointwise": (torch.ops.mkldnn, "a product with its bias; used only where it exists"),
     "_convolution_pointwise": (torch.ops.mkldnn, "a convolution with its GELU; used only where it exists"),
     # data loading: workers live as long as their iterator

@@ -19,8 +19,8 @@ from sola_vision.analysis.interaction import (
     raster_kernel,
     stacked_kernel,
 )
+from sola_vision.colours import BLUE, GREEN, PURPLE, VERMILION
 
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 TOLERANCE = 0.01
 DEPTHS = np.arange(1, 33)
 

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import sola_vision
+from sola_vision.colours import ORANGE, SKY
 
-COLOURS = {"L": "#56B4E9", "S": "#E69F00", "other": "#DDDDDD"}
+COLOURS = {"L": SKY, "S": ORANGE, "other": "#DDDDDD"}
 TILE, GAP = 1.0, 0.14
 
 

@@ -15,7 +15,7 @@ def in_process(module: str, *arguments: str, subject: str, timeout: float | None
     try:
         finished = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        print(f"sola: {subject} could not be measured: it took over {timeout:.0f} s", file=sys.stderr)
+        print(f"sola: {subject} could not be measured: it took over {timeout:g} s", file=sys.stderr)
         return None
     if finished.returncode:
         last = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]

@@ -193,13 +193,15 @@ def load_state(folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.
             continue
         # the optimiser keeps the tensors it is given; as copies they do not keep the file mapped into memory: Windows
         # refuses to replace a mapped file, as the next save does
-        value = mapped.clone()
         if prefix == "optimizer" and name in parameters:
             parameter = parameters[name]
-            same = value.shape == parameter.shape
+            same = mapped.shape == parameter.shape
+            # fused optimisers take a parameter and its state for numbers in the same order in memory
+            like = parameter if same and not isinstance(parameter, DTensor) else mapped
+            value = torch.empty_like(like, dtype=mapped.dtype, device=mapped.device).copy_(mapped)
             state[parameter][entry] = _placed_like(parameter, value) if same else value
         elif prefix == "group":
-            header["groups"][int(name)][entry] = value
+            header["groups"][int(name)][entry] = mapped.clone()
     # load_state_dict puts the step counter on the device that each optimiser expects
     current = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]

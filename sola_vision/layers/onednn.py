@@ -9,14 +9,14 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import gelu
 
 from sola_vision.layers.dispatch import in_eager_inference_on_cpu
 from sola_vision.layers.products import project
 from sola_vision.layers.unmodified import is_stock, is_unhooked
 
-# what oneDNN multiplies by instructions for it
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16)  # float16 was not measured
 
 
 def project_biased(x: Tensor, projection: nn.Linear) -> Tensor:
@@ -40,19 +40,25 @@ def convolve_gelu(x: Tensor, convolution: nn.Conv2d) -> Tensor:
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         bias is not None
-        and all(type(p) in (nn.Parameter, Tensor) and p.dtype == x.dtype and p.is_cpu for p in (weight, bias))
         and in_eager_inference_on_cpu(x)
+        and all(type(p) in (nn.Parameter, Tensor) and p.dtype == x.dtype and p.is_cpu for p in (weight, bias))
+        # oneDNN reads a bias as it lies in memory
+        and bias.is_contiguous()
+        and bias.shape == weight.shape[:1]
         and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
         and _is_built(x.dtype)
-        # dispatch modes, such as FlopCounterMode, know torch's public operators
+        # dispatch modes, such as FlopCounterMode, and make_fx know torch's public operators
         and not torch._C._len_torch_dispatch_stack()
+        and get_proxy_mode() is None
     )
 
 
 @cache
 def _is_built(dtype: torch.dtype) -> bool:
-    names = ("_linear_pointwise", "_convolution_pointwise")
-    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+    """True if this torch has the operators, and the processor AVX-512, with which they were measured."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_convolution_pointwise"))

@@ -76,7 +76,7 @@ def wkv_backward(
 
 
 def _has_float64(device: torch.device) -> bool:
-    return device.type != "mps"
+    return device.type != "mps"  # the only one known here
 
 
 def _prepare(decay: Tensor, bonus: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

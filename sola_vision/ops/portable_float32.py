@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bi-WKV in plain torch and float32, for devices without float64 (Apple's GPU), correct for every key, value, decay
-and bonus.
+"""Bi-WKV in plain torch and float32, for devices without float64 (Apple's GPU).
 
 The sums are those of `portable.py`. Float32 would not hold their exponents, so a sum is kept as e^(key - age d) s: the
 largest key in it, unrounded, and how many tokens ago that was. Two sums are compared by the difference of their keys
-and of their ages, whose rounding matters only where it is small.
+minus that of their ages times d. What is rounded is each of the two, once: errors are those of the other paths for keys
+and bonuses up to some hundreds, and grow with larger ones that cancel (docs/wkv.md).
 
 A scan doubles the span of each sum log2(N) times: large steps, as GPUs need. Tensors are batch-major; a scan of K sums
 is [K, B, N, C].

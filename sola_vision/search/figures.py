@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sola_vision.analysis.labels import label_points
-from sola_vision.colours import BLUE, GREEN, ORANGE
+from sola_vision.colours import BLUE, GREEN, ORANGE, VERMILION
 
 from .costs import TOLERANCE, Costs
 from .methods import Found
@@ -31,7 +31,7 @@ def draw_search(found: Found, costs: Costs, budget: float, out: Path) -> None:
     chosen = [p for p in found.points if (p.schedule, p.bridges) == (found.schedule, found.bridges)][-1:]
     for point in chosen:
         axes.plot(
-            scale * point.cost, point.top1, color="#D55E00", marker="*", markersize=12, ls="none", label="selected"
+            scale * point.cost, point.top1, color=VERMILION, marker="*", markersize=12, ls="none", label="selected"
         )
     axes.set_xlabel(f"{unit} per image")
     axes.set_ylabel("top-1 on the validation split of the training images, %")

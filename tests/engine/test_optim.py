@@ -127,14 +127,14 @@ def test_make_optimizer_refuses_unknown_names_and_layer_decay_without_layers():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD), ("lamb", None)],
+    [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", None), ("lamb", None)],
 )
-def test_torchs_optimizers_update_all_parameters_by_one_kernel(name, kind):
-    """And by the same formula as without it."""
+def test_adam_updates_all_parameters_by_one_kernel(name, kind):
+    """And by the same formula as without it. torch's fused SGD is not safe, others have none."""
     models = Layered(), Layered()
     models[1].load_state_dict(models[0].state_dict())
     optimizer = make_optimizer(models[0], config(optimizer=name, weight_decay=0.1))
-    assert optimizer.defaults.get("fused", False) == (kind is not None)
+    assert bool(optimizer.defaults.get("fused")) == (kind is not None)
     if kind is None:
         return
     plain = create_optimizer_v2(models[1], opt=name, lr=1.0, weight_decay=0.1)

@@ -162,6 +162,24 @@ def test_a_run_goes_on_with_another_precision(tmp_path, before, now):
     assert train(tmp_path, amp=now, resume=True)["steps"] == 15
 
 
+def test_a_restored_state_lies_in_memory_as_its_parameter_does(tmp_path):
+    """Fused optimisers read both as one array each."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    image = torch.randn(2, 3, 8, 8)
+    trained, restored = (create_optimizer_v2(model, opt="adamw", lr=0.1, fused=True) for _ in range(2))
+    model(image).square().sum().backward()
+    trained.step()
+    module.save_state(tmp_path, {"model": model}, trained, module.Progress())
+    module.load_state(tmp_path, {"model": model}, restored)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained.step()
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(before)
+    restored.step()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are listed only by Linux")
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])  # lamb keeps a tensor in its parameter groups as well
 def test_a_restored_state_does_not_keep_its_file_mapped(tmp_path, optimizer):

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +54,19 @@ def test_a_product_with_its_bias_is_that_of_linear(shape, dtype, calls):
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", ["strided", "expanded", "one for all"])
+def test_a_bias_that_is_not_one_number_after_the_other_is_left_to_torch(kind, calls):
+    projection, x = nn.Linear(32, 48).bfloat16(), torch.randn(5, 32).bfloat16()
+    one = torch.ones(1, dtype=torch.bfloat16)
+    bias = {"strided": torch.arange(96).bfloat16()[::2], "expanded": one.expand(48), "one for all": one}[kind]
+    projection.bias.data = bias
+    with torch.no_grad():
+        found = onednn.project_biased(x, projection)
+        expected = nn.functional.linear(x, projection.weight) + bias
+    assert calls == []
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize(
     ("options", "fused"),
     [
@@ -93,7 +107,9 @@ def test_a_network_uses_them_in_inference(calls):
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("how", ["training", "autocast", "hook", "global hook", "flops", "func", "replaced", "trace"])
+@pytest.mark.parametrize(
+    "how", ["training", "autocast", "hook", "global hook", "flops", "func", "replaced", "make_fx", "trace"]
+)
 def test_they_step_back(how, calls):
     module, x = layer(dtype=torch.float32 if how == "autocast" else torch.bfloat16)
     if how == "training":
@@ -123,6 +139,9 @@ def test_they_step_back(how, calls):
             for name in ("mlp.fc1", "mlp.fc2", "mixer.qkv", "mixer.output"):
                 module.set_submodule(name, nn.Sequential(module.get_submodule(name)))
             module(x)
+        elif how == "make_fx":
+            graph = make_fx(module.mlp, pre_dispatch=True)(x).graph
+            assert "mkldnn" not in str(graph)
         elif how == "trace":
             torch.jit.trace(module.mlp, x, check_trace=False)
     assert calls == []

@@ -23,7 +23,6 @@ register_notrace_module(layers.PositionEmbedding)
 register_notrace_module(layers.HiddenStateBridge)
 register_notrace_module(layers.LinearLayer)
 register_notrace_module(layers.SoftmaxMixer)
-register_notrace_module(layers.ConvMlp)
 
 
 def default_cfg(**changes: Any) -> dict[str, Any]:

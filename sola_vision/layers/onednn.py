@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.nn.functional import gelu
+from torch.nn.functional import conv2d, gelu
 
 from sola_vision.layers.dispatch import in_eager_inference_on_cpu
 from sola_vision.layers.products import project
@@ -30,11 +30,37 @@ def project_biased(x: Tensor, projection: nn.Linear) -> Tensor:
 def convolve_gelu(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     """gelu(convolution(x)): [B, C, H, W] -> [B, D, H, W]."""
     c = convolution
-    fits = type(x) is Tensor and x.dtype in _DTYPES and is_unhooked(c, nn.Conv2d) and c.padding_mode == "zeros"
-    if not fits or isinstance(c.padding, str) or not _takes(x, c.weight, c.bias) or x.shape[1] != c.in_channels:
-        return gelu(c(x))
-    sizes = c.padding, c.stride, c.dilation
-    return torch.ops.mkldnn._convolution_pointwise(x, c.weight, c.bias, *sizes, c.groups, "gelu", [], "none")
+    if is_unhooked(c, nn.Conv2d) and c.padding_mode == "zeros" and not isinstance(c.padding, str):
+        if isinstance(x, torch.fx.Proxy):
+            return _convolve_gelu(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        if _takes_image(x, c.weight, c.bias, c.groups):
+            return _fused(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+    return gelu(c(x))
+
+
+_Sizes = tuple[int, ...]
+
+
+@torch.fx.wrap  # one node of a graph by torch.fx, which decides as the network does when it runs
+def _convolve_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int
+) -> Tensor:
+    if _takes_image(x, weight, bias, groups):
+        return _fused(x, weight, bias, stride, padding, dilation, groups)
+    return gelu(conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: _Sizes, padding: _Sizes, dilation: _Sizes, groups: int
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, "gelu", [], "none"
+    )
+
+
+def _takes_image(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> bool:
+    usual = type(x) is Tensor and x.dtype in _DTYPES
+    return usual and _takes(x, weight, bias) and x.shape[1] == groups * weight.shape[1]
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

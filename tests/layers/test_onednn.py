@@ -56,6 +56,7 @@ def test_a_product_with_its_bias_is_that_of_linear(shape, dtype, calls):
 
 @pytest.mark.parametrize("kind", ["strided", "expanded", "one for all"])
 def test_a_bias_that_is_not_one_number_after_the_other_is_left_to_torch(kind, calls):
+    torch.manual_seed(0)
     projection, x = nn.Linear(32, 48).bfloat16(), torch.randn(5, 32).bfloat16()
     one = torch.ones(1, dtype=torch.bfloat16)
     bias = {"strided": torch.arange(96).bfloat16()[::2], "expanded": one.expand(48), "one for all": one}[kind]
@@ -93,6 +94,7 @@ def test_a_convolution_with_its_gelu_is_both(options, fused, dtype, layout, call
 
 
 def test_a_network_uses_them_in_inference(calls):
+    torch.manual_seed(0)
     network, image = timm.create_model("sola_nano").eval(), torch.randn(2, 3, 64, 96)
     with torch.inference_mode():
         network(image)
@@ -154,3 +156,5 @@ def test_errors_are_torchs():
             module.mlp(x.float())
         with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|size"):
             module.mlp(x[..., :31])
+        with pytest.raises(RuntimeError, match=r"expected input.* to have 128 channels"):
+            onednn.convolve_gelu(torch.ones(1, 64, 5, 5).bfloat16(), module.mlp.depthwise)

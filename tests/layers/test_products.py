@@ -179,11 +179,11 @@ def test_a_network_computes_the_same(monkeypatch, convolutions, grad):
 
 def test_timm_extracts_features_by_torch_fx(convolutions):
     network = timm.create_model("sola_nano").eval()
-    features = create_feature_extractor(network, {"stages.2": "c4", "stages.3.layers.1.mlp": "mlp"})
+    features = create_feature_extractor(network, {"stages.2": "c4", "stages.3.layers.1.mlp.fc1": "hidden"})
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         found = features(images)["c4"]
-        assert features(images)["mlp"].shape == (1, 7, 7, 128)
+        assert features(images)["hidden"].shape == (1, 7, 7, 512)
         torch.testing.assert_close(found, network.forward_intermediates(images)[1][2].permute(0, 2, 3, 1))
     assert convolutions
 
